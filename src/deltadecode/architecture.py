@@ -1,0 +1,137 @@
+"""What a model configuration says about its attention, read by attribute names alone.
+
+Works on any object with the attribute names of a Hugging Face configuration; nothing is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltadecode.errors import UnsupportedModelError
+
+# "attention" is the name that older hybrid configurations use for the same thing.
+_FULL_ATTENTION = frozenset({"full_attention", "attention"})
+
+
+def text_config(model_or_config: Any) -> Any:
+    """Find the configuration of the text decoder inside a model or configuration.
+
+    Parameters
+    ----------
+    model_or_config
+        A model (anything with a ``config``), or a configuration. Composite (vision and text)
+        configurations give their text part.
+
+    Returns
+    -------
+    Any
+        The configuration that describes the decoder's layers.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For an encoder-decoder, or an object that is no model configuration.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{_name(config)} is an encoder-decoder; DELTA plans decoder-only models"
+        )
+    find = getattr(config, "get_text_config", None)
+    text = find(decoder=True) if callable(find) else config
+    if getattr(text, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{_name(text)} is an encoder-decoder; DELTA plans decoder-only models"
+        )
+    layers = getattr(text, "num_hidden_layers", None)
+    if type(layers) is not int or layers < 1:
+        raise UnsupportedModelError(
+            f"{_name(text)} is no model configuration: num_hidden_layers is {layers!r}"
+        )
+    return text
+
+
+def attention_layers(model_or_config: Any) -> tuple[int, ...]:
+    """Numbers of the full-attention layers (docs/semantics.md, R8).
+
+    ``layer_types`` decides where the configuration has it. Otherwise all layers are alike, and
+    they are full attention unless ``sliding_window`` is smaller than ``max_position_embeddings``
+    (a window as long as the longest sequence hides nothing).
+
+    Parameters
+    ----------
+    model_or_config
+        A model or its configuration.
+
+    Returns
+    -------
+    tuple of int
+        Ascending layer numbers, counted as the model counts them.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the configuration's class: multi-head latent attention, an encoder-decoder, or no
+        full-attention layer at all.
+    """
+    config = text_config(model_or_config)
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise UnsupportedModelError(
+            f"{_name(config)} uses multi-head latent attention (kv_lora_rank "
+            f"{config.kv_lora_rank}); DELTA needs a cache of keys and values per head"
+        )
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        full = tuple(i for i, kind in enumerate(types) if kind in _FULL_ATTENTION)
+    elif getattr(config, "num_attention_heads", None) is None or _slides(config):
+        full = ()
+    else:
+        full = tuple(range(config.num_hidden_layers))
+    if not full:
+        raise UnsupportedModelError(
+            f"{_name(config)} has no full-attention layer; DELTA plans full-attention layers only"
+        )
+    return full
+
+
+def signature(model_or_config: Any) -> dict[str, object]:
+    """Read the facts by which a calibrated profile recognises a model.
+
+    Parameters
+    ----------
+    model_or_config
+        A model or its configuration.
+
+    Returns
+    -------
+    dict
+        ``model_type``, ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads`` and
+        ``num_key_value_heads`` (as many as query heads where the configuration has none).
+
+    Raises
+    ------
+    UnsupportedModelError
+        As :func:`text_config`.
+    """
+    config = text_config(model_or_config)
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    return {
+        "model_type": getattr(config, "model_type", None),
+        "hidden_size": getattr(config, "hidden_size", None),
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if kv_heads is None else kv_heads,
+    }
+
+
+def _slides(config: Any) -> bool:
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return False
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest is None or window < longest
+
+
+def _name(config: Any) -> str:
+    return type(config).__name__

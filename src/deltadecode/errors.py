@@ -1,0 +1,17 @@
+"""Errors that a user can act on: each message is one line with the offending value and the rule."""
+
+
+class DeltaDecodeError(ValueError):
+    """Base of all errors that deltadecode raises on purpose."""
+
+
+class DeltaConfigError(DeltaDecodeError):
+    """A configuration or a layer plan breaks one of its rules (docs/semantics.md, R9)."""
+
+
+class UnsupportedModelError(DeltaDecodeError):
+    """The model has no full-attention layers that could be planned."""
+
+
+class UnsupportedCacheError(DeltaDecodeError):
+    """A KV cache of another kind, or in another state, than decoding with DELTA needs."""

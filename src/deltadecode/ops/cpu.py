@@ -1,0 +1,245 @@
+"""Fast maker for CPU tensors, in plain PyTorch.
+
+Decoding is bound by reading keys and values, so nothing here copies them more than once: query
+heads that share a KV head are the rows of one matrix (no repeated KV heads), a row that lies in
+one block is a view, and a sparse layer gathers whole pages. Rows of equal length go through as one
+batch.
+Contracts stand in :mod:`deltadecode.ops`, the definition in :mod:`deltadecode.ops.reference`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltadecode.config import DeltaConfig
+from deltadecode.ops import reference
+
+# Half precision keys are made float32 for exact page scores. More than these elements (16 MiB) are
+# converted row by row, so that a batch needs no more memory than its longest row does.
+_UPCAST_ELEMENTS = 1 << 22
+
+
+def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:
+    """Select pages (R3, R4); see :func:`deltadecode.ops.select_pages`."""
+    budget, recent, sinks = cfg.budget_pages, cfg.recent_pages, cfg.sink_pages
+    used = (seq_lens + (cfg.page_size - 1)).div_(cfg.page_size, rounding_mode="floor")
+    counts = used.clamp(max=budget)
+    pages: list[int] = used.tolist()
+    most = max(pages, default=0)
+    every = torch.arange(most, dtype=torch.int32, device=page_scores.device)
+    if most <= budget:
+        page_ids = every.where(every < counts[:, None], -1)
+        return F.pad(page_ids, (0, budget - most), value=-1), counts
+
+    end = used[:, None]
+    forced = (every < sinks) | (every >= end - recent)
+    scores = page_scores[:, :most].masked_fill(forced, float("-inf"))
+    wanted = budget - recent - sinks
+    top = scores.topk(wanted + 1, dim=1)
+    for row, best in enumerate(top.values.tolist()):
+        # topk puts NaN first, and equals in any order (such as -inf, which forced pages have here).
+        doubtful = math.isnan(best[0]) or best[-1] == best[-2]
+        if doubtful and pages[row] > budget:
+            return reference.select_pages(page_scores, seq_lens, cfg)
+    last = end - recent + every[:recent]
+    chosen = top.indices[:, :wanted].int()
+    page_ids = torch.cat([every[:sinks].expand(len(pages), -1), chosen, last], dim=1).sort(1).values
+    if min(pages) <= budget:
+        place = every[:budget]
+        page_ids = page_ids.where(end > budget, place.where(place < end, -1))
+    return page_ids, counts
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    page_size: int,
+    page_ids: Tensor | None,
+    page_counts: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    return_page_scores: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with one query token per sequence; see :func:`deltadecode.ops.decode_attention`."""
+    rows, heads, dim = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
+    lengths: list[int] = seq_lens.tolist()
+    attended = lengths
+    if page_ids is not None and page_counts is not None:
+        attended = _attended(page_ids, page_counts.tolist(), lengths, page_size)
+    first = [row[0] if row else 0 for row in block_table[:, :1].tolist()]
+    queries = q.reshape(rows, kv_heads, heads // kv_heads, dim)
+    pages = block_table.shape[1] * block_size // page_size
+
+    outs, scores = [], []
+    for start, stop in _batches(lengths, attended, first, block_size):
+        whole = stop - start == rows
+        part = queries if whole else queries[start:stop]
+        tokens = attended[start]
+        if tokens == 0:
+            outs.append(torch.zeros_like(part))
+            scores.append(q.new_zeros((stop - start, pages), dtype=_exact(q.dtype)))
+            continue
+        table = block_table if whole else block_table[start:stop]
+        if page_ids is None or tokens == lengths[start]:
+            k = _first_tokens(k_cache, table, first[start], tokens)
+            v = _first_tokens(v_cache, table, first[start], tokens)
+        else:
+            chosen = page_ids[start:stop, : -(-tokens // page_size)]
+            k = _gather_pages(k_cache, table, chosen, page_size)[:, :, :tokens]
+            v = _gather_pages(v_cache, table, chosen, page_size)[:, :, :tokens]
+        if return_page_scores or sinks is not None or softcap is not None:
+            out, alpha = _attend_explicitly(part, k, v, scale, sinks, softcap)
+            outs.append(out)
+            if return_page_scores:
+                scores.append(_sum_over_pages(alpha, page_size, pages))
+        else:
+            outs.append(_attend(part, k, v, scale))
+    result = _join(outs, queries).reshape(q.shape)
+    if not return_page_scores:
+        return result
+    return result, _join(scores, q.new_zeros((0, pages), dtype=_exact(q.dtype)))
+
+
+def _attended(page_ids: Tensor, counts: list[int], lengths: list[int], page_size: int) -> list[int]:
+    """Tokens on the selected pages of each row; only the last page can be partial."""
+    tokens = []
+    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        if count == 0 or length == 0:
+            tokens.append(0)
+            continue
+        beyond = (int(page_ids[row, count - 1]) + 1) * page_size - length
+        tokens.append(count * page_size - max(0, beyond))
+    return tokens
+
+
+def _batches(
+    lengths: list[int], attended: list[int], first: list[int], block_size: int
+) -> list[tuple[int, int]]:
+    """Ranges of rows that can share one call: all of them or one by one."""
+    rows = len(lengths)
+    alike = len(set(lengths)) == 1 and len(set(attended)) == 1
+    if alike and attended[0] == lengths[0]:
+        # Reading whole prefixes in place needs each row in one block, and those in order.
+        alike = lengths[0] <= block_size and first == list(range(first[0], first[0] + rows))
+    return [(0, rows)] if alike else [(row, row + 1) for row in range(rows)]
+
+
+def _first_tokens(cache: Tensor, table: Tensor, first: int, tokens: int) -> Tensor:
+    """First tokens of each row, [R, Hkv, tokens, D]; a view where they lie in one block."""
+    blocks, block_size, kv_heads, dim = cache.shape
+    if tokens > block_size:
+        used = table[0, : -(-tokens // block_size)]
+        return cache[used].flatten(0, 1)[:tokens].transpose(0, 1)[None]
+    rows = len(table)
+    if not 0 <= first <= blocks - rows:
+        raise ValueError(f"block_table must name blocks in 0..{blocks - 1}, got {first}")
+    by_block, by_token, by_head, _ = cache.stride()
+    # One call instead of three: at short lengths the calls are what takes the time.
+    return cache.as_strided(
+        (rows, kv_heads, tokens, dim),
+        (by_block, by_head, by_token, 1),
+        cache.storage_offset() + first * by_block,
+    )
+
+
+def _gather_pages(cache: Tensor, table: Tensor, page_ids: Tensor, page_size: int) -> Tensor:
+    """Tokens of the given pages [R, K] of each row, [R, Hkv, K * P, D]."""
+    blocks, block_size, kv_heads, dim = cache.shape
+    rows, count = page_ids.shape
+    per_block = block_size // page_size
+    if table.shape[1] == 1:
+        block, page = table, page_ids
+    else:
+        place = page_ids.div(per_block, rounding_mode="floor")
+        block, page = table.gather(1, place.long()), page_ids - place * per_block
+
+    # Where a head's tokens follow each other in memory, a page of a head is one run of P * D
+    # elements, and all runs of all rows and heads are copied by one call.
+    run = page_size * dim
+    by_block, by_token, by_head = cache.stride()[:3]
+    by_block = 0 if blocks == 1 else by_block
+    by_head = 0 if kv_heads == 1 else by_head
+    if by_token == dim and by_block % run == 0 and by_head % run == 0:
+        by_block, by_head = by_block // run, by_head // run
+        runs = (blocks - 1) * by_block + (kv_heads - 1) * by_head + per_block
+        head = torch.arange(
+            0, kv_heads * max(by_head, 1), max(by_head, 1), dtype=torch.int32, device=cache.device
+        )
+        index = (block * by_block + page)[:, None] + head[:, None]
+        gathered = cache.as_strided((runs, run), (run, 1)).index_select(0, index.flatten())
+        return gathered.view(rows, kv_heads, count * page_size, dim)
+    paged = cache.view(blocks, per_block, page_size, kv_heads, dim)
+    return paged[block, page].permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Plain attention; q and result [R, Hkv, G, D], k and v [R, Hkv, T, D]."""
+    rows, kv_heads, group, dim = q.shape
+    tokens = k.shape[2]
+    if rows * kv_heads == 1 and group % 2 == 0 and q.dtype == torch.float32 and q.is_cpu:
+        # One (row, head) is one task, which leaves the other cores idle: read the keys twice.
+        # Half precision does not gain, since each task converts all keys for itself.
+        shape = (1, 2, tokens, dim)
+        halves = q.view(1, 2, group // 2, dim)
+        out = F.scaled_dot_product_attention(halves, k.expand(shape), v.expand(shape), scale=scale)
+        return out.reshape(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _attend_explicitly(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention that returns its weights too, [R, Hkv, G, T] float32, and knows sinks and softcap.
+
+    Stays in float32 from q to the output, whatever the input: the choice of pages hangs on it.
+    """
+    if len(q) > 1 and k.element_size() < 4 and k.numel() > _UPCAST_ELEMENTS:
+        parts = [
+            _attend_explicitly(q[row, None], k[row, None], v[row, None], scale, sinks, softcap)
+            for row in range(len(q))
+        ]
+        return torch.cat([out for out, _ in parts]), torch.cat([alpha for _, alpha in parts])
+    given, dtype = q.dtype, _exact(q.dtype)
+    if q.dtype != dtype:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    logits = torch.bmm(q.flatten(0, 1) * scale, k.flatten(0, 1).transpose(1, 2))
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    if sinks is not None:
+        column = sinks.to(dtype).view(q.shape[1], q.shape[2], 1).repeat(len(q), 1, 1)
+        logits = torch.cat([logits, column], dim=2)
+    alpha = torch.softmax(logits, dim=2)
+    if sinks is not None:
+        alpha = alpha[:, :, :-1]
+    out = torch.bmm(alpha, v.flatten(0, 1)).view(q.shape)
+    return out.to(given), alpha.view(*q.shape[:3], k.shape[2])
+
+
+def _sum_over_pages(alpha: Tensor, page_size: int, pages: int) -> Tensor:
+    """S_u [R, pages] of weights [R, Hkv, G, T], 0 past the last token (R2)."""
+    largest = alpha.flatten(1, 2).amax(dim=1)
+    beyond = pages * page_size - largest.shape[1]
+    if beyond:
+        largest = F.pad(largest, (0, beyond))
+    return largest.view(len(largest), pages, page_size).sum(dim=2)
+
+
+def _join(parts: list[Tensor], empty: Tensor) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else empty
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """Type to compute in: float32, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,36 @@
+"""Every test starts from the same seed, on one thread, and never asks a model hub for anything."""
+
+import os
+import random
+
+# Read when the libraries are imported, so before any of them is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_shape() -> Qwen2Config:
+    """A model that takes milliseconds, deep enough for the plan of the CPU benchmark."""
+    return Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=20,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )

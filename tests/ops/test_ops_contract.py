@@ -1,0 +1,115 @@
+"""What the operations refuse, and that they say it in one line that names both sides."""
+
+import pytest
+import torch
+from ops_oracle import make_case, pack
+
+from deltadecode import ops
+from deltadecode.config import DeltaConfig
+
+INT = torch.int32
+
+
+def call(case, **changes):
+    names = ("q", "k_cache", "v_cache", "block_table", "seq_lens")
+    arguments = dict(zip(names, case.arguments, strict=True), **case.options)
+    return ops.decode_attention(**{**arguments, **changes})
+
+
+@pytest.fixture
+def case():
+    return make_case(0, [9, 4], pages_per_block=2, poison=0.0)
+
+
+def test_auto_is_one_of_the_makers(case):
+    assert torch.equal(call(case), call(case, backend="cpu"))
+    torch.testing.assert_close(call(case), call(case, backend="reference"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"backend": "triton"}, ("'triton'", "not in this version")),
+        ({"backend": "gpu"}, ("'gpu'", "'reference'")),
+        ({"page_size": 3}, ("block_size 8", "page_size 3")),
+        ({"page_size": 16}, ("block_size 8", "page_size 16")),
+        ({"page_size": 0}, ("block_size 8", "page_size 0")),
+        ({"q": torch.zeros(2, 4)}, ("q must be", "[2, 4]")),
+        ({"q": torch.zeros(2, 4, 4, dtype=torch.int8)}, ("q must be", "int8")),
+        ({"q": torch.zeros(2, 3, 4)}, ("multiple of Hkv", "[2, 3, 4]", "[5, 8, 2, 4]")),
+        ({"q": torch.zeros(2, 4, 8)}, ("agree in D", "[2, 4, 8]", "[5, 8, 2, 4]")),
+        ({"q": torch.zeros(2, 4, 4).bfloat16()}, ("like q", "float32", "bfloat16")),
+        ({"q": torch.zeros(2, 4, 4, device="meta")}, ("like q", "cpu", "meta")),
+        ({"q": torch.zeros(3, 4, 4)}, ("block_table", "int32 [3, 3]", "[2, 3]")),
+        ({"k_cache": torch.zeros(6, 8, 2, 4)}, ("k_cache and v_cache", "[6, 8", "[5, 8")),
+        ({"block_table": torch.zeros(2, 2)}, ("block_table", "int32", "float32")),
+        ({"block_table": torch.zeros(2, dtype=INT)}, ("block_table", "[2]")),
+        ({"seq_lens": torch.zeros(2, dtype=torch.int64)}, ("seq_lens", "int32", "int64")),
+        ({"seq_lens": torch.zeros(3, dtype=INT)}, ("seq_lens", "[2]", "[3]")),
+        ({"seq_lens": torch.tensor([1, 25], dtype=INT)}, ("24 tokens", "25")),
+        ({"sinks": torch.zeros(2)}, ("sinks", "[4]", "[2]")),
+        ({"sinks": torch.zeros(4, dtype=INT)}, ("sinks", "float", "int32")),
+        ({"softcap": 0.0}, ("softcap", "0.0")),
+        ({"softcap": -1.0}, ("softcap", "-1.0")),
+        ({"page_ids": torch.zeros(2, 1, dtype=INT)}, ("page_counts", "only one")),
+        ({"page_counts": torch.zeros(2, dtype=INT)}, ("page_ids", "only one")),
+    ],
+)
+def test_decode_attention_refuses(case, change, words):
+    with pytest.raises(ValueError) as error:
+        call(case, **change)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_decode_attention_refuses_bad_pages(case):
+    ids, counts = pack([[0], [0]], 3)
+    assert call(case, page_ids=ids, page_counts=counts).shape == (2, 4, 4)
+    with pytest.raises(ValueError, match="return_page_scores needs every token"):
+        call(case, page_ids=ids, page_counts=counts, return_page_scores=True)
+    with pytest.raises(ValueError, match=r"page_ids must be int32.*int64"):
+        call(case, page_ids=ids.long(), page_counts=counts)
+    with pytest.raises(ValueError, match=r"page_ids must be \[B, pages\].*\[2\]"):
+        call(case, page_ids=counts, page_counts=counts)
+    with pytest.raises(ValueError, match=r"page_counts must be int32 \[2\].*\[1\]"):
+        call(case, page_ids=ids, page_counts=counts[:1])
+
+
+def test_decode_attention_refuses_strided_heads(case):
+    case.k_cache = case.k_cache.transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(ValueError, match="k_cache must have last stride 1"):
+        call(case)
+
+
+@pytest.mark.parametrize(
+    ("scores", "lengths", "words"),
+    [
+        (torch.zeros(2), torch.zeros(2, dtype=INT), ("page_scores", "[2]")),
+        (torch.zeros(2, 3, dtype=INT), torch.zeros(2, dtype=INT), ("page_scores", "int32")),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=INT), ("seq_lens", "[2]", "[3]")),
+        (torch.zeros(2, 3), torch.zeros(2), ("seq_lens", "int32", "float32")),
+        (torch.zeros(2, 3), torch.tensor([0, 49], dtype=INT), ("48 tokens", "49")),
+    ],
+)
+def test_select_pages_refuses(scores, lengths, words):
+    with pytest.raises(ValueError) as error:
+        ops.select_pages(scores, lengths, DeltaConfig())
+    for word in words:
+        assert word in str(error.value), error.value
+
+
+def test_cpu_maker_takes_cpu_tensors_only():
+    scores = torch.zeros(1, 1, device="meta")
+    with pytest.raises(ValueError, match="'cpu' takes CPU tensors, got meta"):
+        ops.select_pages(
+            scores, torch.zeros(1, dtype=INT, device="meta"), DeltaConfig(), backend="cpu"
+        )
+
+
+def test_cpu_maker_reads_no_memory_outside_the_cache(case):
+    for block in (-1, 5):
+        case.block_table[1, 0] = block
+        with pytest.raises(ValueError, match=rf"block_table must name blocks in 0..4, got {block}"):
+            call(case)

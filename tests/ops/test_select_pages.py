@@ -1,0 +1,154 @@
+"""select_pages against the rules: R1, R3, R4, R6."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ops_oracle import select
+
+from deltadecode import ops
+from deltadecode.config import DeltaConfig
+
+pytestmark = pytest.mark.parametrize("backend", ["reference", "cpu"])
+NAN, INF = math.nan, math.inf
+
+
+def config(page_size=4, budget=5, recent=2, sinks=0):
+    return DeltaConfig(page_size, budget, recent, sinks)
+
+
+def run(scores, lengths, cfg, backend, dtype=torch.float32):
+    """Select, check the contract, and return the pages of each row."""
+    scores = torch.tensor(scores, dtype=dtype).reshape(len(lengths), -1)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    before = scores.clone()
+    ids, counts = ops.select_pages(scores, seq_lens, cfg, backend=backend)
+    assert torch.equal(scores.nan_to_num(7), before.nan_to_num(7)) and seq_lens.tolist() == lengths
+    assert ids.dtype == counts.dtype == torch.int32
+    assert ids.shape == (len(lengths), cfg.budget_pages) and counts.shape == (len(lengths),)
+    assert all(set(row[count:]) <= {-1} for row, count in zip(ids.tolist(), counts, strict=True))
+    return [row[:count] for row, count in zip(ids.tolist(), counts.tolist(), strict=True)]
+
+
+def test_rule1_selection_keeps_no_state(backend):
+    cfg = config(page_size=1, budget=3, recent=1)
+    first, second = [[9, 0, 0, 8, 0, 0, 0]], [[0, 9, 8, 0, 0, 0, 0]]
+    expected = [[0, 3, 6]]
+    assert run(first, [7], cfg, backend) == expected
+    assert run(second, [7], cfg, backend) == [[1, 2, 6]]
+    assert run(first, [7], cfg, backend) == expected
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 17, 20])
+def test_rule3_every_page_when_they_fit(backend, n):
+    pages = -(-n // 4)
+    assert run([[NAN, INF, -INF, 0, 1, 9, 9]], [n], config(), backend) == [list(range(pages))]
+
+
+def test_rule3_one_token_past_the_budget_drops_a_page(backend):
+    cfg = config()  # 20 tokens fit
+    assert run([[3, 1, 2, 4, 9, 9]], [20], cfg, backend) == [[0, 1, 2, 3, 4]]
+    assert run([[3, 1, 2, 4, 9, 9]], [21], cfg, backend) == [[0, 2, 3, 4, 5]]
+
+
+def test_rule4_recent_pages_whatever_they_score(backend):
+    assert run([[1, 2, 3, 4, 5, 6, -INF, NAN]], [32], config(), backend) == [[3, 4, 5, 6, 7]]
+    assert run([[1, 2, 3, 4, 5, 6, -9, -9]], [29], config(recent=0), backend) == [[1, 2, 3, 4, 5]]
+
+
+def test_rule4_sink_pages_whatever_they_score(backend):
+    cfg = config(recent=1, sinks=2)
+    assert run([[NAN, -INF, 1, 2, 3, 4, 5, 0]], [32], cfg, backend) == [[0, 1, 5, 6, 7]]
+
+
+def test_rule4_forced_pages_count_once(backend):
+    cfg = config(recent=1, sinks=2)
+    assert run([[9, 8, 1, 2, 3, 4, 5, 7]], [32], cfg, backend) == [[0, 1, 5, 6, 7]]
+    assert run([[9, 1, 8, 2, 3, 4, 5, 7]], [31], cfg, backend) == [[0, 1, 2, 6, 7]]
+
+
+def test_rule4_ties_go_to_the_lower_page(backend):
+    assert run([[1, 1, 1, 1, 1, 1, 1, 1]], [32], config(), backend) == [[0, 1, 2, 6, 7]]
+    assert run([[0, 5, 1, 5, 1, 1, 0, 0]], [32], config(), backend) == [[1, 2, 3, 6, 7]]
+    assert run([[0.0, -0.0, 0.0, -1, 0, 0, 0, 0]], [32], config(), backend) == [[0, 1, 2, 6, 7]]
+    wide = [[1.0] * 300]
+    assert run(wide, [1200], config(), backend) == [[0, 1, 2, 298, 299]]
+
+
+def test_rule4_nan_ranks_below_every_number(backend):
+    cfg = config(budget=4, recent=1)
+    assert run([[NAN, -INF, 1, NAN, -INF, 0]], [24], cfg, backend) == [[1, 2, 4, 5]]
+    assert run([[NAN, NAN, 1, NAN, NAN, 0]], [24], cfg, backend) == [[0, 1, 2, 5]]
+    assert run([[NAN, -1, INF, NAN, -INF, 0]], [24], cfg, backend) == [[1, 2, 4, 5]]
+
+
+def test_rule4_scores_past_the_last_page_play_no_part(backend):
+    scores = [[1, 2, 3, 4, 5, 6, INF, NAN, 99]]
+    assert run(scores, [24], config(), backend) == [[1, 2, 3, 4, 5]]
+    assert run(scores, [23], config(), backend) == [[1, 2, 3, 4, 5]]
+
+
+def test_rule6_rows_are_independent(backend):
+    scores = [[5, 4, 3, 2, 1, 0, 0, 0], [NAN] * 8, [0, 0, 9, 0, 9, 9, 0, 0], [INF] * 8]
+    lengths = [32, 0, 25, 3]
+    together = run(scores, lengths, config(), backend)
+    assert together == [[0, 1, 2, 6, 7], [], [0, 2, 4, 5, 6], [0]]
+    alone = [run([s], [n], config(), backend)[0] for s, n in zip(scores, lengths, strict=True)]
+    assert together == alone
+
+
+def test_float64_scores_are_not_rounded(backend):
+    scores = [[1.0, 1.0 + 1e-12, 1.0 + 2e-12, 0, 0]]
+    cfg = config(page_size=1, budget=2, recent=0)
+    assert run(scores, [5], cfg, backend, torch.float64) == [[1, 2]]
+    assert run(scores, [5], cfg, backend, torch.float32) == [[0, 1]]
+
+
+def test_no_rows_and_no_pages(backend):
+    ids, counts = ops.select_pages(
+        torch.zeros(0, 9), torch.zeros(0, dtype=torch.int32), config(), backend=backend
+    )
+    assert ids.shape == (0, 5) and counts.shape == (0,)
+    assert run([[], []], [0, 0], config(), backend) == [[], []]
+
+
+number = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.0, NAN, INF, -INF]),
+    st.floats(width=16, allow_nan=False),
+)
+
+
+@st.composite
+def selections(draw):
+    page_size = draw(st.integers(1, 5))
+    recent, sinks = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    budget = recent + sinks + draw(st.integers(1, 5))
+    p, k = page_size, budget * page_size
+    edges = st.sampled_from([0, 1, p - 1, p, p + 1, k - 1, k, k + 1, k + p, k + p + 1])
+    lengths = draw(st.lists(edges | st.integers(0, 3 * k + p), min_size=1, max_size=4))
+    pages = max(-(-n // p) for n in lengths) + draw(st.integers(0, 3))
+    # Scores with many equals, and scores without any: makers treat them differently.
+    unlike = st.permutations([u / 8 for u in range(pages)])
+    alike = st.lists(number, min_size=pages, max_size=pages)
+    rows = draw(st.lists(unlike, min_size=len(lengths), max_size=len(lengths)))
+    if draw(st.booleans()):
+        rows[0] = draw(alike)
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    return DeltaConfig(page_size, budget, recent, sinks), lengths, rows, dtype
+
+
+@settings(deadline=None)
+@given(drawn=selections())
+@example(drawn=(config(budget=3), [16], [[NAN, NAN, 0.0, 0.0]], torch.float32))
+def test_selection_equals_the_rules(backend, drawn):
+    cfg, lengths, rows, dtype = drawn
+    expected = [
+        select(
+            torch.tensor(row, dtype=dtype).tolist(),
+            n, cfg.page_size, cfg.budget_pages, cfg.recent_pages, cfg.sink_pages,
+        )
+        for row, n in zip(rows, lengths, strict=True)
+    ]  # fmt: skip
+    assert run(rows, lengths, cfg, backend, dtype) == expected
