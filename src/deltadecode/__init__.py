@@ -1,0 +1,67 @@
+"""Training-free sparse attention for decoding, inside the engines that people already run.
+
+DELTA (arXiv 2510.09883): a few layers attend to the whole KV cache and select the pages that
+matter now; the layers after them read only those. ``import deltadecode`` makes the attention
+implementation ``"delta"`` known to Transformers; nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from deltadecode.config import DeltaConfig, LayerPlan
+from deltadecode.errors import (
+    DeltaConfigError,
+    DeltaDecodeError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
+from deltadecode.integrations.on_import import on_import
+
+if TYPE_CHECKING:
+    from deltadecode.integrations.transformers import (
+        DecodeStats,
+        DeltaCache,
+        disable,
+        enable,
+        stats,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DecodeStats",
+    "DeltaCache",
+    "DeltaConfig",
+    "DeltaConfigError",
+    "DeltaDecodeError",
+    "LayerPlan",
+    "UnsupportedCacheError",
+    "UnsupportedModelError",
+    "__version__",
+    "disable",
+    "enable",
+    "stats",
+]
+
+_TRANSFORMERS = "deltadecode.integrations.transformers"
+_LAZY = frozenset({"DecodeStats", "DeltaCache", "disable", "enable", "stats"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_TRANSFORMERS), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | _LAZY)
+
+
+def _register() -> None:
+    importlib.import_module(_TRANSFORMERS)
+
+
+# Transformers takes seconds to import, and no model exists before its base class does.
+on_import("transformers.modeling_utils", _register)

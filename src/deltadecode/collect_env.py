@@ -1,0 +1,116 @@
+"""What a measurement was made on: versions, machine and backends; nothing names a host."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "vllm")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of what it runs on.
+
+    Returns
+    -------
+    dict
+        Package name -> version. Packages that are not installed are left out.
+    """
+    from deltadecode import __version__
+
+    found = {"python": platform.python_version(), "deltadecode": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine generically.
+
+    Returns
+    -------
+    dict
+        ``os``, ``cpu`` (model), ``cpu_capability`` (widest vector instructions that PyTorch uses),
+        ``cores`` (usable by this process), ``threads`` (of PyTorch), ``memory_gib`` and ``gpus``.
+    """
+    return {
+        "os": platform.system(),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "gpus": gpus(),
+    }
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that PyTorch sees.
+
+    Returns
+    -------
+    list of str
+        One per device.
+    """
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return []
+
+
+def devices() -> list[str]:
+    """Devices that PyTorch can run a model on here.
+
+    Returns
+    -------
+    list of str
+        ``"cpu"`` and then the accelerators, as ``--device`` takes them.
+    """
+    found = ["cpu", *(f"cuda:{i}" for i in range(len(gpus())))]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def backends() -> dict[str, str]:
+    """Makers of the operations, and where each of them runs.
+
+    Returns
+    -------
+    dict
+        Value of ``backend`` in :mod:`deltadecode.ops` -> devices.
+    """
+    return {"reference": "any device", "cpu": "CPU"}
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    # A container often may use fewer cores than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_gib() -> int | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,1 @@
+"""Adapters to the engines that people already run; no engine is imported from here."""

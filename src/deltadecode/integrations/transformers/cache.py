@@ -1,0 +1,198 @@
+"""A KV cache that appends in place, for the layers that DELTA plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from deltadecode.architecture import attention_layers
+
+# Tokens kept free behind the last one, so that a last page that is only partly filled lies inside
+# the buffer and can be read without a copy.
+_SLACK = 256
+
+
+class DeltaLayer(DynamicLayer):
+    """Keys and values of one full-attention layer, appended in place.
+
+    ``keys`` and ``values`` are views [B, Hkv, n, D] of the first n tokens of two larger buffers.
+    A buffer grows by max(256, n / 16) tokens at a time: appending costs O(1) amortised, and no more
+    memory is touched than the concatenation of the stock layer touches.
+    """
+
+    # Set by the first states; None before, but nothing below reads them then.
+    keys: Tensor
+    values: Tensor
+    _key_buffer: Tensor
+    _value_buffer: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device, batch, heads and head size from the first states.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, Hkv, tokens, D]; the tokens are not stored yet.
+        """
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._adopt(key_states[:, :, :0], value_states[:, :, :0])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens and return everything stored.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, Hkv, new tokens, D].
+
+        Returns
+        -------
+        tuple of Tensor
+            Keys and values [B, Hkv, n, D], views of the buffers.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if self._must_concatenate(key_states):
+            self._adopt(
+                torch.cat([self.keys, key_states], dim=2),
+                torch.cat([self.values, value_states], dim=2),
+            )
+            self.dtype = self.keys.dtype
+            return self.keys, self.values
+        if end + _SLACK > self._key_buffer.shape[2] or self._frozen():
+            self._grow(end)
+        self.keys = _append(self._key_buffer, key_states, start, end)
+        self.values = _append(self._value_buffer, value_states, start, end)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take row ``beam_idx[b]`` as row b, in place.
+
+        Parameters
+        ----------
+        beam_idx : Tensor
+            [B] integer row numbers.
+        """
+        if self.get_seq_length() == 0:
+            return
+        if beam_idx.numel() != self.keys.shape[0] or self._frozen():
+            self.batch_select_indices(beam_idx)
+            return
+        rows = beam_idx.to(self.keys.device)
+        self.keys.copy_(self.keys.index_select(0, rows))
+        self.values.copy_(self.values.index_select(0, rows))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times.
+
+        Parameters
+        ----------
+        repeats : int
+            Copies of each row.
+        """
+        if self.get_seq_length() > 0:
+            self._adopt(
+                self.keys.repeat_interleave(repeats, dim=0),
+                self.values.repeat_interleave(repeats, dim=0),
+            )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows only.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Row numbers, or a boolean [B].
+        """
+        if self.get_seq_length() > 0:
+            rows = indices.to(self.keys.device)
+            self._adopt(self.keys[rows], self.values[rows])
+
+    def reset(self) -> None:
+        """Forget all tokens and free the buffers."""
+        super().reset()
+        if hasattr(self, "_key_buffer"):
+            del self._key_buffer, self._value_buffer
+
+    def _adopt(self, keys: Tensor, values: Tensor) -> None:
+        # The next update finds no room behind them and moves them to buffers that have it.
+        self.keys = self._key_buffer = keys
+        self.values = self._value_buffer = values
+
+    def _must_concatenate(self, states: Tensor) -> bool:
+        # Autograd may hold the old tensors, a new dtype needs promotion, and a wrong number of
+        # rows must fail: an in-place copy would do none of the three.
+        return (
+            (states.requires_grad and torch.is_grad_enabled())
+            or states.dtype != self.dtype
+            or states.shape[0] != self.keys.shape[0]
+        )
+
+    def _frozen(self) -> bool:
+        # Tensors made in inference mode cannot be written to outside of it.
+        return self._key_buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+    def _grow(self, tokens: int) -> None:
+        capacity = -(-(tokens + max(256, tokens // 16)) // 64) * 64 + _SLACK
+        tokens = self.keys.shape[2]
+        # One after the other and the old one freed, so that at most one buffer exists twice.
+        self._key_buffer = _moved(self.keys, capacity)
+        self.keys = self._key_buffer.narrow(2, 0, tokens)
+        self._value_buffer = _moved(self.values, capacity)
+        self.values = self._value_buffer.narrow(2, 0, tokens)
+
+
+class DeltaCache(DynamicCache):
+    """The cache that ``attn_implementation="delta"`` decodes from.
+
+    Full-attention layers are :class:`DeltaLayer`; sliding-window, linear and other layers keep the
+    class that :class:`transformers.DynamicCache` gives them. ``generate`` makes one by itself,
+    returns it with ``return_dict_in_generate=True``, and takes it back as ``past_key_values`` to
+    continue a conversation.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        Configuration of the model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When the model has no full-attention layer that could be planned.
+    """
+
+    def __init__(self, config: Any) -> None:
+        planned = attention_layers(config)
+        super().__init__(config=config)
+        for layer in planned:
+            # A window as long as the longest sequence counts as full attention, but comes as a
+            # sliding-window layer. Anything else is a layer with a state of its own: left alone.
+            if type(self.layers[layer]) in (DynamicLayer, DynamicSlidingWindowLayer):
+                self.layers[layer] = DeltaLayer()
+
+
+def _moved(stored: Tensor, capacity: int) -> Tensor:
+    rows, heads, tokens, dim = stored.shape
+    buffer = stored.new_empty((rows, heads, capacity, dim))
+    buffer[:, :, :tokens].copy_(stored)
+    return buffer
+
+
+def _append(buffer: Tensor, states: Tensor, start: int, end: int) -> Tensor:
+    # as_strided takes half the time of slicing, and this runs twice per layer and step.
+    rows, heads, _, dim = buffer.shape
+    strides = buffer.stride()
+    new = (rows, heads, end - start, dim)
+    buffer.as_strided(new, strides, start * strides[2]).copy_(states)
+    return buffer.as_strided((rows, heads, end, dim), strides)

@@ -1,0 +1,179 @@
+"""What cannot work with DELTA, refused in one line before anything has run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.modeling_utils import PreTrainedModel
+
+from deltadecode.architecture import attention_layers
+from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
+from deltadecode.integrations.transformers.cache import DeltaCache
+from deltadecode.integrations.transformers.state import ModelState
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a model that has nothing to plan, or whose attention cannot be replaced.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the class.
+    """
+    name = type(model).__name__
+    try:
+        attention_layers(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name} cannot decode with DELTA: {error}") from None
+    if not model._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{name} cannot decode with DELTA: it does not use the attention interface of "
+            "Transformers"
+        )
+    causal = (part for part in model.modules() if getattr(part, "is_causal", False))
+    if not any(hasattr(part, "layer_idx") for part in causal):
+        raise UnsupportedModelError(
+            f"{name} cannot decode with DELTA: none of its attention layers is causal"
+        )
+
+
+def check_cache(cache: Any, state: ModelState) -> None:
+    """Refuse a cache of another kind, or of another model.
+
+    Parameters
+    ----------
+    cache : Any
+        What was passed as ``past_key_values``; None passes.
+    state : ModelState
+        State of the model.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        Naming the class of the cache.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, DeltaCache):
+        raise UnsupportedCacheError(
+            f"DELTA decodes from a DeltaCache, got a {type(cache).__name__}; pass no "
+            "past_key_values, or DeltaCache(model.config)"
+        )
+    if len(cache.layers) != state.plan.num_layers:
+        raise UnsupportedCacheError(
+            f"the DeltaCache must be of this model with {state.plan.num_layers} layers, got one "
+            f"of {len(cache.layers)} layers"
+        )
+
+
+def check_attentions(wanted: Any) -> None:
+    """Refuse to return attention weights.
+
+    Parameters
+    ----------
+    wanted : Any
+        The value of ``output_attentions``.
+
+    Raises
+    ------
+    ValueError
+        When it is true.
+    """
+    if wanted:
+        raise ValueError(
+            f"output_attentions={wanted!r} is not possible with DELTA: sparse layers have no "
+            "weights for the tokens they do not read; call deltadecode.disable(model) first"
+        )
+
+
+def check_prompt(tokens: int, mask: Any, state: ModelState) -> None:
+    """Refuse a prompt that is longer than the model's positions.
+
+    Parameters
+    ----------
+    tokens : int
+        Length of the prompt, with what the cache already holds and with padding.
+    mask : Any
+        The attention mask, if there is one; a two-dimensional one tells padding from tokens.
+    state : ModelState
+        State of the model.
+
+    Raises
+    ------
+    ValueError
+        Naming both numbers.
+    """
+    if state.longest is None or tokens <= state.longest:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        tokens = int(mask.sum(dim=1).max())
+    if tokens > state.longest:
+        raise ValueError(
+            f"the prompt must not be longer than the model's {state.longest} positions, got "
+            f"{tokens} tokens"
+        )
+
+
+def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[str, Any]) -> None:
+    """Refuse what ``generate`` cannot do with DELTA.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model.
+    state : ModelState
+        Its state.
+    arguments : dict
+        All arguments of the call by name.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        For a cache of another kind.
+    ValueError
+        For attention weights, assisted decoding, or a prompt that is too long.
+    """
+    settings = _settings(model, arguments)
+    if settings.cache_implementation not in (None, "dynamic"):
+        raise UnsupportedCacheError(
+            f"DELTA decodes from a DeltaCache, got cache_implementation="
+            f"{settings.cache_implementation!r}; leave it unset"
+        )
+    check_attentions(settings.output_attentions)
+    mode = settings.get_generation_mode(arguments.get("assistant_model"))
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens, ...) is not possible "
+            "with DELTA: it selects pages for one new token at a time, not for several drafted ones"
+        )
+    cache = arguments.get("past_key_values")
+    check_cache(cache, state)
+    mask = arguments.get("attention_mask")
+    tokens = 0
+    for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"):
+        given = arguments.get(name)
+        if isinstance(given, Tensor) and given.dim() > 1:
+            tokens = max(tokens, given.shape[1])
+    check_prompt(tokens, mask, state)
+
+
+def _settings(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerationConfig:
+    """The generation settings in force: the call's, else the given ones, else the model's."""
+    given = arguments.get("generation_config")
+    settings = copy.copy(model.generation_config if given is None else given)
+    for name in vars(settings):
+        value = arguments.get(name)
+        if value is None:
+            value = getattr(settings, name)
+        if value is None:
+            value = getattr(model.generation_config, name, None)
+        setattr(settings, name, value)
+    return settings

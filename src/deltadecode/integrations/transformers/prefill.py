@@ -1,0 +1,169 @@
+"""Full attention: what prefill, dense layers and the model's own layers compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+# Scores held at a time. Larger pieces bring no speed on a CPU, and a GPU is busy well below it.
+_SCORE_BYTES = 64 * 2**20
+
+
+def full_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Masked attention over all keys, with everything that the model asks of it.
+
+    The stock ``sdpa`` function computes it, unless there are learned sinks (``s_aux``) or a logit
+    soft-cap (``softcap``), which it does not know (docs/semantics.md, R7).
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention module.
+    query : Tensor
+        [B, Hq, Q, D].
+    key, value : Tensor
+        [B, Hkv, T, D].
+    mask : Tensor or None
+        Boolean or additive, broadcasts to [B, Hq, Q, T]; None: causal if the module is.
+    dropout : float
+        Probability that a weight is dropped.
+    scaling : float or None
+        Factor on q · k; None: D to the power of -1/2.
+    **kwargs
+        What else the model passes to its attention function.
+
+    Returns
+    -------
+    Tensor
+        [B, Q, Hq, D].
+    """
+    sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
+    if sinks is None and softcap is None:
+        if query.shape[2] == 1 and query.device.type == "cpu" and dropout == 0.0:
+            return _one_query(query, key, value, mask, scaling)
+        stock: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return stock[0]
+    causal = kwargs.get("is_causal")
+    return blockwise_attention(
+        query,
+        key,
+        value,
+        mask,
+        scale=query.shape[3] ** -0.5 if scaling is None else scaling,
+        causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+        sinks=sinks,
+        softcap=softcap,
+        dropout=dropout,
+    )
+
+
+def _one_query(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention of one query per row on a CPU; [B, Hq, 1, D] to [B, 1, Hq, D].
+
+    The query heads of one KV head become the queries of one head, so that its keys are read once:
+    several times faster than one head after the other in half precision.
+    """
+    rows, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    if rows * kv_heads == 1 and heads % 2 == 0 and key.dtype == torch.float32 and mask is None:
+        # One (row, head) is one task, which leaves the other cores idle: make it two.
+        kv_heads, key, value = 2, key.expand(1, 2, -1, -1), value.expand(1, 2, -1, -1)
+    packed = query.reshape(rows, kv_heads, heads // kv_heads, dim)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.expand(rows, heads, 1, -1).reshape(rows, kv_heads, heads // kv_heads, -1)
+    out = nn.functional.scaled_dot_product_attention(packed, key, value, mask, scale=scale)
+    return out.reshape(rows, 1, heads, -1)
+
+
+def blockwise_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    sinks: Tensor | None,
+    softcap: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention with learned sinks and a soft-cap, for a block of queries at a time.
+
+    Parameters
+    ----------
+    query : Tensor
+        [B, Hq, Q, D]; the last query stands at the last key.
+    key, value : Tensor
+        [B, Hkv, T, D], T ≥ Q.
+    mask : Tensor or None
+        Boolean or additive, broadcasts to [B, Hq, Q, T].
+    scale : float
+        Factor on q · k.
+    causal : bool
+        Without a mask, hide the keys behind each query.
+    sinks : Tensor or None
+        [Hq], one more logit in each softmax denominator.
+    softcap : float or None
+        Logits become ``softcap * tanh(logit / softcap)``.
+    dropout : float
+        Probability that a weight is dropped.
+
+    Returns
+    -------
+    Tensor
+        [B, Q, Hq, D] like value; softmax in float32, in float64 for float64 input.
+    """
+    rows, heads, queries, _ = query.shape
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    size = max(1, _SCORE_BYTES // (4 * rows * heads * tokens))
+    keys = key.transpose(2, 3)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    outputs = []
+    for first in range(0, queries, size):
+        part = query[:, :, first : first + size]
+        count = part.shape[2]
+        # Query heads of one KV head side by side: no copy of the keys per query head.
+        packed = part.reshape(rows, kv_heads, group * count, -1)
+        logits = (packed @ keys).to(dtype).mul(scale).view(rows, heads, count, tokens)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        if mask is not None:
+            logits = _masked(logits, mask[:, :, first : first + count])
+        elif causal and queries > 1:
+            place = torch.arange(first, first + count, device=key.device) + tokens - queries
+            seen = torch.arange(tokens, device=key.device) <= place[:, None]
+            logits = _masked(logits, seen)
+        if sinks is not None:
+            sink = sinks.to(dtype).view(1, heads, 1, 1).expand(rows, heads, count, 1)
+            logits = torch.cat([logits, sink], dim=3)
+        weights = torch.softmax(logits, dim=3)[..., :tokens]
+        weights = nn.functional.dropout(weights, dropout, training=dropout > 0)
+        packed = weights.to(value.dtype).reshape(rows, kv_heads, group * count, tokens) @ value
+        outputs.append(packed.view(rows, heads, count, -1).transpose(1, 2))
+    return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return logits + mask
+    # The lowest number instead of -inf: a padding token that sees nothing then gets a finite
+    # output, which is never read, where -inf would give NaN, which spreads.
+    return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
