@@ -1,6 +1,6 @@
 """Write a checkpoint as a Transformers model directory: bf16 safetensors and tokenizer.
 
-    python training/export.py --workdir DIR --out src/deltadecode/tasks/model
+python training/export.py --workdir DIR --out src/deltadecode/tasks/model
 """
 
 from __future__ import annotations

@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from model import Llama, Shape, rope_tables
 from torch import Tensor
 
 from deltadecode.tasks.chain import make_problem
 from deltadecode.tasks.vocabulary import EOS_ID, encode
 
+ROWS = 1024  # queries of a Δ-layer at a time
 FIRST_SEED = 1_000_000_000  # problems of the search; training seeds are drawn from 62 bits
 
 
@@ -52,20 +54,33 @@ def cases(seeds: range, device: torch.device) -> list[Case]:
     return made
 
 
-def page_mask(attention: Tensor, plan: Plan) -> Tensor:
-    """Tokens `[T, T]` that sparse layers may read, from a Δ-layer's attention `[H, T, T]`."""
-    scores = attention.amax(0)
-    t = scores.shape[0]
+def page_mask(scores: Tensor, first: int, plan: Plan) -> Tensor:
+    """Tokens `[R, T]` that sparse layers may read.
+
+    `scores [R, T]` are a Δ-layer's largest weights over the heads, for queries `first ...`.
+    """
+    rows, t = scores.shape
     pages = -(-t // plan.page)
-    padded = torch.nn.functional.pad(scores, (0, pages * plan.page - t))
-    sums = padded.view(t, pages, plan.page).sum(-1)
+    padded = F.pad(scores, (0, pages * plan.page - t))
+    sums = padded.view(rows, pages, plan.page).sum(-1)
     page = torch.arange(pages, device=sums.device)
-    last = (torch.arange(t, device=sums.device) // plan.page)[:, None]
+    last = (torch.arange(first, first + rows, device=sums.device) // plan.page)[:, None]
     sums = sums.masked_fill(page > last - plan.recent, torch.inf)
     sums = sums.masked_fill(page > last, -torch.inf)
     chosen = sums.topk(min(plan.budget, pages), dim=-1).indices
     mask = torch.zeros_like(sums, dtype=torch.bool).scatter_(1, chosen, True)
     return mask.repeat_interleave(plan.page, dim=1)[:, :t]
+
+
+def select(q: Tensor, k: Tensor, case: Case, causal: Tensor, plan: Plan) -> Tensor:
+    """What each query may read after a Δ-layer `[T, T]`: everything before it, in the prompt."""
+    allowed = causal.clone()
+    for first in range(case.prompt, q.shape[1], ROWS):
+        rows = slice(first, first + ROWS)
+        logits = (q[:, rows] @ k.mT) * q.shape[-1] ** -0.5
+        weights = logits.masked_fill_(~causal[rows], -torch.inf).softmax(-1)
+        allowed[rows] &= page_mask(weights.amax(0), first, plan)
+    return allowed
 
 
 @torch.no_grad()
@@ -82,18 +97,16 @@ def solution_loss(model: Llama, case: Case, plan: Plan | None) -> tuple[int, flo
         q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         full = plan is None or index in plan.dense or index in plan.delta
-        logits = (q[0] @ k[0].mT) * shape.head_dim**-0.5
-        attention = logits.masked_fill_(~(causal if full else allowed), -torch.inf).softmax(-1)
         if plan is not None and index in plan.delta:
-            allowed = causal & page_mask(attention, plan)
-            allowed[: case.prompt] = causal[: case.prompt]
-        out = (attention @ v[0]).transpose(0, 1).reshape(1, t, -1)
-        x = x + layer.self_attn.o_proj(out)
+            allowed = select(q[0], k[0], case, causal, plan)
+        mask = None if full else allowed
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=full)
+        x = x + layer.self_attn.o_proj(out.transpose(1, 2).reshape(1, t, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     logits = model.lm_head(model.model.norm(x))[0, case.prompt - 1 : -1]
     targets = case.ids[case.prompt :]
     wrong = int((logits.argmax(-1) != targets).sum())
-    return wrong, float(torch.nn.functional.cross_entropy(logits, targets))
+    return wrong, float(F.cross_entropy(logits, targets))
 
 
 def attended_fraction(case: Case, plan: Plan, layers: int) -> float:
@@ -193,8 +206,14 @@ def main() -> None:
         plan = largest_budget(problems[0], plan, layers, args.limit)
         exact = [solution_loss(model, c, plan)[0] == 0 for c in fresh]
         same = sum(a == b for a, b in zip(exact, full, strict=True)) / len(full)
-        rows.append({**asdict(plan), "exact": sum(exact) / len(exact), "agreement": same,
-                     "attended_fraction": attended_fraction(fresh[0], plan, layers)})
+        rows.append(
+            {
+                **asdict(plan),
+                "exact": sum(exact) / len(exact),
+                "agreement": same,
+                "attended_fraction": attended_fraction(fresh[0], plan, layers),
+            }
+        )
         print(json.dumps(rows[-1]), flush=True)
     result["plans"] = rows
     (args.workdir / "plan_search.json").write_text(json.dumps(result, indent=1) + "\n")

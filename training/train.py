@@ -156,7 +156,8 @@ class Trainer:
         for optimizer, rates in zip(self.optimizers, self.base, strict=True):
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * factor
-        on_gpu = self.device.type == "cuda"  # processors without bfloat16 units crawl under autocast
+        # Processors without bfloat16 units crawl under autocast.
+        on_gpu = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
             x = self.model.hidden(ids, torch.bfloat16 if on_gpu else torch.float32)
             loss, right = self.head(x, self.model.lm_head.weight, targets)

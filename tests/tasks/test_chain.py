@@ -66,8 +66,12 @@ def test_every_fact_and_recall_on_the_way_changes_the_answer(seed, data):
     line = problem.solution.splitlines()[step]
     fact = line.split(" : ")[0]
     node, following = fact.split(" ")[0], fact.split(" ")[3]
-    prompt = re.sub(rf"^{node} leads to {following} and adds \w+$",
-                    f"{node} leads to {following} and adds X", problem.prompt, flags=re.M)
+    prompt = re.sub(
+        rf"^{node} leads to {following} and adds \w+$",
+        f"{node} leads to {following} and adds X",
+        problem.prompt,
+        flags=re.M,
+    )
     old = int(line.split(" + ")[1].split(" ")[0])
     changed = prompt.replace("adds X", f"adds {(old + 1) % 10}")
     assert solve(changed) != problem.answer or any(

@@ -92,7 +92,9 @@ def _write_steps(
     nodes: list[str], start: int, digits: list[int], recalls: dict[int, int]
 ) -> tuple[list[str], list[str], int]:
     """Facts and solution lines of the walk, and the last digit."""
-    facts, lines, values = [], [], []
+    facts: list[str] = []
+    lines: list[str] = []
+    values: list[int] = []
     value = start
     for step, digit in enumerate(digits):
         node, following = nodes[step], nodes[step + 1]
@@ -129,7 +131,7 @@ def make_problem(
         Facts about nodes that the walk never visits.
     min_back : int, optional
         Least distance in tokens from a recalled line to the step that needs it. Default: 1,000,
-        or a quarter of the solution for problems too short for that.
+        or a third of the solution for problems too short for that.
 
     Raises
     ------
@@ -144,7 +146,7 @@ def make_problem(
             f"there are {len(NAMES)}, and steps must be at least 1"
         )
     if min_back is None:
-        min_back = min(DEFAULT_MIN_BACK, steps * PLAIN_STEP_TOKENS // 4)
+        min_back = min(DEFAULT_MIN_BACK, steps * PLAIN_STEP_TOKENS // 3)
     rng = random.Random(seed)
     names = rng.sample(NAMES, needed)
     nodes, spare = names[: steps + 1], names[steps + 1 :]
