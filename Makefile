@@ -1,0 +1,63 @@
+# `make demo` and `make test` need Python >= 3.10 (with pip and venv) and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# --no-build-isolation: the build backend is pinned like everything else.
+INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
+# Two workers share two cores, so each gets one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types contracts pytest bench-cpu clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(VENV)/.runtime ## install, then solve one long problem with full attention and with DELTA
+	$(BIN)/deltadecode demo $(ARGS)
+
+test: lint types contracts pytest ## install, then lint, types, import contracts and tests
+
+lint: $(VENV)/.dev ## ruff, checks only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev ## ruff, in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev ## mypy --strict on src
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev ## the layering, by import-linter
+	$(BIN)/lint-imports
+
+pytest: $(VENV)/.dev ## the tests alone; ARGS="tests/test_cli.py -k info" narrows them
+	$(PYTEST) $(ARGS)
+
+bench-cpu: $(VENV)/.dev ## the CPU benchmark; writes benchmarks/results/cpu-<date>.json
+	$(BIN)/deltadecode bench cpu --out benchmarks/results $(ARGS)
+
+clean: ## remove the environment, caches and build output
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp per step, so that an interrupted installation is taken up again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	    "deltadecode needs Python >= 3.10, $(PYTHON) is " + sys.version.split()[0] + \
+	    "; name another: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch goes first: with it in place, nothing later can pull in another build of it.
+$(VENV)/.runtime: pyproject.toml constraints.txt $(VENV)/.created
+	$(INSTALL) torch
+	$(INSTALL) hatchling editables
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(INSTALL) --editable '.[dev]'
+	touch $@

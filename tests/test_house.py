@@ -1,0 +1,131 @@
+"""The house: what a fresh clone installs and ships is what the project says."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A requirement's extras and markers play no part in whether it is pinned.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins():
+    """Package -> pins that apply to this Python."""
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        requirement, _, marker = (part.strip() for part in line.partition(";"))
+        if not requirement or requirement.startswith("#"):
+            continue
+        name, version = requirement.split("==")
+        old = sys.version_info < (3, 11)
+        applies = {
+            "": True,
+            'python_version < "3.11"': old,
+            'python_version >= "3.11"': not old,
+            'sys_platform == "win32"': sys.platform == "win32",
+        }[marker]
+        if applies:
+            found.setdefault(canonical(name), []).append(version)
+    return found
+
+
+def required(name, extras=()):
+    """All packages that a package brings along here, itself included."""
+    from packaging.requirements import Requirement
+
+    seen, todo = set(), [(name, tuple(extras))]
+    while todo:
+        package, wanted = todo.pop()
+        if (canonical(package), wanted) in seen:
+            continue
+        seen.add((canonical(package), wanted))
+        for text in metadata.requires(package) or []:
+            requirement = Requirement(text)
+            environments = [{"extra": extra} for extra in ("", *wanted)]
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate(each) for each in environments):
+                todo.append((requirement.name, tuple(sorted(requirement.extras))))
+    return {package for package, _ in seen}
+
+
+def test_every_dependency_is_pinned_to_what_is_installed():
+    pinned = pins()
+    for package in sorted(required("deltadecode", ["dev"]) | required("hatchling") | {"editables"}):
+        if package == "deltadecode":
+            continue
+        # The build of a wheel (+cpu, +cu130) is no part of its version.
+        installed = metadata.version(package).partition("+")[0]
+        assert pinned.get(package) == [installed], package
+
+
+def test_torch_is_pinned():
+    assert pins()["torch"] == ["2.13.0"]
+
+
+def test_wheel_holds_the_profiles_the_model_and_the_type_marker(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name.startswith("deltadecode-0.1.0-")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    source = ROOT / "src" / "deltadecode"
+    data = [*source.glob("profiles/*.json"), *source.glob("tasks/model/*"), source / "py.typed"]
+    assert len(data) >= 5
+    for file in data:
+        assert file.relative_to(ROOT / "src").as_posix() in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "format", "bench-cpu", "clean", "help"])
+def test_makefile_lists_its_targets(target):
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert re.search(rf"^  make {target}\b", shown, re.MULTILINE)
+
+
+def test_an_old_python_is_refused_in_one_line(tmp_path):
+    old = tmp_path / "python-of-old"
+    # Says about itself what Python 3.9 would say.
+    old.write_text(
+        f"#!{sys.executable}\n"
+        "import sys\n"
+        "sys.version_info, sys.version = (3, 9, 1), '3.9.1 (old)'\n"
+        "exec(sys.argv[2])\n"
+    )
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "-s", "demo", f"PYTHON={old}", f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"deltadecode needs Python >= 3.10, {old} is 3.9.1")
+    assert not (tmp_path / "venv").exists()
+
+
+def test_ci_runs_make_test():
+    run = ROOT / ".ci" / "run"
+    assert run.stat().st_mode & 0o111
+    assert "make test" in run.read_text()
+    assert "make test" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
