@@ -1,0 +1,5 @@
+"""The command ``deltadecode``."""
+
+from deltadecode.cli.app import main
+
+__all__ = ["main"]

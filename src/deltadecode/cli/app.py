@@ -1,0 +1,87 @@
+"""The commands, put together. PyTorch and Transformers load when a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from deltadecode.cli.bench import bench
+from deltadecode.cli.demo import demo
+from deltadecode.cli.generate import generate
+from deltadecode.cli.info import info
+from deltadecode.cli.output import complain, one_line
+from deltadecode.errors import DeltaDecodeError
+
+app = typer.Typer(
+    help="DELTA sparse attention for decoding long chains of thought (arXiv 2510.09883).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(generate)
+app.command()(info)
+app.add_typer(bench, name="bench")
+
+INTERRUPTED = 130
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from deltadecode import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        By default those of the process.
+
+    Raises
+    ------
+    SystemExit
+        0: done; 2: bad usage or bad input; 1: anything else failed; 130: interrupted. Every
+        failure is one line on stderr.
+    """
+    given = None if arguments is None else list(arguments)
+    try:
+        # Not standalone: its own error messages take several lines.
+        code = app(args=given, prog_name="deltadecode", standalone_mode=False)
+    except typer.TyperException as error:
+        complain(_usage_message(error))
+        code = 2
+    except DeltaDecodeError as error:
+        complain(str(error))
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        complain(f"{type(error).__name__}: {one_line(error)}")
+        code = 1
+    if code == INTERRUPTED:
+        complain("interrupted")
+    sys.exit(code or 0)
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    message = error.format_message()
+    # A value that does not pass typer's validation is only in the error behind this one.
+    details = getattr(error.__cause__, "errors", None)
+    if not callable(details):
+        return message
+    value = details()[0]["input"]
+    return f"{message}, got {value!r}"

@@ -1,0 +1,98 @@
+"""One side of the demo, in a process of its own; talks JSON lines with ``demo_workers``.
+
+Reads its task from the command line, loads the model, says ``ready``, waits for a line on stdin,
+decodes, says ``tokens`` and ``tail`` as it goes, and ``done`` at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from deltadecode.cli.output import one_line, quiet_libraries
+
+_BETWEEN_REPORTS = 0.2
+_TAIL = 200
+
+
+def main() -> None:
+    """Do the task of the command line."""
+    task = json.loads(sys.argv[1])
+    try:
+        _say(done=_work(**task))
+    except Exception as error:
+        _say(error=f"{type(error).__name__}: {one_line(error)}")
+        sys.exit(1)
+
+
+def _work(model: str, delta: bool, seed: int, steps: int | None) -> dict[str, Any]:
+    quiet_libraries()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from deltadecode.architecture import attention_layers
+    from deltadecode.cli.decoding import decode
+    from deltadecode.config import DeltaConfig
+    from deltadecode.tasks import extract_answer, is_correct, make_problem
+
+    # The operations of a model this small do not fill a second core.
+    torch.set_num_threads(1)
+    problem = make_problem(seed) if steps is None else make_problem(seed, steps=steps)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    prompt = tokenizer(problem.prompt, return_tensors="pt").input_ids
+    expected_tokens = len(tokenizer(problem.solution).input_ids)
+    _say(ready=expected_tokens)
+    sys.stdin.readline()
+
+    reports = _Reports()
+    decoded = decode(
+        loaded,
+        tokenizer,
+        prompt,
+        DeltaConfig.for_model(loaded) if delta else None,
+        # Room to end the text, and to go wrong a little.
+        settings={"max_new_tokens": expected_tokens + 32, "do_sample": False},
+        on_token=reports.on_token,
+        on_text=reports.on_text,
+    )
+    new, length = len(decoded.token_ids), prompt.shape[1]
+    # Decode step i reads the prompt and i new tokens; the first token comes from the prefill.
+    read = len(attention_layers(loaded)) * sum(length + i for i in range(1, new))
+    return {
+        "answer": extract_answer(decoded.text),
+        "correct": is_correct(problem, decoded.text),
+        "expected": problem.answer,
+        "prompt_tokens": length,
+        "tokens": new,
+        "seconds": decoded.seconds,
+        "attended_tokens": decoded.attended_tokens if delta else read,
+        "full_tokens": decoded.full_tokens if delta else read,
+    }
+
+
+class _Reports:
+    """Progress, a few times a second."""
+
+    def __init__(self) -> None:
+        self._tail = ""
+        self._next = 0.0
+
+    def on_text(self, text: str) -> None:
+        self._tail = (self._tail + text)[-_TAIL:]
+
+    def on_token(self, tokens: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _BETWEEN_REPORTS
+            _say(tokens=tokens, tail=self._tail)
+
+
+def _say(**message: Any) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main()
