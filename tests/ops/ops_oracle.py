@@ -143,9 +143,10 @@ def make_case(
     """Draw a case; every slot that no token of a row owns holds ``poison``.
 
     ``layout``: "paged" shuffles the blocks of all rows among spare ones and fills unused table
-    entries with junk; "rows" gives each row one block (pages_per_block is then what the longest
-    row needs); "heads" is "rows" with the heads before the tokens in memory; "strided" is "paged"
-    with gaps between all elements but the last dimension's.
+    entries with junk; "interleaved" deals blocks out to the rows in turn; "rows" gives each row one
+    block (pages_per_block is then what the longest row needs); "heads" is "rows" with the heads
+    before the tokens in memory; "strided" is "paged" with gaps between all elements but the last
+    dimension's.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -158,20 +159,22 @@ def make_case(
     size = page_size * pages_per_block
     per_row = -(-longest // size)
     used = [-(-n // size) for n in lengths]
-    blocks = rows if layout in ("rows", "heads") else sum(used) + 2
-    k_cache, v_cache = (
-        _empty_cache(layout, blocks, size, kv_heads, dim, dtype).fill_(poison) for _ in range(2)
-    )
-
     if layout in ("rows", "heads"):
-        table = torch.arange(rows, dtype=torch.int32)[:, None]
+        blocks, table = rows, torch.arange(rows, dtype=torch.int32)[:, None]
+    elif layout == "interleaved":
+        blocks = rows * per_row
+        table = torch.arange(blocks, dtype=torch.int32).view(per_row, rows).T.contiguous()
     else:
+        blocks = sum(used) + 2
         junk = torch.tensor([-1, 10**6, -(2**31)], dtype=torch.int32)
         table = junk[torch.randint(0, 3, (rows, per_row + 1), generator=rng)]
         free = torch.randperm(blocks, generator=rng).int().tolist()
         for row in range(rows):
             for place in range(used[row]):
                 table[row, place] = free.pop()
+    k_cache, v_cache = (
+        _empty_cache(layout, blocks, size, kv_heads, dim, dtype).fill_(poison) for _ in range(2)
+    )
 
     q = (randn(rows, kv_heads * group, dim) * contrast).to(dtype)
     keys = [randn(n, kv_heads, dim).to(dtype) for n in lengths]

@@ -12,7 +12,7 @@ from deltadecode import ops
 from deltadecode.config import DeltaConfig
 
 pytestmark = pytest.mark.parametrize("backend", ["reference", "cpu"])
-LAYOUTS = ["paged", "rows", "heads", "strided"]
+LAYOUTS = ["paged", "interleaved", "rows", "heads", "strided"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -138,9 +138,10 @@ def test_rule6_rows_are_independent(backend, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pages", [[[0], [1, 2], [5]], [[0, 1], [1, 5], [4, 5]], [[0], [], [3]]])
-def test_rule6_rows_of_equal_length_with_unlike_pages(backend, pages, layout):
-    case = make_case(18, [22, 22, 22], layout=layout)
+@pytest.mark.parametrize("lengths", [[22, 22, 22], [4, 22, 30]])
+@pytest.mark.parametrize("pages", [[[0], [1, 2], [5]], [[0], [], [3]], [[0], [2], [3]]])
+def test_rule6_rows_with_unlike_pages(backend, pages, lengths, layout):
+    case = make_case(18, lengths, layout=layout)
     expected, _ = case.attend(pages)
     close(sparse(case, pages, backend), expected, torch.float32)
 

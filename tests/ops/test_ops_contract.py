@@ -100,14 +100,6 @@ def test_select_pages_refuses(scores, lengths, words):
         assert word in str(error.value), error.value
 
 
-def test_cpu_maker_takes_cpu_tensors_only():
-    scores = torch.zeros(1, 1, device="meta")
-    with pytest.raises(ValueError, match="'cpu' takes CPU tensors, got meta"):
-        ops.select_pages(
-            scores, torch.zeros(1, dtype=INT, device="meta"), DeltaConfig(), backend="cpu"
-        )
-
-
 def test_cpu_maker_reads_no_memory_outside_the_cache(case):
     for block in (-1, 5):
         case.block_table[1, 0] = block

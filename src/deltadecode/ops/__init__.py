@@ -1,8 +1,8 @@
 """The operations of a decode step: one contract each, several makers.
 
-Makers: ``reference`` is the definition, on any device; ``cpu`` is fast plain PyTorch for CPU
-tensors. ``backend="auto"`` takes ``cpu`` for CPU tensors and ``reference`` elsewhere. All follow
-the rules R1..R9 of docs/semantics.md, those of arXiv 2510.09883.
+Makers: ``reference`` is the definition; ``cpu`` is fast plain PyTorch, tuned on CPUs, and what
+``backend="auto"`` takes. Both run on any device and follow the rules R1..R9 of docs/semantics.md,
+those of arXiv 2510.09883.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def select_pages(
     """
     check_select(page_scores, seq_lens)
     check_reach(seq_lens, page_scores.shape[1] * cfg.page_size, "page_scores")
-    page_ids, page_counts = _maker(backend, page_scores).select_pages(page_scores, seq_lens, cfg)
+    page_ids, page_counts = _maker(backend).select_pages(page_scores, seq_lens, cfg)
     return page_ids, page_counts
 
 
@@ -166,7 +166,7 @@ def decode_attention(
         softcap, return_page_scores,
     )  # fmt: skip
     check_reach(seq_lens, block_table.shape[1] * k_cache.shape[1], "block_table")
-    result: Tensor | tuple[Tensor, Tensor] = _maker(backend, q).decode_attention(
+    result: Tensor | tuple[Tensor, Tensor] = _maker(backend).decode_attention(
         q,
         k_cache,
         v_cache,
@@ -183,13 +183,11 @@ def decode_attention(
     return result
 
 
-def _maker(backend: str, tensor: Tensor) -> ModuleType:
-    if backend == "auto":
+def _maker(backend: str) -> ModuleType:
+    if backend in ("auto", "cpu"):
         return cpu
     if backend == "reference":
         return reference
-    if backend == "cpu":
-        return cpu
     if backend == "triton":
         raise ValueError("backend 'triton' is not in this version; use 'auto' or 'reference'")
     raise ValueError(f"backend must be 'auto', 'reference' or 'cpu', got {backend!r}")

@@ -1,10 +1,10 @@
-"""Fast maker for CPU tensors, in plain PyTorch.
+"""Fast maker in plain PyTorch, tuned on CPUs; it runs on any device, with host synchronisation.
 
 Decoding is bound by reading keys and values, so nothing here copies them more than once: query
 heads that share a KV head are the rows of one matrix (no repeated KV heads), a row that lies in
-one block is a view, and a sparse layer gathers whole pages. Rows of equal length go through as one
-batch.
-Contracts stand in :mod:`deltadecode.ops`, the definition in :mod:`deltadecode.ops.reference`.
+one block is a view, and a sparse layer gathers whole pages. Rows of equal length go through as
+one batch. Contracts stand in :mod:`deltadecode.ops`, the definition in
+:mod:`deltadecode.ops.reference`.
 """
 
 from __future__ import annotations
