@@ -47,15 +47,20 @@ def test_update_appends_in_place_and_grows_rarely_and_little() -> None:
         moves += keys.data_ptr() != places
         places = keys.data_ptr()
         most = max(most, layer._key_buffer.shape[2] - keys.shape[2])
-    assert 1 <= moves <= 1200 // 256 + 1
-    assert most <= 256 + 64 + 256  # growth, rounding, and the room behind the last page
+    assert 1 <= moves <= 1200 // 128 + 1
+    assert most <= 128 + 64 + 64  # growth, rounding, and the room behind the last page
 
 
-def test_a_partial_last_page_of_up_to_256_tokens_lies_inside_the_buffer() -> None:
+def test_a_prompt_gets_a_buffer_of_its_size() -> None:
+    layer, _ = filled(700, 300)
+    assert layer._key_buffer.shape[2] <= 1000 + 64 + 64
+
+
+def test_a_partial_last_page_of_up_to_64_tokens_lies_inside_the_buffer() -> None:
     layer, _ = filled(1)
     for step in range(600):
         keys, _ = layer.update(*states(1, seed=step))
-        assert layer._key_buffer.shape[2] - keys.shape[2] >= 255
+        assert layer._key_buffer.shape[2] - keys.shape[2] >= 63
 
 
 def test_crop_reset_and_updates_after_them() -> None:

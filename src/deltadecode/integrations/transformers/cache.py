@@ -11,16 +11,17 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from deltadecode.architecture import attention_layers
 
 # Tokens kept free behind the last one, so that a last page that is only partly filled lies inside
-# the buffer and can be read without a copy.
-_SLACK = 256
+# the buffer and can be read without a copy: pages of up to 64 tokens, in practice all.
+_SLACK = 64
 
 
 class DeltaLayer(DynamicLayer):
     """Keys and values of one full-attention layer, appended in place.
 
     ``keys`` and ``values`` are views [B, Hkv, n, D] of the first n tokens of two larger buffers.
-    A buffer grows by max(256, n / 16) tokens at a time: appending costs O(1) amortised, and no more
-    memory is touched than the concatenation of the stock layer touches.
+    At a decode step a full buffer grows by max(128, n / 32) tokens: appending costs O(1) amortised.
+    A prompt gets a buffer of its own size, so that prefill, where memory peaks, needs no more than
+    the concatenation of the stock layer does.
     """
 
     # Set by the first states; None before, but nothing below reads them then.
@@ -71,7 +72,7 @@ class DeltaLayer(DynamicLayer):
             self.dtype = self.keys.dtype
             return self.keys, self.values
         if end + _SLACK > self._key_buffer.shape[2] or self._frozen():
-            self._grow(end)
+            self._grow(start, end)
         self.keys = _append(self._key_buffer, key_states, start, end)
         self.values = _append(self._value_buffer, value_states, start, end)
         return self.keys, self.values
@@ -143,14 +144,14 @@ class DeltaLayer(DynamicLayer):
         # Tensors made in inference mode cannot be written to outside of it.
         return self._key_buffer.is_inference() and not torch.is_inference_mode_enabled()
 
-    def _grow(self, tokens: int) -> None:
-        capacity = -(-(tokens + max(256, tokens // 16)) // 64) * 64 + _SLACK
-        tokens = self.keys.shape[2]
+    def _grow(self, start: int, end: int) -> None:
+        spare = max(128, end // 32) if end - start == 1 else 0
+        capacity = -(-(end + spare) // 64) * 64 + _SLACK
         # One after the other and the old one freed, so that at most one buffer exists twice.
         self._key_buffer = _moved(self.keys, capacity)
-        self.keys = self._key_buffer.narrow(2, 0, tokens)
+        self.keys = self._key_buffer.narrow(2, 0, start)
         self._value_buffer = _moved(self.values, capacity)
-        self.values = self._value_buffer.narrow(2, 0, tokens)
+        self.values = self._value_buffer.narrow(2, 0, start)
 
 
 class DeltaCache(DynamicCache):
