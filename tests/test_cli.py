@@ -15,7 +15,7 @@ from transformers import DeepseekV3Config as MlaConfig
 from deltadecode import DeltaConfig
 from deltadecode.cli import main
 from deltadecode.cli.info import ranges
-from deltadecode.tasks import make_problem
+from deltadecode.tasks import make_problem, model_path
 from deltadecode.tasks.tokenizer import build_tokenizer
 
 LAYERS = 6
@@ -414,6 +414,16 @@ def test_demo_json_is_one_object(run, small_demo):
         assert found[name] > 0
 
 
+def test_demo_solves_a_short_problem_with_the_shipped_model(run, monkeypatch, small_demo):
+    monkeypatch.setattr("deltadecode.cli.demo.model_path", model_path)
+    code, out, _ = run("demo", "--seed", "1", "--steps", "15", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["correct"] and found["correct_full"] and found["same_answer"]
+    assert found["answer"] == found["expected"] == make_problem(1, steps=15).answer
+    assert found["attended_fraction"] < 1
+
+
 def test_demo_shows_both_sides(run, small_demo):
     code, out, err = run("demo", "--steps", "3")
     assert code == 0
@@ -501,6 +511,8 @@ def test_interrupt_ends_with_130_and_one_line(model, tmp_path):
         command("generate", model, "--prompt-file", tmp_path / "prompt"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A background job, as CI may be, starts with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # Returns once the command has opened the other end: from then on it waits for its prompt.
     writer = os.open(tmp_path / "prompt", os.O_WRONLY)

@@ -180,7 +180,7 @@ def make_case(
     keys = [randn(n, kv_heads, dim).to(dtype) for n in lengths]
     values = [randn(n, kv_heads, dim).to(dtype) for n in lengths]
     case = Case(
-        q, keys, values, page_size, dim**-0.5,
+        q, keys, values, page_size, 0.8 * dim**-0.5,  # as no default has it
         randn(kv_heads * group).float() if sinks else None, softcap, k_cache, v_cache, table,
     )  # fmt: skip
     for row, n in enumerate(lengths):

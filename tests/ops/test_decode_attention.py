@@ -221,6 +221,24 @@ def test_inputs_stay_as_they_are(backend):
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+@pytest.mark.parametrize(("after_head", "after_block"), [(1, 2), (0, 1), (0, 4)])
+def test_heads_and_blocks_that_lie_apart(backend, after_head, after_block):
+    """Gaps, in tokens, between heads and between blocks: not always whole pages."""
+    case = make_case(20, [22, 22], layout="heads")
+    for name in ("k_cache", "v_cache"):
+        cache = getattr(case, name)
+        blocks, size, heads, dim = cache.shape
+        by_head = (size + after_head) * dim
+        by_block = by_head * heads + after_block * dim
+        apart = torch.full((blocks * by_block,), math.nan)
+        apart = apart.as_strided(cache.shape, (by_block, dim, by_head, 1))
+        setattr(case, name, apart.copy_(cache))
+    check(case, backend)
+    for pages in ([[0, 5], [2, 3]], [[0, 1, 5], [4]]):
+        expected, _ = case.attend(pages)
+        close(sparse(case, pages, backend), expected, torch.float32)
+
+
 def test_no_rows_no_tokens_no_blocks(backend):
     case = make_case(13, [0, 0])
     out, scores, dense = full(case, backend)

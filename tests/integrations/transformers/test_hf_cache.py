@@ -128,12 +128,13 @@ def test_another_dtype_is_promoted_as_by_the_stock_layer() -> None:
     assert ours.keys.data_ptr() == ours._key_buffer.data_ptr()
 
 
-def test_gradients_flow_through_the_cache() -> None:
-    ours, _ = filled(4)
+def test_gradients_flow_through_the_cache_also_after_later_updates() -> None:
+    ours, _ = filled(4, 1)
     keys, values = (x.requires_grad_() for x in states(2))
-    stored, _ = ours.update(keys, values)
-    stored.square().sum().backward()
-    assert torch.equal(keys.grad, 2 * keys)
+    first = ours.update(keys, values)[0].square().sum()
+    later = ours.update(*(x.requires_grad_() for x in states(1)))[0].square().sum()
+    (first + later).backward()
+    assert torch.equal(keys.grad, 4 * keys)
 
 
 def test_filled_in_inference_mode_and_continued_outside() -> None:

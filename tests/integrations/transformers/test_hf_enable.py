@@ -15,8 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from hf_tiny import generate, make_model, make_prompt, small_config
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from hf_tiny import COMMON, FAMILIES, GREEDY, generate, make_model, make_prompt, small_config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    Gemma3Config,
+    PreTrainedModel,
+)
 
 import deltadecode as dd
 from deltadecode.integrations.on_import import on_import
@@ -84,6 +90,16 @@ def test_another_implementation_set_meanwhile_is_left_in_peace() -> None:
     assert torch.equal(logits(model), with_delta)
 
 
+def test_disable_forgets_the_plan() -> None:
+    model = make_model("llama", "sdpa")
+    dd.enable(model, small_config())
+    logits(model)
+    dd.disable(model)
+    model.set_attn_implementation("delta")
+    assert dd.stats(model).steps == 0
+    assert state.find_state(model.config).cfg == dd.DeltaConfig.for_model(model)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
@@ -127,6 +143,47 @@ def test_nothing_of_delta_is_saved(saved: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_text() == (saved / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def make_multimodal(attention: str) -> PreTrainedModel:
+    _, text = FAMILIES["gemma3"]
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = Gemma3Config(
+        text_config={**COMMON, **text},
+        vision_config={**vision, "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_id=60,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+    return model.eval()
+
+
+def test_the_text_part_of_a_multimodal_model() -> None:
+    prompt = make_prompt(PROMPT) % 60
+    prompt[0, 4:8] = 60
+    inputs = {
+        "input_ids": prompt,
+        "pixel_values": torch.randn(1, 3, 16, 16),
+        "token_type_ids": (prompt == 60).long(),
+        **GREEDY,
+    }
+    enabled, loaded = make_multimodal("sdpa"), make_multimodal("delta")
+    before = attributes(enabled)
+    full = torch.cat(enabled.generate(**inputs, max_new_tokens=STEPS).logits)
+    runs = []
+    for model in (enabled, loaded):
+        dd.enable(model, small_config("gemma3"))
+        runs.append(torch.cat(model.generate(**inputs, max_new_tokens=STEPS).logits))
+        assert dd.stats(model).steps == STEPS - 1
+    assert enabled.config.vision_config._attn_implementation == "sdpa"
+    assert torch.equal(*runs)
+    assert not torch.allclose(runs[0], full, atol=0.1)
+    dd.disable(enabled)
+    assert attributes(enabled) == before
+    dd.disable(loaded)
+    assert attributes(loaded) == before
 
 
 def test_the_inner_model_alone_is_enabled_too() -> None:

@@ -22,7 +22,7 @@ PROMPT, STEPS = 23, 24
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_r3_a_budget_for_all_pages_gives_the_logits_of_full_attention(family: str) -> None:
+def test_rule3_a_budget_for_all_pages_gives_the_logits_of_full_attention(family: str) -> None:
     prompt = make_prompt(PROMPT)
     expected = generate(make_model(family, stock_name(family)), prompt, STEPS)
     model = make_model(family, stock_name(family))
@@ -59,7 +59,7 @@ def test_a_small_budget_gives_what_the_slow_delta_of_the_tests_gives(
 
 
 @pytest.mark.parametrize("family", HYBRID)
-def test_r8_sliding_window_layers_keep_their_class_and_are_not_planned(family: str) -> None:
+def test_rule8_sliding_window_layers_keep_their_class_and_are_not_planned(family: str) -> None:
     model = make_model(family, stock_name(family))
     dd.enable(model, small_config(family))
     cache = generate(model, make_prompt(PROMPT), 4).past_key_values

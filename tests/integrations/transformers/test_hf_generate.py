@@ -50,7 +50,7 @@ LENGTHS = (23, 9, 1, 23, 14)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
-def test_r6_each_row_of_a_left_padded_batch_equals_running_alone(family: str) -> None:
+def test_rule6_each_row_of_a_left_padded_batch_equals_running_alone(family: str) -> None:
     model = enabled(family)
     tokens, mask = left_padded(LENGTHS)
     batch = generate(model, tokens, STEPS, attention_mask=mask)
@@ -69,7 +69,7 @@ def test_a_batch_without_padding_equals_running_alone() -> None:
         close(torch.stack(batch.logits)[:, row], torch.cat(alone.logits))
 
 
-def test_r6_a_padded_conversation_that_goes_on_has_gaps_and_equals_running_alone() -> None:
+def test_rule6_a_padded_conversation_that_goes_on_has_gaps_and_equals_running_alone() -> None:
     model = enabled()
     first, second = (11, 23), (17, 5)
     tokens, mask = left_padded(first)
@@ -89,7 +89,7 @@ def test_r6_a_padded_conversation_that_goes_on_has_gaps_and_equals_running_alone
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 11, 22, 64])
-def test_r1_prefill_by_chunks_equals_prefill_at_once(chunk: int) -> None:
+def test_rule1_prefill_by_chunks_equals_prefill_at_once(chunk: int) -> None:
     model = enabled()
     prompt = make_prompt(34)  # over the budget: 7 and 11 leave a last chunk of 6 and of 1
     whole = generate(model, prompt, 6)
@@ -97,6 +97,14 @@ def test_r1_prefill_by_chunks_equals_prefill_at_once(chunk: int) -> None:
     parts = generate(model, prompt, 6, prefill_chunk_size=chunk)
     close(torch.cat(parts.logits), torch.cat(whole.logits))
     assert dd.stats(model).steps == 2 * steps == 10
+
+
+def test_rule1_prefill_of_a_padded_batch_by_chunks() -> None:
+    model = enabled()
+    tokens, mask = left_padded((34, 25))
+    whole = generate(model, tokens, 4, attention_mask=mask)
+    parts = generate(model, tokens, 4, attention_mask=mask, prefill_chunk_size=11)
+    close(torch.cat(parts.logits), torch.cat(whole.logits))
 
 
 def test_going_on_from_the_returned_cache_equals_one_go() -> None:
@@ -113,7 +121,9 @@ def test_going_on_from_the_returned_cache_equals_one_go() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("whole_text", [True, False])
-def test_r1_a_second_turn_is_prefilled_with_full_attention(family: str, whole_text: bool) -> None:
+def test_rule1_a_second_turn_is_prefilled_with_full_attention(
+    family: str, whole_text: bool
+) -> None:
     model = enabled(family)
     one = generate(model, make_prompt(PROMPT), 10)
     turn = make_prompt(6, seed=5)
@@ -309,8 +319,9 @@ def test_one_token_without_a_past() -> None:
         close(got.float(), model(make_prompt(1), use_cache=False).logits.float())
 
 
-def test_as_the_assistant_of_another_model() -> None:
-    main, assistant = make_model("qwen2", "sdpa"), enabled().float()
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_as_the_assistant_of_another_model(family: str) -> None:
+    main, assistant = make_model("qwen2", "sdpa"), enabled(family).float()
     expected = generate(main, make_prompt(PROMPT), STEPS)
     got = generate(main, make_prompt(PROMPT), STEPS, assistant_model=assistant)
     assert torch.equal(got.sequences, expected.sequences)

@@ -1,5 +1,6 @@
 """The counts equal numbers worked out by hand."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 import deltadecode as dd
 from deltadecode import DeltaConfig, LayerPlan
+from deltadecode.integrations.transformers.state import find_state
 from deltadecode.integrations.transformers.stats import DecodeStats
 
 
@@ -110,6 +112,27 @@ def test_without_recent_pages_the_last_page_counts_only_if_selected() -> None:
     assert any(tokens == 20 and n % 4 for n, tokens in zip(range(41, 52), one, strict=True))
     read = {r.layer: r.attended_tokens for r in dd.stats(model).per_layer if r.role == "sparse"}
     assert read == {2: sum(one), 4: sum(two), 5: sum(two)}
+
+
+def test_a_prompt_of_one_token_is_no_step() -> None:
+    model = enabled()
+    generate(model, make_prompt(1), 4)
+    assert dd.stats(model).steps == 3
+    assert dd.stats(model).full_tokens == 6 * (2 + 3 + 4)
+
+
+def test_rule1_nothing_survives_a_step_not_even_one_that_failed() -> None:
+    model = enabled()
+    with torch.no_grad():
+        cache = model(make_prompt(30)).past_key_values
+        expected = model(make_prompt(1), past_key_values=copy.deepcopy(cache)).logits
+        assert find_state(model.config).progress.step is None
+        broken = model.model.layers[4].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(make_prompt(1, seed=1), past_key_values=copy.deepcopy(cache))
+        broken.remove()
+        assert torch.equal(model(make_prompt(1), past_key_values=cache).logits, expected)
+    assert dd.stats(model).steps == 3
 
 
 def test_the_counts_alone() -> None:

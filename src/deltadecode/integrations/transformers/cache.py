@@ -30,9 +30,6 @@ class DeltaLayer(DynamicLayer):
     _key_buffer: Tensor
     _value_buffer: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device, batch, heads and head size from the first states.
 
@@ -62,19 +59,28 @@ class DeltaLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        # Plain numbers rather than tensor calls: this runs for each layer at each step, and with a
+        # short context the model waits for Python.
         start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        if self._must_concatenate(key_states):
+        rows, _, added, _ = key_states.shape
+        end = start + added
+        if (
+            rows != self._rows
+            or key_states.dtype != self.dtype
+            or (key_states.requires_grad and torch.is_grad_enabled())
+        ):
+            # Autograd may hold the old tensors, a new dtype needs promotion, and a wrong number of
+            # rows must fail: an in-place copy would do none of the three.
             self._adopt(
                 torch.cat([self.keys, key_states], dim=2),
                 torch.cat([self.values, value_states], dim=2),
             )
             self.dtype = self.keys.dtype
             return self.keys, self.values
-        if end + _SLACK > self._key_buffer.shape[2] or self._frozen():
+        if end > self._room or self._frozen():
             self._grow(start, end)
-        self.keys = _append(self._key_buffer, key_states, start, end)
-        self.values = _append(self._value_buffer, value_states, start, end)
+        self.keys = _append(self._key_buffer, self._key_strides, key_states, start, end)
+        self.values = _append(self._value_buffer, self._value_strides, value_states, start, end)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -127,31 +133,28 @@ class DeltaLayer(DynamicLayer):
             del self._key_buffer, self._value_buffer
 
     def _adopt(self, keys: Tensor, values: Tensor) -> None:
-        # The next update finds no room behind them and moves them to buffers that have it.
         self.keys = self._key_buffer = keys
         self.values = self._value_buffer = values
-
-    def _must_concatenate(self, states: Tensor) -> bool:
-        # Autograd may hold the old tensors, a new dtype needs promotion, and a wrong number of
-        # rows must fail: an in-place copy would do none of the three.
-        return (
-            (states.requires_grad and torch.is_grad_enabled())
-            or states.dtype != self.dtype
-            or states.shape[0] != self.keys.shape[0]
-        )
+        self._rows = keys.shape[0]
+        # The next update finds no room behind them and moves them to buffers that have it.
+        self._room = 0
+        self._of_inference = keys.is_inference()
 
     def _frozen(self) -> bool:
         # Tensors made in inference mode cannot be written to outside of it.
-        return self._key_buffer.is_inference() and not torch.is_inference_mode_enabled()
+        return self._of_inference and not torch.is_inference_mode_enabled()
 
     def _grow(self, start: int, end: int) -> None:
         spare = max(128, end // 32) if end - start == 1 else 0
-        capacity = -(-(end + spare) // 64) * 64 + _SLACK
+        self._room = -(-(end + spare) // 64) * 64
         # One after the other and the old one freed, so that at most one buffer exists twice.
-        self._key_buffer = _moved(self.keys, capacity)
+        self._key_buffer = _moved(self.keys, self._room + _SLACK)
         self.keys = self._key_buffer.narrow(2, 0, start)
-        self._value_buffer = _moved(self.values, capacity)
+        self._value_buffer = _moved(self.values, self._room + _SLACK)
         self.values = self._value_buffer.narrow(2, 0, start)
+        self._key_strides = self._key_buffer.stride()
+        self._value_strides = self._value_buffer.stride()
+        self._of_inference = self._key_buffer.is_inference()
 
 
 class DeltaCache(DynamicCache):
@@ -190,10 +193,10 @@ def _moved(stored: Tensor, capacity: int) -> Tensor:
     return buffer
 
 
-def _append(buffer: Tensor, states: Tensor, start: int, end: int) -> Tensor:
-    # as_strided takes half the time of slicing, and this runs twice per layer and step.
-    rows, heads, _, dim = buffer.shape
-    strides = buffer.stride()
-    new = (rows, heads, end - start, dim)
-    buffer.as_strided(new, strides, start * strides[2]).copy_(states)
+def _append(
+    buffer: Tensor, strides: tuple[int, ...], states: Tensor, start: int, end: int
+) -> Tensor:
+    # as_strided takes half the time of slicing.
+    rows, heads, added, dim = states.shape
+    buffer.as_strided((rows, heads, added, dim), strides, start * dim).copy_(states)
     return buffer.as_strided((rows, heads, end, dim), strides)

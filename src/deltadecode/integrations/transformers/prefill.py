@@ -52,7 +52,7 @@ def full_attention(
     """
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     if sinks is None and softcap is None:
-        if query.shape[2] == 1 and query.device.type == "cpu" and dropout == 0.0:
+        if query.shape[2] == 1 and query.is_cpu and dropout == 0.0:
             return _one_query(query, key, value, mask, scaling)
         stock: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs

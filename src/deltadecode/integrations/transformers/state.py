@@ -82,6 +82,7 @@ class ModelState:
         layers = attention_layers(config)
         self.cfg = DeltaConfig.for_model(config) if cfg is None else cfg
         self.plan = self.cfg.layer_plan(config.num_hidden_layers, layers)
+        self._first, self._last = layers[0], layers[-1]
         self.stats = DecodeStats(self.plan)
         self.longest = longest_prompt(config)
         self.progress = _Progress()
@@ -103,19 +104,20 @@ class ModelState:
         Step
             Nothing in it is older than the current forward pass (R1).
         """
-        step = self.progress.step
-        batch, slots = key.shape[0], key.shape[2]
-        first = layer == self.plan.attention_layers[0]
-        if first or step is None or step.batch != batch or step.slots != slots:
-            step = self._new_step(key, mask)
-            if first:
+        progress = self.progress
+        step = progress.step
+        batch, _, slots, _ = key.shape
+        if layer == self._first or step is None or step.batch != batch or step.slots != slots:
+            step = progress.step = self._new_step(key, mask)
+            if layer == self._first:
                 self.stats.add_step()
         elif step.mask is not mask or (not step.every_page and step.device != key.device):
             # Another layer's view of the same step, as when the model spreads over devices.
             selections = step.selections
-            step = self._new_step(key, mask)
+            step = progress.step = self._new_step(key, mask)
             step.selections = selections
-        self.progress.step = None if layer == self.plan.attention_layers[-1] else step
+        if layer == self._last:
+            progress.step = None
         return step
 
     def _new_step(self, key: Tensor, mask: Tensor | None) -> Step:
