@@ -9,6 +9,7 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig, PreTrainedCon
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from deltadecode import DeltaCache, UnsupportedModelError
+from deltadecode.integrations.transformers import cache as cache_module
 from deltadecode.integrations.transformers.cache import DeltaLayer
 
 
@@ -35,6 +36,22 @@ def assert_same(ours: DeltaLayer, stock: DynamicLayer) -> None:
 @pytest.mark.parametrize("pieces", [(1,), (5, 1, 1), (300, 1, 7), (1, 600, 1)])
 def test_update_gives_what_the_stock_layer_gives(pieces: tuple[int, ...]) -> None:
     assert_same(*filled(*pieces))
+
+
+@pytest.mark.parametrize("pieces", [(1,), (5, 1, 1), (300, 1, 7), (126, 1, 1, 1, 1)])
+def test_a_short_cache_is_concatenated_and_then_appended_to(
+    pieces: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_SHORT", 128)
+    ours, stock = filled(*pieces)
+    assert_same(ours, stock)
+    room = ours._key_buffer.shape[2] > ours.keys.shape[2]
+    assert room == (sum(pieces) > 128)
+    for layer in (ours, stock):
+        layer.reorder_cache(torch.tensor([1, 0]))
+        layer.crop(-1)
+        layer.update(*states(2, seed=8))
+    assert_same(ours, stock)
 
 
 def test_update_appends_in_place_and_grows_rarely_and_little() -> None:

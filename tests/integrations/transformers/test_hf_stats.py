@@ -139,9 +139,8 @@ def test_the_counts_alone() -> None:
     plan = DeltaConfig(dense_layers=(), delta_layers=(0,)).layer_plan(2)
     assert isinstance(plan, LayerPlan)
     counts = DecodeStats(plan)
-    counts.add_step()
-    counts.add(0, 10, 10)
-    counts.add(1, 8, 10)
+    counts.add_step(6, 5)
+    counts.add_step(4, 3)
     counts.add_unread(0, torch.tensor(3))
     counts.add_unread(0, torch.tensor(1))
     assert [r.attended_tokens for r in counts.per_layer] == [10, 4]

@@ -84,8 +84,6 @@ def delta_attention(
                 _check_planned(module, key, value, kwargs)
             else:
                 step = state.begin(layer, key, attention_mask)
-                read = step.sparse_tokens if role == "sparse" else step.full_tokens
-                state.stats.add(layer, read, step.full_tokens)
                 if role != "dense" and not step.every_page:
                     _check_planned(module, key, value, kwargs)
                     options = {

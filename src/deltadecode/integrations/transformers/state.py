@@ -110,7 +110,7 @@ class ModelState:
         if layer == self._first or step is None or step.batch != batch or step.slots != slots:
             step = progress.step = self._new_step(key, mask)
             if layer == self._first:
-                self.stats.add_step()
+                self.stats.add_step(step.full_tokens, step.sparse_tokens)
         elif step.mask is not mask or (not step.every_page and step.device != key.device):
             # Another layer's view of the same step, as when the model spreads over devices.
             selections = step.selections

@@ -52,10 +52,10 @@ class DecodeStats:
 
     def reset(self) -> None:
         """Set every count to zero."""
-        layers = self._plan.attention_layers
         self._steps = 0
-        self._attended = dict.fromkeys(layers, 0)
-        self._full = dict.fromkeys(layers, 0)
+        # All full layers read the same, and so do all sparse ones, but for what they leave out.
+        self._full = 0
+        self._sparse = 0
         self._unread: dict[int, Tensor] = {}
 
     @property
@@ -71,7 +71,7 @@ class DecodeStats:
     @property
     def full_tokens(self) -> int:
         """Tokens that full attention would have read in the same layers and steps."""
-        return sum(self._full.values())
+        return self._full * len(self._plan.attention_layers)
 
     @property
     def attended_fraction(self) -> float:
@@ -85,15 +85,16 @@ class DecodeStats:
         records = []
         for layer in self._plan.attention_layers:
             source = self._plan.source(layer)
-            unread = self._unread.get(layer if source is None else source)
-            skipped = 0 if source is None or unread is None else int(unread)
+            attended = self._full
+            if source is not None:
+                attended = self._sparse - int(self._unread.get(source, 0))
             records.append(
                 LayerStats(
                     layer=layer,
                     role=self._plan.role(layer),
                     source=source,
-                    attended_tokens=self._attended[layer] - skipped,
-                    full_tokens=self._full[layer],
+                    attended_tokens=attended,
+                    full_tokens=self._full,
                 )
             )
         return records
@@ -104,25 +105,20 @@ class DecodeStats:
             f"full_tokens={self.full_tokens}, attended_fraction={self.attended_fraction:.4f})"
         )
 
-    def add_step(self) -> None:
-        """Count one decode step."""
-        self._steps += 1
-
-    def add(self, layer: int, attended: int, full: int) -> None:
-        """Count what one layer reads in one decode step.
+    def add_step(self, full: int, sparse: int) -> None:
+        """Count one decode step.
 
         Parameters
         ----------
-        layer : int
-            A planned layer.
-        attended, full : int
-            Tokens read, and tokens in the cache, over all rows.
+        full, sparse : int
+            Tokens that a full and a sparse layer read, over all rows.
         """
-        self._attended[layer] += attended
-        self._full[layer] += full
+        self._steps += 1
+        self._full += full
+        self._sparse += sparse
 
     def add_unread(self, source: int, tokens: Tensor) -> None:
-        """Count tokens that :meth:`add` was told of but that the selection turned out to leave out.
+        """Count tokens that :meth:`add_step` was told of but that were not on the selected pages.
 
         Parameters
         ----------
