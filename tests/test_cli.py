@@ -14,7 +14,10 @@ from transformers import DeepseekV3Config as MlaConfig
 
 from deltadecode import DeltaConfig
 from deltadecode.cli import main
+from deltadecode.cli.decoding import Decoded
+from deltadecode.cli.generate import encode
 from deltadecode.cli.info import ranges
+from deltadecode.cli.report import first_difference
 from deltadecode.tasks import make_problem, model_path
 from deltadecode.tasks.tokenizer import build_tokenizer
 
@@ -239,6 +242,22 @@ def test_compare_says_where_the_texts_part(run, model):
     assert f"first differ at token {at['token']}" in err
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ("ab", "ab", None),
+        ("abc", "abd", {"token": 2, "delta": "c", "full": "d"}),
+        ("ab", "abcd", {"token": 2, "delta": "", "full": "cd"}),
+        ("b", "", {"token": 0, "delta": "b", "full": ""}),
+    ],
+)
+def test_first_difference(ours, theirs, expected):
+    def written(text):
+        return Decoded(text, [ord(letter) for letter in text], 1.0, 0.5, 1, 1)
+
+    assert first_difference(written(ours), written(theirs)) == expected
+
+
 def test_sampling_follows_the_seed(run, model):
     arguments = ["generate", model, "Facts", "--max-new-tokens", "20", "--temperature", "2"]
     texts = [run(*arguments, "--seed", seed)[1] for seed in (1, 1, 2)]
@@ -273,6 +292,8 @@ def test_chat_template_is_used_unless_told_otherwise(run, model, tmp_path):
     assert length("--no-chat-template") == 2
     assert length() == 3  # and a line end
     assert length("--system", "bada") == 6  # Facts, the system message and two line ends
+    ids = encode(tokenizer, "naze leads", "zale", use_template=True)
+    assert tokenizer.decode(ids[0]) == "Facts zale\nnaze leads\n"
 
 
 def test_plan_file(run, model, tmp_path):
@@ -298,6 +319,13 @@ def test_model_that_does_not_exist(refused, tmp_path):
     assert str(tmp_path / "no") in refused("generate", tmp_path / "no", "hi")
     assert str(tmp_path / "no") in refused("info", tmp_path / "no")
     assert "no/such" in refused("generate", "no/such", "hi")
+
+
+def test_missing_folder_in_a_folder_is_no_name_on_the_hub(refused, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    error = refused("generate", "models/none", "hi")
+    assert error == "deltadecode: error: model path 'models/none' does not exist\n"
 
 
 def test_folder_that_is_no_model(refused, tmp_path):

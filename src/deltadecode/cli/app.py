@@ -67,12 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DeltaDecodeError as error:
         complain(str(error))
         code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
     except Exception as error:
         complain(f"{type(error).__name__}: {one_line(error)}")
         code = 1
-    if code == INTERRUPTED:
+    if code == INTERRUPTED:  # what typer makes of KeyboardInterrupt
         complain("interrupted")
     sys.exit(code or 0)
 
