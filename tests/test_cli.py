@@ -416,8 +416,8 @@ def small_demo(monkeypatch, tmp_path, tiny_shape):
     """The demo on small random models; what the first one writes is no answer."""
     folder = make_model(tmp_path / "solver", positions=2048)
     monkeypatch.setattr("deltadecode.cli.demo.model_path", lambda: folder)
-    monkeypatch.setattr("deltadecode.cli.demo.CONTEXT", 2000)
-    monkeypatch.setattr("deltadecode.benchmark.steptime.qwen2_05b", lambda: tiny_shape)
+    larger = {"context": 2000, "shape": tiny_shape.to_dict(), "pairs": 3}
+    monkeypatch.setattr("deltadecode.cli.demo.LARGER", larger)
     return folder
 
 
@@ -479,6 +479,16 @@ def test_demo_that_fails_ends_with_1_and_one_line(run, small_demo):
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("deltadecode: error: RuntimeError: decoding with ")
     assert "Traceback" not in err
+
+
+def test_demo_whose_step_cannot_be_timed_says_so(run, small_demo, monkeypatch, tiny_shape):
+    shallow = {**tiny_shape.to_dict(), "num_hidden_layers": 4, "layer_types": None}
+    larger = {"context": 20, "shape": shallow, "pairs": 2}
+    monkeypatch.setattr("deltadecode.cli.demo.LARGER", larger)
+    code, out, err = run("demo", "--steps", "3", "--json")
+    assert (code, out) == (1, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("deltadecode: error: RuntimeError: timing a step failed: DeltaConfigErr")
 
 
 # bench

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "vllm")
+_PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "triton", "vllm")
 
 
 def versions() -> dict[str, str]:
@@ -23,7 +23,12 @@ def versions() -> dict[str, str]:
     """
     from deltadecode import __version__
 
-    found = {"python": platform.python_version(), "deltadecode": __version__}
+    # What torch itself says names its build (+cpu, +cu130), which the metadata may leave out.
+    found = {
+        "python": platform.python_version(),
+        "deltadecode": __version__,
+        "torch": str(torch.__version__),
+    }
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -45,11 +50,24 @@ def machine() -> dict[str, Any]:
         "os": platform.system(),
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "gpus": gpus(),
     }
+
+
+def cores() -> int:
+    """Count the cores that this process may use.
+
+    Returns
+    -------
+    int
+    """
+    # A container often may use fewer cores than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def gpus() -> list[str]:
@@ -100,13 +118,6 @@ def _cpu_model() -> str:
         if key.strip() in ("model name", "Model"):
             return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    # A container often may use fewer cores than the machine has.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory_gib() -> int | None:

@@ -156,6 +156,7 @@ class StepTimer:
         *,
         steps: int = 8,
         warmup: int = 2,
+        on_ready: Callable[[], None] = lambda: None,
         on_step: Callable[[], None] = lambda: None,
     ) -> StepTime:
         """Time single steps of both, in turns.
@@ -168,6 +169,8 @@ class StepTimer:
             Plan and budget of DELTA.
         steps, warmup : int
             Timed steps of each, and untimed ones before them.
+        on_ready : callable
+            Called before the first step, when the caches are filled.
         on_step : callable
             Called after each pair of steps, ``steps + warmup`` times.
 
@@ -180,6 +183,7 @@ class StepTimer:
         caches = DynamicCache(config=self.full.config), DeltaCache(self.delta.config)
         for cache in caches:
             fill_cache(cache, self.config, context, self.dtype)
+        on_ready()
         times: tuple[list[float], list[float]] = ([], [])
         for step in range(warmup + steps):
             for model, cache, taken in zip((self.full, self.delta), caches, times, strict=True):

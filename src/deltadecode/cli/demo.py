@@ -8,21 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deltadecode.cli.demo_workers import NAMES, solve
-from deltadecode.cli.output import (
-    BadInput,
-    note,
-    print_json,
-    progress_bar,
-    quiet_libraries,
-    stderr,
-    stdout,
-)
+from deltadecode.cli.demo_workers import NAMES, run
+from deltadecode.cli.output import BadInput, note, print_json, stderr, stdout
 from deltadecode.tasks import make_problem, model_path
 
-CONTEXT = 16384
-_STEPS = 5
-_WARMUP = 1
+# The larger model: no shape is that of Qwen2.5-0.5B; the first pair of steps is not timed.
+LARGER: dict[str, Any] = {"context": 16384, "shape": None, "pairs": 6}
 
 
 def demo(
@@ -48,8 +39,8 @@ def demo(
         f"seed {chosen}: {problem.facts} facts, {problem.steps} steps; full attention and DELTA "
         "run side by side, one process and one thread each"
     )
-    full, delta = solve(str(model_path()), chosen, steps, stderr())
-    step = time_step()
+    task = {"model": str(model_path()), "seed": chosen, "steps": steps}
+    full, delta, step = run(task, LARGER, stderr())
     if as_json:
         print_json(summary(chosen, full, delta, step))
         return
@@ -63,39 +54,12 @@ def demo(
     console.print()
     console.print(
         f"One decode step of a random model of the shape of Qwen2.5-0.5B (bfloat16, "
-        f"{CONTEXT:,} tokens\nin its cache, {step['threads']} threads): full attention "
-        f"{step['step_ms_full']:.0f} ms, DELTA {step['step_ms_delta']:.0f} ms, "
+        f"{step['step_context']:,} tokens\nin its cache, {step['threads']} threads): "
+        f"full attention {step['step_ms_full']:.0f} ms, DELTA {step['step_ms_delta']:.0f} ms, "
         f"{step['step_speedup']:.2f}×",
         markup=False,
         soft_wrap=True,
     )
-
-
-def time_step() -> dict[str, Any]:
-    """Time one decode step of a 0.5B-shaped random model.
-
-    Returns
-    -------
-    dict
-        ``step_ms_full``, ``step_ms_delta``, ``step_speedup``, ``step_context`` and ``threads``.
-    """
-    with progress_bar("a larger model", _STEPS + _WARMUP) as (bar, task):
-        quiet_libraries()
-        import torch
-
-        from deltadecode.benchmark.steptime import PLAN, StepTimer, qwen2_05b
-
-        timer = StepTimer(qwen2_05b(), torch.bfloat16)
-        found = timer.measure(
-            CONTEXT, PLAN, steps=_STEPS, warmup=_WARMUP, on_step=lambda: bar.advance(task)
-        )
-    return {
-        "step_ms_full": found.full_ms,
-        "step_ms_delta": found.delta_ms,
-        "step_speedup": found.ratio,
-        "step_context": CONTEXT,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def summary(
@@ -108,9 +72,9 @@ def summary(
     seed : int
         Of the problem.
     full, delta : dict
-        See :func:`deltadecode.cli.demo_workers.solve`.
+        See :func:`deltadecode.cli.demo_workers.run`.
     step : dict
-        See :func:`time_step`.
+        What a step of the larger model took.
 
     Returns
     -------
@@ -143,7 +107,7 @@ def answers_table(full: dict[str, Any], delta: dict[str, Any]) -> Table:
     Parameters
     ----------
     full, delta : dict
-        See :func:`deltadecode.cli.demo_workers.solve`.
+        See :func:`deltadecode.cli.demo_workers.run`.
 
     Returns
     -------

@@ -1,7 +1,9 @@
 """One side of the demo, in a process of its own; talks JSON lines with ``demo_workers``.
 
-Reads its task from the command line, loads the model, says ``ready``, waits for a line on stdin,
-decodes, says ``tokens`` and ``tail`` as it goes, and ``done`` at the end.
+Reads its task from the command line, loads the model, says ``ready`` and waits for a line on stdin;
+decodes, says ``tokens`` and ``tail`` as it goes, and ``done`` at the end. If its task says so, it
+then prepares a larger model, waits for another line, times its steps, and says ``pairs`` and
+``step``.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ def main() -> None:
     """Do the task of the command line."""
     task = json.loads(sys.argv[1])
     try:
-        _say(done=_work(**task))
+        _say(done=_decode(task["model"], task["delta"], task["seed"], task["steps"]))
+        if task["larger"] is not None:
+            _say(step=_time_step(**task["larger"]))
     except Exception as error:
         _say(error=f"{type(error).__name__}: {one_line(error)}")
         sys.exit(1)
 
 
-def _work(model: str, delta: bool, seed: int, steps: int | None) -> dict[str, Any]:
+def _decode(model: str, delta: bool, seed: int, steps: int | None) -> dict[str, Any]:
     quiet_libraries()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,6 +74,38 @@ def _work(model: str, delta: bool, seed: int, steps: int | None) -> dict[str, An
         "seconds": decoded.seconds,
         "attended_tokens": decoded.attended_tokens if delta else read,
         "full_tokens": decoded.full_tokens if delta else read,
+    }
+
+
+def _time_step(context: int, shape: dict[str, Any] | None, pairs: int) -> dict[str, Any]:
+    """Time decode steps of a random model; None: of the shape of Qwen2.5-0.5B."""
+    import torch
+    from transformers import Qwen2Config
+
+    from deltadecode.benchmark.steptime import PLAN, StepTimer, qwen2_05b
+    from deltadecode.collect_env import cores
+
+    def on_ready() -> None:
+        # Until here the other side may still be decoding on its one thread, as this one did.
+        sys.stdin.readline()
+        torch.set_num_threads(cores())
+
+    config = qwen2_05b() if shape is None else Qwen2Config.from_dict(shape)
+    told = iter(range(1, pairs + 1))
+    found = StepTimer(config, torch.bfloat16).measure(
+        context,
+        PLAN,
+        steps=pairs - 1,
+        warmup=1,
+        on_ready=on_ready,
+        on_step=lambda: _say(pairs=next(told)),
+    )
+    return {
+        "step_ms_full": found.full_ms,
+        "step_ms_delta": found.delta_ms,
+        "step_speedup": found.ratio,
+        "step_context": context,
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -1,4 +1,4 @@
-"""Both sides of the demo at once, and what is shown meanwhile."""
+"""Both sides of the demo at once, then the larger model; and what is shown meanwhile."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from deltadecode.cli.output import progress_bar
+
 NAMES = {False: "full attention", True: "DELTA"}
-_REFRESH = 0.2
+_REFRESH = 0.25
 _BETWEEN_NOTES = 15.0
 _LINES = 2
 
@@ -34,7 +36,7 @@ class Worker:
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.name = NAMES[task["delta"]]
-        self.told: dict[str, Any] = {"tokens": 0, "tail": ""}
+        self.told: dict[str, Any] = {"tokens": 0, "tail": "", "pairs": 0}
         self.started: float | None = None
         # A session of its own: an interrupt from the keyboard reaches this process alone, which
         # then ends its workers.
@@ -66,10 +68,19 @@ class Worker:
             if stream is not None:
                 stream.close()
 
-    @property
-    def running(self) -> bool:
-        """Whether it may still tell something."""
-        return self._reader.is_alive()
+    def waits_for(self, key: str) -> bool:
+        """Whether it has yet to tell something, and still may.
+
+        Parameters
+        ----------
+        key : str
+            What it will tell.
+
+        Returns
+        -------
+        bool
+        """
+        return self._reader.is_alive() and key not in self.told
 
     @property
     def speed(self) -> float:
@@ -77,30 +88,35 @@ class Worker:
         taken = 0.0 if self.started is None else time.monotonic() - self.started
         return self.told["tokens"] / taken if taken else 0.0
 
-    def start(self) -> None:
-        """Let it decode."""
+    def proceed(self) -> None:
+        """Let it do what it waits with: decode, and then time steps."""
         assert self._process.stdin is not None
-        self.started = time.monotonic()
+        self.started = self.started or time.monotonic()
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
 
-    def result(self) -> dict[str, Any]:
-        """What it found, once it has ended.
+    def result(self, key: str) -> Any:
+        """What it told.
+
+        Parameters
+        ----------
+        key : str
+            ``"ready"``, ``"done"`` or ``"step"``.
 
         Returns
         -------
-        dict
+        Any
 
         Raises
         ------
         RuntimeError
-            When it failed.
+            When it has ended without.
         """
-        if "done" not in self.told:
+        if key not in self.told:
+            work = "timing a step" if "done" in self.told else f"decoding with {self.name}"
             reason = self.told.get("error", f"exit code {self._process.wait()}")
-            raise RuntimeError(f"decoding with {self.name} failed: {reason}")
-        found: dict[str, Any] = self.told["done"]
-        return found
+            raise RuntimeError(f"{work} failed: {reason}")
+        return self.told[key]
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -108,26 +124,24 @@ class Worker:
             self.told |= json.loads(line)
 
 
-def solve(
-    model: str, seed: int, steps: int | None, console: Console
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Solve one problem with full attention and with DELTA, both at once.
+def run(
+    task: dict[str, Any], larger: dict[str, Any], console: Console
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Solve one problem with full attention and with DELTA, both at once; then time a step.
 
     Parameters
     ----------
-    model : str
-        Folder of the embedded model.
-    seed : int
-        Of the problem.
-    steps : int or None
-        Length of the problem; None: the usual one.
+    task : dict
+        ``model`` (folder), and ``seed`` and ``steps`` of the problem.
+    larger : dict
+        ``context`` and ``shape`` of the model to time, and how many ``pairs`` of steps.
     console : rich.console.Console
         Where progress is shown.
 
     Returns
     -------
     tuple of dict
-        Of full attention and of DELTA.
+        Of full attention, of DELTA, and of the step.
 
     Raises
     ------
@@ -135,21 +149,33 @@ def solve(
         When one of them fails.
     """
     with ExitStack() as stack:
-        task = {"model": model, "seed": seed, "steps": steps}
         full, delta = workers = [
-            stack.enter_context(Worker({**task, "delta": side})) for side in (False, True)
+            stack.enter_context(Worker({**task, "delta": side, "larger": larger if side else None}))
+            for side in (False, True)
         ]
         with console.status("loading the model"):
-            while not all("ready" in worker.told for worker in workers):
-                # One that ends before it is ready has failed.
-                for worker in workers:
-                    if not worker.running:
-                        worker.result()
+            while _going(workers, "ready"):
                 time.sleep(_REFRESH)
         for worker in workers:
-            worker.start()
+            worker.result("ready")
+            worker.proceed()
         _watch(workers, console)
-        return full.result(), delta.result()
+        # The one that has failed speaks first.
+        workers.sort(key=lambda worker: "error" not in worker.told)
+        for worker in workers:
+            worker.result("done")
+        delta.proceed()
+        with progress_bar("a larger model", larger["pairs"]) as (bar, shown):
+            while delta.waits_for("step"):
+                bar.update(shown, completed=delta.told["pairs"])
+                time.sleep(_REFRESH)
+        return full.result("done"), delta.result("done"), delta.result("step")
+
+
+def _going(workers: list[Worker], key: str) -> bool:
+    # When one has failed, the other one is not waited for.
+    failed = any("error" in worker.told for worker in workers)
+    return not failed and any(worker.waits_for(key) for worker in workers)
 
 
 def _watch(workers: list[Worker], console: Console) -> None:
@@ -163,14 +189,14 @@ def _watch(workers: list[Worker], console: Console) -> None:
         redirect_stdout=False,
         redirect_stderr=False,
     ) as live:
-        while any(worker.running for worker in workers):
+        while _going(workers, "done"):
             live.update(Group(*(_view(worker) for worker in workers)), refresh=True)
             time.sleep(_REFRESH)
 
 
 def _watch_plainly(workers: list[Worker], console: Console) -> None:
     due = time.monotonic() + _BETWEEN_NOTES
-    while any(worker.running for worker in workers):
+    while _going(workers, "done"):
         time.sleep(_REFRESH)
         if time.monotonic() >= due:
             due += _BETWEEN_NOTES
@@ -186,11 +212,12 @@ def _count(worker: Worker) -> str:
 
 def _view(worker: Worker) -> Group:
     told = worker.told
+    speed = f"{told['tokens']:,} tokens  {worker.speed:.0f} tok/s"
     head = Table.grid(padding=(0, 1))
     head.add_row(
         f"{worker.name:>14}",
         ProgressBar(total=told["ready"], completed=told["tokens"], width=20),
-        f"{told['tokens']:,} tokens  {worker.speed:.0f} tok/s" if worker.running else "done",
+        speed if worker.waits_for("done") else "done",
     )
     lines = told["tail"].splitlines()[-_LINES:]
     text = "\n".join(["", *lines] if len(lines) < _LINES else lines)
