@@ -20,6 +20,7 @@ def small_result(tiny_shape):
         step_cases=((torch.float32, 1100, False), (torch.float32, 1100, True)),
         memory_cases=((torch.float32, 64),),
         steps=2,
+        peaks=2,
         progress=lambda case, done: told.append((case, done)),
     )
     return found, told
@@ -38,6 +39,9 @@ def test_run_gives_a_complete_result(small_result):
     assert step["budget_pages"] == 64
     assert covered["budget_pages"] * 16 >= 1100
     assert memory["ours"] > 50
+    assert memory["ours"] == pytest.approx(min(memory["runs_ours"]), rel=1e-4)
+    assert memory["theirs"] == pytest.approx(min(memory["runs_theirs"]), rel=1e-4)
+    assert len(memory["runs_ours"]) == len(memory["runs_theirs"]) == 2
     parts = [done for _, done in told]
     assert parts == sorted(parts)
     assert parts[-1] == pytest.approx(1.0)
