@@ -29,7 +29,6 @@ def test_auto_is_one_of_the_makers(case):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"backend": "triton"}, ("'triton'", "not in this version")),
         ({"backend": "gpu"}, ("'gpu'", "'reference'")),
         ({"page_size": 3}, ("block_size 8", "page_size 3")),
         ({"page_size": 16}, ("block_size 8", "page_size 16")),
@@ -38,7 +37,10 @@ def test_auto_is_one_of_the_makers(case):
         ({"q": torch.zeros(2, 4, 4, dtype=torch.int8)}, ("q must be", "int8")),
         ({"q": torch.zeros(2, 3, 4)}, ("multiple of Hkv", "[2, 3, 4]", "[5, 8, 2, 4]")),
         ({"q": torch.zeros(2, 4, 8)}, ("agree in D", "[2, 4, 8]", "[5, 8, 2, 4]")),
-        ({"q": torch.zeros(2, 4, 4).bfloat16()}, ("like q", "float32", "bfloat16")),
+        (
+            {"q": torch.zeros(2, 4, 4).bfloat16()},
+            ("like q or float8_e4m3fn", "float32", "bfloat16"),
+        ),
         ({"q": torch.zeros(2, 4, 4, device="meta")}, ("like q", "cpu", "meta")),
         ({"q": torch.zeros(3, 4, 4)}, ("block_table", "int32 [3, 3]", "[2, 3]")),
         ({"k_cache": torch.zeros(6, 8, 2, 4)}, ("k_cache and v_cache", "[6, 8", "[5, 8")),
@@ -62,6 +64,44 @@ def test_decode_attention_refuses(case, change, words):
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+def test_caches_of_two_types_are_refused(case):
+    with pytest.raises(ValueError, match=r"must have one dtype, got float8_e4m3fn.*float32"):
+        call(case, k_cache=case.k_cache.to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "words"),
+    [((66, 2), 4, ("up to 32 query heads per KV head", "got 33")), ((2, 2), 257, ("256", "257"))],
+)
+def test_triton_refuses_what_it_does_not_support(heads, dim, words):
+    cache = torch.zeros(1, 4, heads[1], dim)
+    q, table = torch.zeros(1, heads[0], dim), torch.zeros(1, 1, dtype=INT)
+    arguments = (q, cache, cache, table, torch.ones(1, dtype=INT))
+    with pytest.raises(ValueError) as error:
+        ops.decode_attention(*arguments, scale=1.0, page_size=4, backend="triton")
+    for word in ("backend 'triton'", *words):
+        assert word in str(error.value), error.value
+    # Asked for by no name, another maker takes it.
+    assert ops.decode_attention(*arguments, scale=1.0, page_size=4).shape == q.shape
+
+
+def test_triton_refuses_tensors_on_a_cpu(case, monkeypatch):
+    monkeypatch.setattr(ops._triton(), "_INTERPRETED", False)
+    with pytest.raises(ValueError, match="backend 'triton' needs CUDA tensors, got cpu"):
+        call(case, backend="triton")
+    with pytest.raises(ValueError, match="backend 'triton' needs CUDA tensors, got cpu"):
+        ops.select_pages(
+            torch.zeros(1, 3), torch.ones(1, dtype=INT), DeltaConfig(), backend="triton"
+        )
+
+
+def test_a_machine_without_triton_says_so(case, monkeypatch):
+    monkeypatch.setattr(ops, "_triton", lambda: None)
+    with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
+        call(case, backend="triton")
+    assert call(case).shape == case.q.shape
 
 
 def test_decode_attention_refuses_bad_pages(case):

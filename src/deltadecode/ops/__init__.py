@@ -1,19 +1,23 @@
 """The operations of a decode step: one contract each, several makers.
 
-Makers: ``reference`` is the definition; ``cpu`` is fast plain PyTorch, tuned on CPUs, and what
-``backend="auto"`` takes. Both run on any device and follow the rules R1..R9 of docs/semantics.md,
-those of arXiv 2510.09883.
+Makers: ``reference`` is the definition; ``cpu`` is fast plain PyTorch, tuned on CPUs; ``triton``
+has the GPU kernels. The first two run on any device. ``backend="auto"`` takes ``triton`` on CUDA
+where it supports the tensors, else ``cpu``. All follow the rules R1..R9 of docs/semantics.md, those
+of arXiv 2510.09883.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
-from deltadecode.ops import cpu, reference
+from deltadecode.ops import cpu, library, reference  # noqa: F401  (library registers)
 from deltadecode.ops.checks import check_decode, check_reach, check_select
 
 __all__ = ["decode_attention", "select_pages"]
@@ -37,7 +41,7 @@ def select_pages(
     cfg : DeltaConfig
         Gives P, K, L and S; its layers play no part.
     backend : str
-        ``"auto"``, ``"reference"`` or ``"cpu"``.
+        ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Returns
     -------
@@ -52,8 +56,15 @@ def select_pages(
         When a shape, dtype or device is wrong, or (CPU) a row is longer than its scores.
     """
     check_select(page_scores, seq_lens)
+    if torch.compiler.is_compiling():
+        ids_and_counts: tuple[Tensor, Tensor] = torch.ops.deltadecode.select_pages(
+            page_scores, seq_lens, cfg.page_size, cfg.budget_pages, cfg.recent_pages,
+            cfg.sink_pages, backend,
+        )  # fmt: skip
+        return ids_and_counts
     check_reach(seq_lens, page_scores.shape[1] * cfg.page_size, "page_scores")
-    page_ids, page_counts = _maker(backend).select_pages(page_scores, seq_lens, cfg)
+    maker = _maker(backend, page_scores)
+    page_ids, page_counts = maker.select_pages(page_scores, seq_lens, cfg)
     return page_ids, page_counts
 
 
@@ -71,6 +82,8 @@ def decode_attention(
     page_counts: Tensor | None = ...,
     sinks: Tensor | None = ...,
     softcap: float | None = ...,
+    k_scale: float = ...,
+    v_scale: float = ...,
     return_page_scores: Literal[False] = ...,
     backend: str = ...,
 ) -> Tensor: ...
@@ -90,6 +103,8 @@ def decode_attention(
     page_counts: None = ...,
     sinks: Tensor | None = ...,
     softcap: float | None = ...,
+    k_scale: float = ...,
+    v_scale: float = ...,
     return_page_scores: Literal[True],
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -108,6 +123,8 @@ def decode_attention(
     page_counts: Tensor | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     return_page_scores: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -123,8 +140,8 @@ def decode_attention(
     q : Tensor
         [B, Hq, D] float32, bfloat16, float16 or float64.
     k_cache, v_cache : Tensor
-        [blocks, block_size, Hkv, D] like q, any strides with the last one 1. Hkv divides Hq; query
-        head h reads KV head h // (Hq / Hkv). ``page_size`` divides block_size.
+        [blocks, block_size, Hkv, D] like q, or float8_e4m3fn; any strides with the last one 1. Hkv
+        divides Hq; query head h reads KV head h // (Hq / Hkv). ``page_size`` divides block_size.
     block_table : Tensor
         [B, blocks_max] int32.
     seq_lens : Tensor
@@ -142,11 +159,13 @@ def decode_attention(
         [Hq] float, a logit per head that enters the softmax denominator and is no token.
     softcap : float, optional
         Logits become ``softcap * tanh(logit / softcap)``, after the scale.
+    k_scale, v_scale : float
+        What stored keys and values are multiplied by, for caches of 8 bits.
     return_page_scores : bool
         Return S_u too: s_t is the largest softmax weight of token t over the query heads, S_u the
         sum of s_t over the tokens of page u. Not with ``page_ids``.
     backend : str
-        ``"auto"``, ``"reference"`` or ``"cpu"``.
+        ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Returns
     -------
@@ -165,8 +184,14 @@ def decode_attention(
         q, k_cache, v_cache, block_table, seq_lens, page_size, page_ids, page_counts, sinks,
         softcap, return_page_scores,
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        out, scores = torch.ops.deltadecode.decode_attention(
+            q, k_cache, v_cache, block_table, seq_lens, page_ids, page_counts, sinks, scale,
+            page_size, softcap, k_scale, v_scale, return_page_scores, backend,
+        )  # fmt: skip
+        return (out, scores) if return_page_scores else out
     check_reach(seq_lens, block_table.shape[1] * k_cache.shape[1], "block_table")
-    result: Tensor | tuple[Tensor, Tensor] = _maker(backend).decode_attention(
+    result: Tensor | tuple[Tensor, Tensor] = _maker(backend, q, k_cache).decode_attention(
         q,
         k_cache,
         v_cache,
@@ -178,16 +203,43 @@ def decode_attention(
         page_counts=page_counts,
         sinks=sinks,
         softcap=softcap,
+        k_scale=k_scale,
+        v_scale=v_scale,
         return_page_scores=return_page_scores,
     )
     return result
 
 
-def _maker(backend: str) -> ModuleType:
-    if backend in ("auto", "cpu"):
+def _maker(backend: str, tensor: Tensor, k_cache: Tensor | None = None) -> ModuleType:
+    """Module that computes an operation, given its first inputs."""
+    if backend == "auto":
+        if not tensor.is_cuda:
+            return cpu
+        kernels = _triton()
+        if kernels is None or kernels.unsupported(tensor, k_cache) is not None:
+            return cpu
+        return kernels
+    if backend == "cpu":
         return cpu
     if backend == "reference":
         return reference
     if backend == "triton":
-        raise ValueError("backend 'triton' is not in this version; use 'auto' or 'reference'")
-    raise ValueError(f"backend must be 'auto', 'reference' or 'cpu', got {backend!r}")
+        kernels = _triton()
+        if kernels is None:
+            raise ValueError("backend 'triton' needs the package triton, which is not installed")
+        reason = kernels.unsupported(tensor, k_cache)
+        if reason is not None:
+            raise ValueError(f"backend 'triton' {reason}")
+        return kernels
+    raise ValueError(f"backend must be 'auto', 'reference', 'cpu' or 'triton', got {backend!r}")
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    """The kernels, imported when first asked for; None without Triton."""
+    try:
+        return importlib.import_module("deltadecode.ops.triton")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None

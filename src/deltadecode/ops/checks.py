@@ -74,9 +74,15 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
             f"q and k_cache must agree in D, and Hq must be a multiple of Hkv, got {_show(q)} "
             f"and {_show(k_cache)}"
         )
+    if k_cache.dtype != v_cache.dtype:
+        raise ValueError(
+            f"k_cache and v_cache must have one dtype, got {_show(k_cache)} and {_show(v_cache)}"
+        )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype != q.dtype or cache.device != q.device:
-            raise ValueError(f"{name} must be like q, got {_show(cache)} and q {_show(q)}")
+        if cache.dtype not in (q.dtype, torch.float8_e4m3fn) or cache.device != q.device:
+            raise ValueError(
+                f"{name} must be like q or float8_e4m3fn, got {_show(cache)} and q {_show(q)}"
+            )
         if cache.stride(3) != 1 and dim > 1:
             raise ValueError(f"{name} must have last stride 1, got strides {cache.stride()}")
 

@@ -68,6 +68,8 @@ def decode_attention(
     page_counts: Tensor | None,
     sinks: Tensor | None,
     softcap: float | None,
+    k_scale: float,
+    v_scale: float,
     return_page_scores: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with one query token per sequence; see :func:`deltadecode.ops.decode_attention`."""
@@ -81,6 +83,7 @@ def decode_attention(
     queries = q.reshape(rows, kv_heads, heads // kv_heads, dim)
     pages = block_table.shape[1] * block_size // page_size
 
+    scale *= k_scale
     outs, scores = [], []
     for start, stop in _batches(lengths, attended, first, block_size):
         whole = stop - start == rows
@@ -98,6 +101,8 @@ def decode_attention(
             chosen = page_ids[start:stop, : -(-tokens // page_size)]
             k = _gather_pages(k_cache, table, chosen, page_size)[:, :, :tokens]
             v = _gather_pages(v_cache, table, chosen, page_size)[:, :, :tokens]
+        if k.dtype != q.dtype:
+            k, v = k.to(q.dtype), v.to(q.dtype)
         if return_page_scores or sinks is not None or softcap is not None:
             out, alpha = _attend_explicitly(part, k, v, scale, sinks, softcap)
             outs.append(out)
@@ -106,6 +111,8 @@ def decode_attention(
         else:
             outs.append(_attend(part, k, v, scale))
     result = _join(outs, queries).reshape(q.shape)
+    if v_scale != 1.0:
+        result = result * v_scale
     if not return_page_scores:
         return result
     return result, _join(scores, q.new_zeros((0, pages), dtype=_exact(q.dtype)))

@@ -52,6 +52,8 @@ def decode_attention(
     page_counts: Tensor | None,
     sinks: Tensor | None,
     softcap: float | None,
+    k_scale: float,
+    v_scale: float,
     return_page_scores: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with one query token per sequence; see :func:`deltadecode.ops.decode_attention`."""
@@ -71,8 +73,8 @@ def decode_attention(
         if tokens.numel() == 0:
             continue
         block = block_table[row, tokens // block_size].long()
-        k = k_cache[block, tokens % block_size].to(dtype)
-        v = v_cache[block, tokens % block_size].to(dtype)
+        k = k_cache[block, tokens % block_size].to(dtype) * k_scale
+        v = v_cache[block, tokens % block_size].to(dtype) * v_scale
         alpha = attention_weights(q[row].to(dtype), k, scale, softcap, sinks)
         groups = alpha.view(v.shape[1], -1, v.shape[0])
         out[row] = torch.einsum("hgt,thd->hgd", groups, v).flatten(0, 1).to(out.dtype)

@@ -1,0 +1,163 @@
+"""Triton maker: every kernel of a decode step on the GPU, captured by a CUDA graph as it is.
+
+No host synchronisation, no allocation that depends on data, launch grids from shapes alone.
+Contracts stand in :mod:`deltadecode.ops`, the definition in :mod:`deltadecode.ops.reference`.
+``TRITON_INTERPRET=1`` runs the kernels on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deltadecode.config import DeltaConfig
+from deltadecode.ops.triton import attention, selection
+from deltadecode.ops.triton.launch import multiprocessors, splits, tile
+
+# Read when Triton defines the kernels, and not again.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
+MOST_HEAD_DIM = 256
+MOST_GROUP = 32
+# Pages that a selecting thread block keeps in registers; more are read again for every digit.
+_CHUNK = 4096
+# Tokens that a thread block scores.
+SCORED_TOKENS = 1024
+
+
+def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
+    """Why these kernels cannot compute with such tensors.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        q [B, Hq, D], or page scores [B, pages] when there is no cache.
+    k_cache : Tensor, optional
+        [blocks, block_size, Hkv, D].
+
+    Returns
+    -------
+    str or None
+        Both sides of what does not fit, in one line; None when they can.
+    """
+    if not tensor.is_cuda and not _INTERPRETED:
+        return f"needs CUDA tensors, got {tensor.device}"
+    if tensor.dtype not in _DTYPES:
+        return f"takes bfloat16, float16 and float32, got {_name(tensor.dtype)}"
+    if k_cache is None:
+        return None
+    if tensor.shape[2] > MOST_HEAD_DIM:
+        return f"takes head sizes up to {MOST_HEAD_DIM}, got {tensor.shape[2]}"
+    group = tensor.shape[1] // k_cache.shape[2]
+    if group > MOST_GROUP:
+        return f"takes up to {MOST_GROUP} query heads per KV head, got {group}"
+    return None
+
+
+def _operand(q: Tensor) -> tl.dtype:
+    """Type of the factors of matrix products: that of q, whatever the cache holds."""
+    if not q.is_cuda:
+        return tl.float32  # the interpreter multiplies nothing smaller
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(q.dtype, tl.float32)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:
+    """Select pages (R3, R4); see :func:`deltadecode.ops.select_pages`."""
+    rows, width = page_scores.shape
+    if width and page_scores.stride(1) != 1:
+        page_scores = page_scores.contiguous()
+    budget = cfg.budget_pages
+    page_ids = page_scores.new_empty((rows, budget), dtype=torch.int32)
+    page_counts = torch.empty_like(seq_lens)
+    if rows == 0:
+        return page_ids, page_counts
+    chunk = min(_CHUNK, triton.next_power_of_2(max(width, 16)))
+    selection.select[(rows,)](
+        page_scores, seq_lens, page_ids, page_counts,
+        page_scores.stride(0), width, cfg.recent_pages, cfg.sink_pages,
+        BUDGET=budget, BUDGET_PAD=triton.next_power_of_2(budget), PAGE=cfg.page_size, CHUNK=chunk,
+        ONE_CHUNK=width <= chunk, num_warps=8 if chunk > 1024 else 4,
+    )  # fmt: skip
+    return page_ids, page_counts
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    page_size: int,
+    page_ids: Tensor | None,
+    page_counts: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    k_scale: float,
+    v_scale: float,
+    return_page_scores: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with one query token per sequence; see :func:`deltadecode.ops.decode_attention`."""
+    rows, heads, dim = q.shape
+    blocks, block_size, kv_heads = k_cache.shape[:3]
+    reach = block_table.shape[1] * block_size
+    pages = reach // page_size
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    scores = _floats(q, rows, pages if return_page_scores else 0)
+    if rows == 0 or reach == 0 or blocks == 0:
+        return (out.zero_(), scores) if return_page_scores else out.zero_()
+
+    attended = reach if page_ids is None else min(reach, page_ids.shape[1] * page_size)
+    parts = splits(rows * kv_heads, attended, multiprocessors(q.device))
+    # A pointer that a launch never follows is that of q.
+    part = _floats(q, rows, heads, parts, dim) if parts > 1 else q
+    lse = _floats(q, rows, heads, parts) if parts > 1 or return_page_scores else q
+    logits = _floats(q, rows, heads, reach) if return_page_scores else q
+    q = q if q.stride(2) == 1 else q.contiguous()
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    ids = table if page_ids is None else page_ids.contiguous()
+    counts = seq_lens if page_counts is None else page_counts
+    group, dim_pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
+    shape = tile(dim_pad, k_cache.element_size())
+    common = {
+        "HEADS": heads,
+        "DIM": dim,
+        "DIM_PAD": dim_pad,
+        "PAGE": page_size,
+        "SPLITS": parts,
+        "SCORES": return_page_scores,
+        "SINKS": sinks is not None,
+    }
+    attention.attend[(kv_heads, parts, rows)](
+        q, k_cache, v_cache, table, seq_lens, ids, counts, q if sinks is None else sinks,
+        out, part, lse, logits,
+        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), table.stride(0), ids.stride(0),
+        reach, scale * k_scale, softcap or 1.0, v_scale,
+        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), BLOCK=block_size,
+        TILE=shape.tokens, SPARSE=page_ids is not None, SOFTCAP=softcap is not None,
+        OPERAND=_operand(q), num_warps=shape.warps, num_stages=shape.stages, **common,
+    )  # fmt: skip
+    if parts > 1 or return_page_scores:
+        page_pad = triton.next_power_of_2(page_size)
+        at_once = max(1, SCORED_TOKENS // page_pad)
+        programs = triton.cdiv(pages, at_once) if return_page_scores else heads
+        attention.finish[(programs, rows)](
+            part, lse, q if sinks is None else sinks, logits, seq_lens, out, scores,
+            reach, pages, v_scale,
+            PAGE_PAD=page_pad, PAGES=at_once, SPLITS_PAD=triton.next_power_of_2(parts), **common,
+        )  # fmt: skip
+    return (out, scores) if return_page_scores else out
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)

@@ -1,0 +1,195 @@
+"""Split-KV paged decode attention, and what finishes it: the merge of the splits and the scores.
+
+``attend`` reads the cache once. For a Δ-layer it also writes its logits, 4 · Hq bytes a token,
+since the scores need the final log-sum-exp; ``finish`` turns them into S_u without reading keys
+again. Logits and log-sum-exps are in base 2: exp2 is what the hardware has.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _slots(
+    index, length, n, table_ptr, ids_ptr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    SPARSE: tl.constexpr,
+):  # fmt: skip
+    """Tokens that places ``index`` stand for, whether they exist, and their block and slot."""
+    valid = index < length
+    token = index
+    if SPARSE:
+        page = tl.load(ids_ptr + index // PAGE, mask=valid, other=0)
+        token = page * PAGE + index % PAGE
+        valid = valid & (token < n)
+    block = tl.load(table_ptr + token // BLOCK, mask=valid, other=0).to(tl.int64)
+    return token, valid, block, token % BLOCK
+
+
+@triton.jit
+def _logits(scores, scale, softcap, SOFTCAP: tl.constexpr):
+    """Base-2 logits of q · k (R7)."""
+    scores = scores * scale
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends, where e^2x is 0 or inf.
+        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E / softcap))))
+    return scores * LOG2E
+
+
+@triton.jit
+def attend(
+    q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, ids_ptr, counts_ptr, sinks_ptr,
+    out_ptr, part_ptr, lse_ptr, logits_ptr,
+    q_row, q_head, k_block, k_slot, k_head, v_block, v_slot, v_head, table_row, ids_row,
+    width, scale, softcap, v_scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, SCORES: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B)."""
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    n = tl.load(lens_ptr + row)
+    length = n
+    if SPARSE:
+        length = tl.load(counts_ptr + row) * PAGE
+    table_ptr += row * table_row
+    ids_ptr += row * ids_row
+    k_ptr += kv_head.to(tl.int64) * k_head
+    v_ptr += kv_head.to(tl.int64) * v_head
+
+    group = tl.arange(0, GROUP_PAD)
+    dim = tl.arange(0, DIM_PAD)
+    head = kv_head * GROUP + group
+    real = group < GROUP
+    in_head = dim < DIM
+    q = tl.load(
+        q_ptr + row * q_row + head[:, None] * q_head + dim[None, :],
+        mask=real[:, None] & in_head[None, :],
+        other=0.0,
+    ).to(OPERAND)
+    highest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+
+    # A row's tiles are dealt out by its own length alone, so that no other row has a say.
+    per_split = tl.cdiv(tl.cdiv(length, TILE), SPLITS)
+    first = split * per_split * TILE
+    last = tl.minimum(first + per_split * TILE, length)
+    for start in range(first, last, TILE):
+        index = start + tl.arange(0, TILE)
+        token, valid, block, slot = _slots(
+            index, length, n, table_ptr, ids_ptr, PAGE, BLOCK, SPARSE
+        )
+        held = valid[:, None] & in_head[None, :]
+        k_at = block * k_block + slot.to(tl.int64) * k_slot
+        k = tl.load(k_ptr + k_at[:, None] + dim[None, :], mask=held, other=0.0)
+        scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee")
+        scores = _logits(scores, scale, softcap, SOFTCAP)
+        if SCORES:
+            at = (row * HEADS + head)[:, None] * width + token[None, :]
+            tl.store(logits_ptr + at, scores, mask=real[:, None] & valid[None, :])
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        # A tile can hold the missing end of a partial page and nothing else.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(highest - base)
+        total = total * shrink + tl.sum(weights, 1)
+        v_at = block * v_block + slot.to(tl.int64) * v_slot
+        v = tl.load(v_ptr + v_at[:, None] + dim[None, :], mask=held, other=0.0)
+        acc = tl.dot(
+            weights.to(OPERAND), v.to(OPERAND), acc * shrink[:, None], input_precision="ieee"
+        )
+        highest = higher
+
+    if SPLITS > 1 or SCORES:
+        lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(total))
+        tl.store(lse_ptr + (row * HEADS + head) * SPLITS + split, lse, mask=real)
+    at_head = row * HEADS + head
+    stored = real[:, None] & in_head[None, :]
+    if SPLITS > 1:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        at = (at_head * SPLITS + split)[:, None] * DIM + dim[None, :]
+        tl.store(part_ptr + at, acc, mask=stored)
+    else:
+        if SINKS:
+            sink = tl.load(sinks_ptr + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+            # With the sink far above every logit the quotient goes to 0, as it should.
+            above = tl.maximum(highest, sink)
+            total = total * tl.exp2(highest - above) + tl.exp2(sink - above)
+            acc = acc * tl.exp2(highest - above)[:, None]
+        acc = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+        at = at_head[:, None] * DIM + dim[None, :]
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _whole_lse(lse, sinks_ptr, head, SINKS: tl.constexpr):
+    """Log-sum-exp over all splits ``lse`` [SPLITS_PAD] of one head, sinks included (R7)."""
+    highest = tl.max(lse, 0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        highest = tl.maximum(highest, sink)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp2(lse - base), 0)
+    if SINKS:
+        total += tl.exp2(sink - base)
+    return base + tl.log2(total)
+
+
+@triton.jit
+def finish(
+    part_ptr, lse_ptr, sinks_ptr, logits_ptr, lens_ptr, out_ptr, scores_ptr, width, pages, v_scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
+    PAGE_PAD: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    SCORES: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of some heads; score PAGES pages (R2); grid (chunks or Hq, B)."""
+    chunk = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.arange(0, SPLITS_PAD)
+    dim = tl.arange(0, DIM_PAD)
+    if SPLITS > 1:
+        for head in range(chunk, HEADS, tl.num_programs(0)):
+            at = (row * HEADS + head) * SPLITS + split
+            lse = tl.load(lse_ptr + at, mask=split < SPLITS, other=float("-inf"))
+            whole = _whole_lse(lse, sinks_ptr, head, SINKS)
+            # A split without tokens has written nothing. NaN is not written off as one.
+            written = (split < SPLITS) & (lse != float("-inf"))
+            weight = tl.where(written, tl.exp2(lse - whole), 0.0)
+            part = tl.load(
+                part_ptr + at[:, None] * DIM + dim[None, :],
+                mask=written[:, None] & (dim < DIM)[None, :],
+                other=0.0,
+            )
+            merged = tl.sum(weight[:, None] * part, 0) * v_scale
+            at_out = (row * HEADS + head) * DIM + dim
+            tl.store(out_ptr + at_out, merged.to(out_ptr.dtype.element_ty), mask=dim < DIM)
+    if SCORES:
+        n = tl.load(lens_ptr + row)
+        page = chunk * PAGES + tl.arange(0, PAGES)
+        place = tl.arange(0, PAGE_PAD)
+        token = page[:, None] * PAGE + place[None, :]
+        valid = (place < PAGE)[None, :] & (token < n)
+        score = tl.zeros([PAGES], tl.float32)
+        if chunk * PAGES * PAGE < n:
+            best = tl.full([PAGES, PAGE_PAD], float("-inf"), tl.float32)
+            for head in range(HEADS):
+                at = row * HEADS + head
+                mine = split < SPLITS
+                lse = tl.load(lse_ptr + at * SPLITS + split, mask=mine, other=float("-inf"))
+                logits = tl.load(logits_ptr + at * width + token, mask=valid, other=float("-inf"))
+                # exp2 is monotonic: one for the largest instead of one per head.
+                best = tl.maximum(
+                    best,
+                    logits - _whole_lse(lse, sinks_ptr, head, SINKS),
+                    propagate_nan=tl.PropagateNan.ALL,
+                )
+            score = tl.sum(tl.where(valid, tl.exp2(best), 0.0), 1)
+        tl.store(scores_ptr + row * pages + page, score, mask=page < pages)
