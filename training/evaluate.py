@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from deltadecode.benchmark.results import result, row, write_result
 from deltadecode.tasks import Problem, extract_answer, is_correct, make_problem, model_path
 
 FIRST_SEED = 2_000_000_000
+SIDES = ("full", "delta")
 
 
 def generate(model, tokenizer, problems: list[Problem], batch: int) -> tuple[list[str], list[int]]:
@@ -55,6 +58,29 @@ def summary(problems: list[Problem], full: list[str], delta: list[str]) -> dict[
     }
 
 
+def one_side(side: str, args: argparse.Namespace) -> None:
+    """Generate with stock attention or with DELTA, and keep what came out."""
+    problems = make_problems(args)
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+    model.to(args.device)
+    if side == "delta":
+        dd.enable(model)
+    start = time.perf_counter()
+    texts, lengths = generate(model, tokenizer, problems, args.batch)
+    kept = {"texts": texts, "lengths": lengths, "seconds": time.perf_counter() - start}
+    if side == "delta":
+        stats = dd.stats(model)
+        kept |= {"attended_tokens": stats.attended_tokens, "full_tokens": stats.full_tokens}
+    (args.work / f"{side}.json").write_text(json.dumps(kept))
+    print(json.dumps({"side": side, "seconds": round(kept["seconds"], 1)}), flush=True)
+
+
+def make_problems(args: argparse.Namespace) -> list[Problem]:
+    sizes = {} if args.steps is None else {"steps": args.steps}
+    return [make_problem(FIRST_SEED + i, **sizes) for i in range(args.problems)]
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--problems", type=int, default=200)
@@ -62,37 +88,33 @@ def main() -> None:
     p.add_argument("--device", default="cuda")
     p.add_argument("--steps", type=int, help="steps of a problem, the task's default otherwise")
     p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--work", type=Path, help="where each side's texts are kept; default: --out")
+    p.add_argument("--side", choices=["full", "delta"], help="only generate this side's texts")
     p.add_argument("--tag", default="embedded")
     args = p.parse_args()
-    sizes = {} if args.steps is None else {"steps": args.steps}
-    problems = [make_problem(FIRST_SEED + i, **sizes) for i in range(args.problems)]
-    tokenizer = AutoTokenizer.from_pretrained(model_path())
-    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
-    model.to(args.device)
-
-    start = time.perf_counter()
-    full, full_lengths = generate(model, tokenizer, problems, args.batch)
-    print(json.dumps({"full_seconds": time.perf_counter() - start}), flush=True)
-    dd.enable(model)
-    start = time.perf_counter()
-    delta, delta_lengths = generate(model, tokenizer, problems, args.batch)
-    print(json.dumps({"delta_seconds": time.perf_counter() - start}), flush=True)
-
-    stats = dd.stats(model)
-    found = summary(problems, full, delta)
-    found |= {
-        "attended_fraction": round(stats.attended_fraction, 5),
-        "tokens_generated_least": min(min(full_lengths), min(delta_lengths)),
-        "tokens_generated_most": max(max(full_lengths), max(delta_lengths)),
+    args.work = args.work or args.out
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.side:
+        one_side(args.side, args)
+        return
+    # Both at once: the time of neither is a result.
+    sides = [subprocess.Popen([sys.executable, *sys.argv, "--side", side]) for side in SIDES]
+    if any([side.wait() for side in sides]):
+        sys.exit("generating failed")
+    full, delta = (json.loads((args.work / f"{side}.json").read_text()) for side in SIDES)
+    problems = make_problems(args)
+    lengths = full["lengths"] + delta["lengths"]
+    found = summary(problems, full["texts"], delta["texts"]) | {
+        "attended_fraction": round(delta["attended_tokens"] / delta["full_tokens"], 5),
+        "tokens_generated_least": min(lengths),
+        "tokens_generated_most": max(lengths),
     }
-    tokens = [layer.attended_tokens for layer in stats.per_layer]
-    reference = [layer.full_tokens for layer in stats.per_layer]
     rows = [
         row("right answers", "full attention", "wrong or missing answers, plus one",
             1 + len(problems) - found["right_delta"], 1 + len(problems) - found["right_full"],
             **found),
         row("attended tokens", "full attention", "tokens read in all decode steps and layers",
-            sum(tokens), sum(reference)),
+            delta["attended_tokens"], delta["full_tokens"]),
     ]  # fmt: skip
     command = f"python training/evaluate.py --problems {args.problems} --batch {args.batch}"
     command += f" --device {args.device}"

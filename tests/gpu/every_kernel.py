@@ -1,0 +1,32 @@
+"""A small run of every kernel and of every branch in them, for compute-sanitizer."""
+
+import torch
+from gpu_cases import make_gpu_case
+
+from deltadecode import ops
+from deltadecode.config import DeltaConfig
+
+
+def main():
+    cfg = DeltaConfig(budget_pages=12)
+    for options in (
+        {},
+        {"sinks": True, "softcap": 5.0, "dtype": torch.float16},
+        {"cache_dtype": torch.float8_e4m3fn, "dim": 80, "block_size": 32},
+        {"dtype": torch.float32, "dim": 64, "kv_heads": 1, "group": 3},
+    ):
+        # Without splits too: many rows; an empty one.
+        for lengths in ([600, 37, 16, 1], [0, 5] * 150):
+            case = make_gpu_case(lengths, **options, spare=0)
+            out, scores = case.run(return_page_scores=True)
+            ids, counts = ops.select_pages(scores, case.arguments[4], cfg, backend="triton")
+            sparse = case.run(page_ids=ids, page_counts=counts)
+            assert all(t.isfinite().all() for t in (out, scores, sparse, case.run()))
+    scores = torch.rand(2, 5000, device="cuda")
+    lens = torch.tensor([80000, 79000], dtype=torch.int32, device="cuda")
+    ops.select_pages(scores, lens, cfg, backend="triton")
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
