@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "triton", "vllm")
+_PACKAGES = (
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "triton",
+    "vllm",
+    "flashinfer-python",
+)
 
 
 def versions() -> dict[str, str]:

@@ -47,8 +47,7 @@ def cpu(
         check_tag(tag)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    if out is not None and out.exists() and not out.is_dir():
-        raise BadInput(f"--out must be a folder, got {str(out)!r}")
+    _check_folder(out)
     with progress_bar("benchmark", 1.0) as (bar, task):
         found = run(progress=lambda case, done: bar.update(task, completed=done, description=case))
     if out is not None:
@@ -57,3 +56,70 @@ def cpu(
         print_json(found)
     else:
         stdout().print(table(found))
+
+
+@bench.command()
+def kernels(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Five shapes of heads 12/2, in under two minutes.")
+    ] = False,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="Query heads/KV heads, such as 12/2; repeatable.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences of a step; repeatable.")
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a sequence; repeatable.")
+    ] = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="GPU memory for inputs; by default 60 % of what is free."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write kernels-<date>[-tag].json and its figure, .png, to."),
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Last part of the files' names.")] = None,
+) -> None:
+    """Time decode attention on a CUDA GPU: dense, Δ, sparse and the selection, beside their peers.
+
+    Peers are FlashAttention-3 (of vLLM) and FlashInfer where they are installed, and the measured
+    bandwidth of the memory. Batches and contexts choose among those of a quick run, and replace
+    those of a full one.
+    """
+    quiet_libraries()
+    from deltadecode.benchmark.kernel_cases import grid, parse_heads
+    from deltadecode.benchmark.kernel_rows import kernel_table
+    from deltadecode.benchmark.kernels import command_line, run, write_kernels
+    from deltadecode.benchmark.results import check_tag
+
+    heads, batch, context = heads or [], batch or [], context or []
+    try:
+        check_tag(tag)
+        pairs = [parse_heads(text) for text in heads]
+        shapes = grid(quick=quick, heads=pairs, batches=batch, contexts=context)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    _check_folder(out)
+    with progress_bar("benchmark", 1.0) as (bar, task):
+
+        def tell(case: str, done: float) -> None:
+            bar.update(task, completed=done, description=case)
+            if bar.disable:
+                note(f"{done:4.0%} {case}")
+
+        command = command_line(quick, heads, batch, context, memory_gib)
+        found = run(shapes, command=command, memory_gib=memory_gib, progress=tell)
+    if out is not None:
+        write_kernels(found, out, tag, note)
+    if as_json:
+        print_json(found)
+    else:
+        stdout().print(kernel_table(found))
+
+
+def _check_folder(out: Path | None) -> None:
+    if out is not None and out.exists() and not out.is_dir():
+        raise BadInput(f"--out must be a folder, got {str(out)!r}")
