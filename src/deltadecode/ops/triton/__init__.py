@@ -23,10 +23,12 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 MOST_HEAD_DIM = 256
 MOST_GROUP = 32
+# Block size where one block is the whole row: a cache that grows compiles nothing anew.
+_WHOLE_ROW = 1 << 30
 # Pages that a selecting thread block keeps in registers; more are read again for every digit.
-_CHUNK = 4096
-# Tokens that a thread block scores.
-SCORED_TOKENS = 1024
+_CHUNK = 8192
+# Logits that a thread block turns into scores.
+_SCORED = 4096
 
 
 def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
@@ -116,6 +118,7 @@ def decode_attention(
     if rows == 0 or reach == 0 or blocks == 0:
         return (out.zero_(), scores) if return_page_scores else out.zero_()
 
+    sparse = page_ids is not None
     attended = reach if page_ids is None else min(reach, page_ids.shape[1] * page_size)
     parts = splits(rows * kv_heads, attended, multiprocessors(q.device))
     # A pointer that a launch never follows is that of q.
@@ -127,7 +130,7 @@ def decode_attention(
     ids = table if page_ids is None else page_ids.contiguous()
     counts = seq_lens if page_counts is None else page_counts
     group, dim_pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    shape = tile(dim_pad, k_cache.element_size())
+    shape = tile(dim_pad, k_cache.element_size(), sparse)
     common = {
         "HEADS": heads,
         "DIM": dim,
@@ -143,18 +146,22 @@ def decode_attention(
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), table.stride(0), ids.stride(0),
         reach, scale * k_scale, softcap or 1.0, v_scale,
-        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), BLOCK=block_size,
-        TILE=shape.tokens, SPARSE=page_ids is not None, SOFTCAP=softcap is not None,
+        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        BLOCK=block_size if table.shape[1] > 1 else _WHOLE_ROW, TILE=shape.tokens,
+        BUDGET_PAD=triton.next_power_of_2(max(ids.shape[1], 16)) if sparse else 16,
+        SPARSE=sparse, SOFTCAP=softcap is not None,
         OPERAND=_operand(q), num_warps=shape.warps, num_stages=shape.stages, **common,
     )  # fmt: skip
     if parts > 1 or return_page_scores:
         page_pad = triton.next_power_of_2(page_size)
-        at_once = max(1, SCORED_TOKENS // page_pad)
+        heads_pad = triton.next_power_of_2(heads)
+        at_once = max(1, _SCORED // (heads_pad * page_pad))
         programs = triton.cdiv(pages, at_once) if return_page_scores else heads
         attention.finish[(programs, rows)](
             part, lse, q if sinks is None else sinks, logits, seq_lens, out, scores,
             reach, pages, v_scale,
-            PAGE_PAD=page_pad, PAGES=at_once, SPLITS_PAD=triton.next_power_of_2(parts), **common,
+            HEADS_PAD=heads_pad, PAGE_PAD=page_pad, PAGES=at_once,
+            SPLITS_PAD=triton.next_power_of_2(parts), **common,
         )  # fmt: skip
     return (out, scores) if return_page_scores else out
 

@@ -14,19 +14,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _slots(
-    index, length, n, table_ptr, ids_ptr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPARSE: tl.constexpr,
-):  # fmt: skip
-    """Tokens that places ``index`` stand for, whether they exist, and their block and slot."""
-    valid = index < length
-    token = index
-    if SPARSE:
-        page = tl.load(ids_ptr + index // PAGE, mask=valid, other=0)
-        token = page * PAGE + index % PAGE
-        valid = valid & (token < n)
-    block = tl.load(table_ptr + token // BLOCK, mask=valid, other=0).to(tl.int64)
-    return token, valid, block, token % BLOCK
+def _selected_blocks(table_ptr, ids_ptr, count, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+                     BUDGET_PAD: tl.constexpr):  # fmt: skip
+    """Selected pages [BUDGET_PAD] of a row and the blocks they lie in.
+
+    Both are loaded once, before the loop over tokens: two loads, one behind the other, would have
+    to come before every tile of keys, which then could not be fetched so far ahead.
+    """
+    place = tl.arange(0, BUDGET_PAD)
+    page = tl.load(ids_ptr + place, mask=place < count, other=0)
+    block = tl.load(table_ptr + page * PAGE // BLOCK, mask=place < count, other=0)
+    return page, block
 
 
 @triton.jit
@@ -48,7 +46,7 @@ def attend(
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, SCORES: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, BUDGET_PAD: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B)."""
     kv_head = tl.program_id(0)
@@ -56,10 +54,13 @@ def attend(
     row = tl.program_id(2).to(tl.int64)
     n = tl.load(lens_ptr + row)
     length = n
-    if SPARSE:
-        length = tl.load(counts_ptr + row) * PAGE
     table_ptr += row * table_row
-    ids_ptr += row * ids_row
+    if SPARSE:
+        count = tl.load(counts_ptr + row)
+        length = count * PAGE
+        pages, blocks = _selected_blocks(
+            table_ptr, ids_ptr + row * ids_row, count, PAGE, BLOCK, BUDGET_PAD
+        )
     k_ptr += kv_head.to(tl.int64) * k_head
     v_ptr += kv_head.to(tl.int64) * v_head
 
@@ -83,11 +84,18 @@ def attend(
     last = tl.minimum(first + per_split * TILE, length)
     for start in range(first, last, TILE):
         index = start + tl.arange(0, TILE)
-        token, valid, block, slot = _slots(
-            index, length, n, table_ptr, ids_ptr, PAGE, BLOCK, SPARSE
-        )
+        valid = index < length
+        token = index
+        if SPARSE:
+            place = tl.minimum(index // PAGE, BUDGET_PAD - 1)
+            token = tl.gather(pages, place, 0) * PAGE + index % PAGE
+            valid = valid & (token < n)
+            block = tl.gather(blocks, place, 0).to(tl.int64)
+        else:
+            block = tl.load(table_ptr + token // BLOCK, mask=valid, other=0).to(tl.int64)
+        slot = (token % BLOCK).to(tl.int64)
         held = valid[:, None] & in_head[None, :]
-        k_at = block * k_block + slot.to(tl.int64) * k_slot
+        k_at = block * k_block + slot * k_slot
         k = tl.load(k_ptr + k_at[:, None] + dim[None, :], mask=held, other=0.0)
         scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee")
         scores = _logits(scores, scale, softcap, SOFTCAP)
@@ -101,7 +109,7 @@ def attend(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(highest - base)
         total = total * shrink + tl.sum(weights, 1)
-        v_at = block * v_block + slot.to(tl.int64) * v_slot
+        v_at = block * v_block + slot * v_slot
         v = tl.load(v_ptr + v_at[:, None] + dim[None, :], mask=held, other=0.0)
         acc = tl.dot(
             weights.to(OPERAND), v.to(OPERAND), acc * shrink[:, None], input_precision="ieee"
@@ -130,66 +138,106 @@ def attend(
 
 
 @triton.jit
-def _whole_lse(lse, sinks_ptr, head, SINKS: tl.constexpr):
-    """Log-sum-exp over all splits ``lse`` [SPLITS_PAD] of one head, sinks included (R7)."""
-    highest = tl.max(lse, 0)
-    if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-        highest = tl.maximum(highest, sink)
+def _whole_lse(lse, sink):
+    """Log-sum-exp over splits ``lse`` [heads, SPLITS_PAD], sinks ``sink`` [heads] included (R7)."""
+    highest = tl.maximum(tl.max(lse, 1), sink)
     base = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp2(lse - base), 0)
-    if SINKS:
-        total += tl.exp2(sink - base)
+    total = tl.sum(tl.exp2(lse - base[:, None]), 1) + tl.exp2(sink - base)
     return base + tl.log2(total)
+
+
+@triton.jit
+def _load_lse(lse_ptr, sinks_ptr, row, head, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+              SPLITS_PAD: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
+    """Log-sum-exps [heads, SPLITS_PAD] of each split, and whole ones [heads], of some heads."""
+    split = tl.arange(0, SPLITS_PAD)
+    real = head < HEADS
+    lse = tl.load(
+        lse_ptr + (row * HEADS + head)[:, None] * SPLITS + split[None, :],
+        mask=real[:, None] & (split < SPLITS)[None, :],
+        other=float("-inf"),
+    )
+    if SINKS:
+        sink = tl.load(sinks_ptr + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+    else:
+        sink = tl.full(head.shape, float("-inf"), tl.float32)
+    return lse, _whole_lse(lse, sink)
+
+
+@triton.jit
+def _merge(
+    part_ptr, lse_ptr, sinks_ptr, out_ptr, row, head, v_scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Output of one head from its splits."""
+    split = tl.arange(0, SPLITS_PAD)
+    dim = tl.arange(0, DIM_PAD)
+    heads = head + tl.arange(0, 1)
+    lse, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
+    # A split without tokens has written nothing. NaN is not written off as one.
+    written = (lse != float("-inf")) & (split < SPLITS)[None, :]
+    weight = tl.where(written, tl.exp2(lse - whole[:, None]), 0.0)
+    weight = tl.reshape(weight, [SPLITS_PAD])
+    written = tl.reshape(written, [SPLITS_PAD])
+    part = tl.load(
+        part_ptr + ((row * HEADS + head) * SPLITS + split)[:, None] * DIM + dim[None, :],
+        mask=written[:, None] & (dim < DIM)[None, :],
+        other=0.0,
+    )
+    merged = tl.sum(weight[:, None] * part, 0) * v_scale
+    at = (row * HEADS + head) * DIM + dim
+    tl.store(out_ptr + at, merged.to(out_ptr.dtype.element_ty), mask=dim < DIM)
 
 
 @triton.jit
 def finish(
     part_ptr, lse_ptr, sinks_ptr, logits_ptr, lens_ptr, out_ptr, scores_ptr, width, pages, v_scale,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
-    PAGE_PAD: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-    SCORES: tl.constexpr, SINKS: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr, SCORES: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of some heads; score PAGES pages (R2); grid (chunks or Hq, B)."""
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    split = tl.arange(0, SPLITS_PAD)
-    dim = tl.arange(0, DIM_PAD)
     if SPLITS > 1:
         for head in range(chunk, HEADS, tl.num_programs(0)):
-            at = (row * HEADS + head) * SPLITS + split
-            lse = tl.load(lse_ptr + at, mask=split < SPLITS, other=float("-inf"))
-            whole = _whole_lse(lse, sinks_ptr, head, SINKS)
-            # A split without tokens has written nothing. NaN is not written off as one.
-            written = (split < SPLITS) & (lse != float("-inf"))
-            weight = tl.where(written, tl.exp2(lse - whole), 0.0)
-            part = tl.load(
-                part_ptr + at[:, None] * DIM + dim[None, :],
-                mask=written[:, None] & (dim < DIM)[None, :],
-                other=0.0,
-            )
-            merged = tl.sum(weight[:, None] * part, 0) * v_scale
-            at_out = (row * HEADS + head) * DIM + dim
-            tl.store(out_ptr + at_out, merged.to(out_ptr.dtype.element_ty), mask=dim < DIM)
+            _merge(
+                part_ptr, lse_ptr, sinks_ptr, out_ptr, row, head, v_scale,
+                HEADS, DIM, DIM_PAD, SPLITS, SPLITS_PAD, SINKS,
+            )  # fmt: skip
     if SCORES:
         n = tl.load(lens_ptr + row)
         page = chunk * PAGES + tl.arange(0, PAGES)
-        place = tl.arange(0, PAGE_PAD)
-        token = page[:, None] * PAGE + place[None, :]
-        valid = (place < PAGE)[None, :] & (token < n)
         score = tl.zeros([PAGES], tl.float32)
         if chunk * PAGES * PAGE < n:
-            best = tl.full([PAGES, PAGE_PAD], float("-inf"), tl.float32)
-            for head in range(HEADS):
-                at = row * HEADS + head
-                mine = split < SPLITS
-                lse = tl.load(lse_ptr + at * SPLITS + split, mask=mine, other=float("-inf"))
-                logits = tl.load(logits_ptr + at * width + token, mask=valid, other=float("-inf"))
-                # exp2 is monotonic: one for the largest instead of one per head.
-                best = tl.maximum(
-                    best,
-                    logits - _whole_lse(lse, sinks_ptr, head, SINKS),
-                    propagate_nan=tl.PropagateNan.ALL,
-                )
-            score = tl.sum(tl.where(valid, tl.exp2(best), 0.0), 1)
+            place = tl.arange(0, PAGES * PAGE_PAD)
+            token = (chunk * PAGES + place // PAGE_PAD) * PAGE + place % PAGE_PAD
+            valid = (place % PAGE_PAD < PAGE) & (token < n)
+            head = tl.arange(0, HEADS_PAD)
+            _, whole = _load_lse(lse_ptr, sinks_ptr, row, head, HEADS, SPLITS, SPLITS_PAD, SINKS)
+            real = head < HEADS
+            # All heads at once: nothing waits for anything but its own load.
+            logits = tl.load(
+                logits_ptr + (row * HEADS + head)[:, None] * width + token[None, :],
+                mask=real[:, None] & valid[None, :],
+                other=float("-inf"),
+            )
+            # A head that is none has no weight; -inf - -inf would be NaN.
+            whole = tl.where(real, whole, 0.0)
+            best = _highest(logits - whole[:, None])
+            # exp2 is monotonic: one for the largest instead of one per head.
+            weight = tl.where(valid, tl.exp2(best), 0.0)
+            score = tl.sum(tl.reshape(weight, [PAGES, PAGE_PAD]), 1)
         tl.store(scores_ptr + row * pages + page, score, mask=page < pages)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _highest(logits):
+    """Largest over the heads [heads, tokens]; NaN if any is."""
+    return tl.reduce(logits, 0, _larger)

@@ -16,7 +16,7 @@ import torch
 # shared memory.
 _BLOCKS_PER_SM = 2
 # Below this many tokens a split does not earn its share of the merge.
-_LEAST_TOKENS = 256
+_LEAST_TOKENS = 64
 _MOST_SPLITS = 128
 
 
@@ -37,7 +37,7 @@ class Tile:
     stages: int
 
 
-def tile(dim: int, itemsize: int) -> Tile:
+def tile(dim: int, itemsize: int, sparse: bool) -> Tile:
     """Tile of the attention kernel.
 
     Parameters
@@ -46,6 +46,8 @@ def tile(dim: int, itemsize: int) -> Tile:
         Head size, padded to a power of two.
     itemsize : int
         Bytes of an element of the cache.
+    sparse : bool
+        Whether it reads selected pages.
 
     Returns
     -------
@@ -80,7 +82,8 @@ def splits(programs: int, tokens: int, sms: int) -> int:
         What wastes least of the last wave of thread blocks; the fewest of equals.
     """
     slots = _BLOCKS_PER_SM * sms
-    most = min(_MOST_SPLITS, max(1, tokens // _LEAST_TOKENS))
+    # A power of two, so that a growing cache compiles a kernel a few times, not at every length.
+    most = min(_MOST_SPLITS, 1 << max(1, tokens // _LEAST_TOKENS).bit_length() - 1)
 
     def wasted(parts: int) -> float:
         waves = programs * parts / slots

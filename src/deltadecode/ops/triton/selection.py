@@ -1,4 +1,4 @@
-"""Exact top-k of page scores: no sort, the k-th largest score is found two bits at a time."""
+"""Exact top-k of page scores without a sort: the k-th largest is found by four digits of 8 bits."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def _keys(scores_ptr, page, pages, recent_from, sinks):
 
 
 @triton.jit
-def _count(key, exists, low, step):
-    """How many keys reach low + step, low + 2 step and low + 3 step: 21 bits each of one sum."""
-    one = exists.to(tl.int64)
-    first = tl.where(key >= low + step, one, 0)
-    second = tl.where(key >= low + 2 * step, one << 21, 0)
-    third = tl.where(key >= low + 3 * step, one << 42, 0)
-    return tl.sum(first + second + third, 0)
+def _digits(key, exists, prefix, shift, FIRST: tl.constexpr):
+    """How many keys with the digits found so far have which next digit, [256].
+
+    Other keys count as digit 0, which is what is left when no other digit has enough keys.
+    """
+    digit = (key >> shift) & 0xFF
+    if not FIRST:
+        exists = exists & ((key >> shift) >> 8 == prefix)
+    return tl.histogram(tl.where(exists, digit, 0).to(tl.int32), 256)
 
 
 @triton.jit
@@ -74,31 +76,25 @@ def select(
         recent_from = pages - recent
         if ONE_CHUNK:
             key, exists = _keys(scores_ptr, offset, pages, recent_from, sinks)
-        threshold = tl.zeros([], tl.uint32)
-        above = tl.zeros([], tl.int32)
-        step = tl.full([], 1 << 30, tl.uint32)
-        for _ in range(16):
+        # Of the keys with this prefix, the wanted-th largest is sought.
+        prefix = tl.zeros([], tl.uint32)
+        wanted = tl.full([], BUDGET, tl.int32)
+        for round in tl.static_range(4):
+            shift: tl.constexpr = 24 - 8 * round
             if ONE_CHUNK:
-                counts = _count(key, exists, threshold, step)
+                counts = _digits(key, exists, prefix, shift, round == 0)
             else:
-                counts = tl.zeros([], tl.int64)
+                counts = tl.zeros([256], tl.int32)
                 for start in range(0, pages, CHUNK):
                     keys, there = _keys(scores_ptr, start + offset, pages, recent_from, sinks)
-                    counts += _count(keys, there, threshold, step)
-            first = (counts & 0x1FFFFF).to(tl.int32)
-            second = ((counts >> 21) & 0x1FFFFF).to(tl.int32)
-            third = (counts >> 42).to(tl.int32)
-            # Counts fall: how many of them reach BUDGET is the digit.
-            reached = (first >= BUDGET).to(tl.uint32) + (second >= BUDGET).to(tl.uint32)
-            reached += (third >= BUDGET).to(tl.uint32)
-            higher = tl.where(reached == 2, third, above)
-            higher = tl.where(reached == 1, second, higher)
-            above = tl.where(reached == 0, first, higher)
-            threshold += reached * step
-            step = step >> 2
-        ties = BUDGET - above
+                    counts += _digits(keys, there, prefix, shift, round == 0)
+            reaching = tl.cumsum(counts, 0, reverse=True)
+            enough = (reaching >= wanted) & (tl.arange(0, 256) > 0)
+            digit = tl.sum(enough.to(tl.int32), 0)
+            wanted -= tl.max(tl.where(reaching < wanted, reaching, 0), 0)
+            prefix = prefix * 256 + digit.to(tl.uint32)
         if ONE_CHUNK:
-            _place(key, exists, offset, threshold, ties, 0, 0, ids_ptr)
+            _place(key, exists, offset, prefix, wanted, 0, 0, ids_ptr)
         else:
             above_before = tl.zeros([], tl.int32)
             equal_before = tl.zeros([], tl.int32)
@@ -106,5 +102,5 @@ def select(
                 page = start + offset
                 keys, there = _keys(scores_ptr, page, pages, recent_from, sinks)
                 above_before, equal_before = _place(
-                    keys, there, page, threshold, ties, above_before, equal_before, ids_ptr
+                    keys, there, page, prefix, wanted, above_before, equal_before, ids_ptr
                 )
