@@ -214,12 +214,12 @@ def finish(
             place = tl.arange(0, PAGES * PAGE_PAD)
             token = (chunk * PAGES + place // PAGE_PAD) * PAGE + place % PAGE_PAD
             valid = (place % PAGE_PAD < PAGE) & (token < n)
-            head = tl.arange(0, HEADS_PAD)
-            _, whole = _load_lse(lse_ptr, sinks_ptr, row, head, HEADS, SPLITS, SPLITS_PAD, SINKS)
-            real = head < HEADS
+            heads = tl.arange(0, HEADS_PAD)
+            _, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
+            real = heads < HEADS
             # All heads at once: nothing waits for anything but its own load.
             logits = tl.load(
-                logits_ptr + (row * HEADS + head)[:, None] * width + token[None, :],
+                logits_ptr + (row * HEADS + heads)[:, None] * width + token[None, :],
                 mask=real[:, None] & valid[None, :],
                 other=float("-inf"),
             )

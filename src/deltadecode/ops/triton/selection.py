@@ -80,7 +80,7 @@ def select(
         prefix = tl.zeros([], tl.uint32)
         wanted = tl.full([], BUDGET, tl.int32)
         for round in tl.static_range(4):
-            shift: tl.constexpr = 24 - 8 * round
+            shift = 24 - 8 * round
             if ONE_CHUNK:
                 counts = _digits(key, exists, prefix, shift, round == 0)
             else:

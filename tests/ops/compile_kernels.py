@@ -1,0 +1,81 @@
+"""Compile every kernel for Hopper, which takes no GPU: a process of its own, without interpreter.
+
+The interpreter runs kernels as Python and lets pass what the compiler refuses.
+"""
+
+import itertools
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deltadecode import ops
+from deltadecode.config import DeltaConfig
+from deltadecode.ops.triton import attention, selection
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
+
+
+class Compiled:
+    """Takes the place of a kernel: compiles what a launch asks for."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.seen = set()
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, num_warps=4, num_stages=3, **constants):
+        names = self.kernel.arg_names
+        signature = {}
+        for name, value in zip(names, args, strict=False):
+            if isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+        signature |= dict.fromkeys(names[len(args) :], "constexpr")
+        key = str((sorted(signature.items()), constants))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        found = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(self.kernel, signature, found)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def main():
+    attention.attend = Compiled(attention.attend)
+    attention.finish = Compiled(attention.finish)
+    selection.select = Compiled(selection.select)
+    maker = ops._triton()
+    maker.unsupported = lambda *tensors: None
+    maker._operand = lambda q: getattr(triton.language, str(q.dtype).removeprefix("torch."))
+    for dtype, cache, sinks in itertools.product(
+        (torch.bfloat16, torch.float32), (None, torch.float8_e4m3fn), (False, True)
+    ):
+        q = torch.zeros(2, 12, 128, dtype=dtype)
+        kv = torch.zeros(40, 16, 2, 128, dtype=cache or dtype)
+        table, lens = torch.zeros(2, 20, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+        ids, counts = torch.zeros(2, 8, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+        options = {"scale": 0.1, "page_size": 16, "backend": "triton"}
+        if sinks:
+            options |= {"sinks": torch.zeros(12), "softcap": 3.0}
+        ops.decode_attention(q, kv, kv, table, lens, **options)
+        ops.decode_attention(q, kv, kv, table, lens, **options, return_page_scores=True)
+        ops.decode_attention(q, kv, kv, table, lens, **options, page_ids=ids, page_counts=counts)
+    for pages in (100, 9000):
+        ops.select_pages(torch.zeros(2, pages), lens, DeltaConfig(), backend="triton")
+    print(sum(len(k.seen) for k in (attention.attend, attention.finish, selection.select)))
+
+
+if __name__ == "__main__":
+    main()
