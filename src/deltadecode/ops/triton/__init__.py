@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.triton import attention, selection
-from deltadecode.ops.triton.launch import multiprocessors, splits, tile
+from deltadecode.ops.triton.launch import attention_shape
 
 # Read when Triton defines the kernels, and not again.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,10 +25,10 @@ MOST_HEAD_DIM = 256
 MOST_GROUP = 32
 # Block size where one block is the whole row: a cache that grows compiles nothing anew.
 _WHOLE_ROW = 1 << 30
-# Pages that a selecting thread block keeps in registers; more are read again for every digit.
-_CHUNK = 8192
+# Fewest and most pages that the selection has code for; it reads longer rows in pieces.
+_LEAST_PAGES, _MOST_PAGES = 512, 8192
 # Logits that a thread block turns into scores.
-_SCORED = 4096
+_SCORED = 8192
 
 
 def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
@@ -81,12 +81,12 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     page_counts = torch.empty_like(seq_lens)
     if rows == 0:
         return page_ids, page_counts
-    chunk = min(_CHUNK, triton.next_power_of_2(max(width, 16)))
+    most = min(_MOST_PAGES, triton.next_power_of_2(max(width, _LEAST_PAGES)))
     selection.select[(rows,)](
         page_scores, seq_lens, page_ids, page_counts,
         page_scores.stride(0), width, cfg.recent_pages, cfg.sink_pages,
-        BUDGET=budget, BUDGET_PAD=triton.next_power_of_2(budget), PAGE=cfg.page_size, CHUNK=chunk,
-        ONE_CHUNK=width <= chunk, num_warps=8 if chunk > 1024 else 4,
+        BUDGET=budget, BUDGET_PAD=triton.next_power_of_2(budget), PAGE=cfg.page_size,
+        LEAST=_LEAST_PAGES, SIZES=(most // _LEAST_PAGES).bit_length(), num_warps=8,
     )  # fmt: skip
     return page_ids, page_counts
 
@@ -120,7 +120,10 @@ def decode_attention(
 
     sparse = page_ids is not None
     attended = reach if page_ids is None else min(reach, page_ids.shape[1] * page_size)
-    parts = splits(rows * kv_heads, attended, multiprocessors(q.device))
+    dim_pad = max(16, triton.next_power_of_2(dim))
+    shape, parts = attention_shape(
+        dim_pad, k_cache.element_size(), rows * kv_heads, attended, sparse, q.device
+    )
     # A pointer that a launch never follows is that of q.
     part = _floats(q, rows, heads, parts, dim) if parts > 1 else q
     lse = _floats(q, rows, heads, parts) if parts > 1 or return_page_scores else q
@@ -129,8 +132,7 @@ def decode_attention(
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     ids = table if page_ids is None else page_ids.contiguous()
     counts = seq_lens if page_counts is None else page_counts
-    group, dim_pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    shape = tile(dim_pad, k_cache.element_size(), sparse)
+    group = heads // kv_heads
     common = {
         "HEADS": heads,
         "DIM": dim,

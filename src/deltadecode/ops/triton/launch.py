@@ -12,9 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-# Thread blocks of the attention kernel that a multiprocessor holds: its tiles take half of the
-# shared memory.
-_BLOCKS_PER_SM = 2
 # Below this many tokens a split does not earn its share of the merge.
 _LEAST_TOKENS = 64
 _MOST_SPLITS = 128
@@ -30,15 +27,29 @@ class Tile:
         Tokens of one step of its loop, a power of two.
     warps, stages : int
         Warps of a thread block, and depth of its software pipeline.
+    per_sm : int
+        Thread blocks that a multiprocessor holds: what their shared memory allows.
     """
 
     tokens: int
     warps: int
     stages: int
+    per_sm: int
 
 
-def tile(dim: int, itemsize: int, sparse: bool) -> Tile:
-    """Tile of the attention kernel.
+# By bytes of a key, for 64 tokens of 256 bytes or as many bytes otherwise: of 32 shapes on an H200
+# the best at 8k and 32k tokens.
+_FULL = ((256, Tile(64, 2, 5, 2)), (512, Tile(32, 4, 4, 2)), (1024, Tile(16, 4, 3, 2)))
+# Of 1,024 selected tokens: one thread block per row and KV head, with much in flight, where these
+# fill the device (23.8 µs against 26.3 at 64 rows of 2 KV heads), else smaller tiles of splits.
+_SPARSE = ((256, Tile(128, 4, 3, 1)), (512, Tile(64, 4, 3, 1)), (1024, Tile(32, 4, 3, 1)))
+
+
+@functools.lru_cache(maxsize=4096)
+def attention_shape(
+    dim: int, itemsize: int, programs: int, tokens: int, sparse: bool, device: torch.device
+) -> tuple[Tile, int]:
+    """Tile of the attention kernel, and the parts that each row's tokens are split into.
 
     Parameters
     ----------
@@ -46,42 +57,53 @@ def tile(dim: int, itemsize: int, sparse: bool) -> Tile:
         Head size, padded to a power of two.
     itemsize : int
         Bytes of an element of the cache.
+    programs : int
+        Thread blocks without a split: rows times KV heads.
+    tokens : int
+        Most tokens that a row can attend to.
     sparse : bool
-        Whether it reads selected pages.
+        Whether the kernel reads selected pages.
+    device : torch.device
+        Where it runs.
 
     Returns
     -------
-    Tile
-        64 tokens of 128 bfloat16, 2 warps and 5 stages were the best of 32 shapes on an H200 at
-        8k and 32k tokens; others move as many bytes at a time.
+    tile : Tile
+        Its keys and values fit in shared memory in every stage.
+    parts : int
+        At least 1.
     """
-    row = dim * itemsize
-    if row > 512:
-        return Tile(16, 4, 3)
-    if row > 256:
-        return Tile(32, 4, 4)
-    return Tile(64, 2, 5)
+    sms = multiprocessors(device)
+    if sparse:
+        tile = _by_bytes(_SPARSE, dim * itemsize)
+        parts = splits(programs, tokens, tile.per_sm * sms)
+        if parts <= 2:
+            return tile, parts
+    tile = _by_bytes(_FULL, dim * itemsize)
+    return tile, splits(programs, tokens, tile.per_sm * sms)
 
 
-@functools.cache
-def splits(programs: int, tokens: int, sms: int) -> int:
+def _by_bytes(tiles: tuple[tuple[int, Tile], ...], key_bytes: int) -> Tile:
+    return next(tile for most, tile in tiles if key_bytes <= most)
+
+
+def splits(programs: int, tokens: int, slots: int) -> int:
     """Parts that each row's tokens are split into.
 
     Parameters
     ----------
     programs : int
-        Thread blocks without a split: rows times KV heads.
+        Thread blocks without a split.
     tokens : int
-        Most tokens that a row can have.
-    sms : int
-        Multiprocessors of the device.
+        Most tokens that a row can attend to.
+    slots : int
+        Thread blocks that the device holds at a time.
 
     Returns
     -------
     int
         What wastes least of the last wave of thread blocks; the fewest of equals.
     """
-    slots = _BLOCKS_PER_SM * sms
     # A power of two, so that a growing cache compiles a kernel a few times, not at every length.
     most = min(_MOST_SPLITS, 1 << max(1, tokens // _LEAST_TOKENS).bit_length() - 1)
 
