@@ -69,6 +69,9 @@ def one_side(side: str, args: argparse.Namespace) -> None:
     start = time.perf_counter()
     texts, lengths = generate(model, tokenizer, problems, args.batch)
     kept = {"texts": texts, "lengths": lengths, "seconds": time.perf_counter() - start}
+    kept["made_by"] = {
+        key: result("eval", "", [])[key] for key in ("commit", "machine", "versions")
+    }
     if side == "delta":
         stats = dd.stats(model)
         kept |= {"attended_tokens": stats.attended_tokens, "full_tokens": stats.full_tokens}
@@ -97,9 +100,10 @@ def main() -> None:
     if args.side:
         one_side(args.side, args)
         return
-    # Both at once: the time of neither is a result.
-    sides = [subprocess.Popen([sys.executable, *sys.argv, "--side", side]) for side in SIDES]
-    if any([side.wait() for side in sides]):
+    # Both at once: the time of neither is a result. A killed run goes on with what it lacks.
+    todo = [side for side in SIDES if not (args.work / f"{side}.json").exists()]
+    running = [subprocess.Popen([sys.executable, *sys.argv, "--side", side]) for side in todo]
+    if any([side.wait() for side in running]):
         sys.exit("generating failed")
     full, delta = (json.loads((args.work / f"{side}.json").read_text()) for side in SIDES)
     problems = make_problems(args)
@@ -108,6 +112,8 @@ def main() -> None:
         "attended_fraction": round(delta["attended_tokens"] / delta["full_tokens"], 5),
         "tokens_generated_least": min(lengths),
         "tokens_generated_most": max(lengths),
+        "problems_below_4000_tokens_full": sum(n < 4000 for n in full["lengths"]),
+        "problems_below_4000_tokens_delta": sum(n < 4000 for n in delta["lengths"]),
     }
     rows = [
         row("right answers", "full attention", "wrong or missing answers, plus one",
@@ -118,7 +124,9 @@ def main() -> None:
     ]  # fmt: skip
     command = f"python training/evaluate.py --problems {args.problems} --batch {args.batch}"
     command += f" --device {args.device}"
-    path = write_result(result("eval", command, rows), args.out, args.tag)
+    made = result("eval", command, rows) | delta["made_by"]
+    made["commit_full_attention"] = full["made_by"]["commit"]
+    path = write_result(made, args.out, args.tag)
     print(json.dumps(found, indent=1), path.name, flush=True)
 
 
