@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deltadecode.integrations.transformers import (
         DecodeStats,
         DeltaCache,
+        DeltaStaticCache,
         disable,
         enable,
         stats,
@@ -36,6 +37,7 @@ __all__ = [
     "DeltaConfig",
     "DeltaConfigError",
     "DeltaDecodeError",
+    "DeltaStaticCache",
     "LayerPlan",
     "UnsupportedCacheError",
     "UnsupportedModelError",
@@ -46,7 +48,7 @@ __all__ = [
 ]
 
 _TRANSFORMERS = "deltadecode.integrations.transformers"
-_LAZY = frozenset({"DecodeStats", "DeltaCache", "disable", "enable", "stats"})
+_LAZY = frozenset({"DecodeStats", "DeltaCache", "DeltaStaticCache", "disable", "enable", "stats"})
 
 
 def __getattr__(name: str) -> Any:

@@ -210,6 +210,30 @@ def decode_attention(
     return result
 
 
+def kernels_refuse(q: Tensor, k_cache: Tensor) -> str | None:
+    """Why ``decode_attention`` would not take the Triton kernels for such tensors.
+
+    The other makers wait for the GPU, which a CUDA graph cannot hold.
+
+    Parameters
+    ----------
+    q : Tensor
+        [B, Hq, D].
+    k_cache : Tensor
+        [blocks, block_size, Hkv, D].
+
+    Returns
+    -------
+    str or None
+        In one line; None when it would.
+    """
+    kernels = _triton()
+    if kernels is None:
+        return "needs the package triton, which is not installed"
+    reason: str | None = kernels.unsupported(q, k_cache)
+    return reason
+
+
 def _maker(backend: str, tensor: Tensor, k_cache: Tensor | None = None) -> ModuleType:
     """Module that computes an operation, given its first inputs."""
     if backend == "auto":

@@ -24,9 +24,18 @@ from deltadecode.integrations.transformers.model import (
     stats,
     takes_cache,
 )
+from deltadecode.integrations.transformers.static_cache import DeltaStaticCache
 from deltadecode.integrations.transformers.stats import DecodeStats, LayerStats
 
-__all__ = ["DecodeStats", "DeltaCache", "LayerStats", "disable", "enable", "stats"]
+__all__ = [
+    "DecodeStats",
+    "DeltaCache",
+    "DeltaStaticCache",
+    "LayerStats",
+    "disable",
+    "enable",
+    "stats",
+]
 
 
 def _register() -> None:

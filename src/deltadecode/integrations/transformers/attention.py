@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltadecode.errors import UnsupportedModelError
+from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
 from deltadecode.integrations.transformers.prefill import full_attention
 from deltadecode.integrations.transformers.state import (
     ModelState,
@@ -16,7 +16,8 @@ from deltadecode.integrations.transformers.state import (
     find_state,
     set_state,
 )
-from deltadecode.ops import decode_attention, select_pages
+from deltadecode.integrations.transformers.static import static_attention
+from deltadecode.ops import decode_attention, kernels_refuse, select_pages
 
 # What some models pass to their attention function and DELTA would have to know of.
 _UNKNOWN = ("position_bias", "indices", "block_indices")
@@ -66,7 +67,9 @@ def delta_attention(
     UnsupportedModelError
         When the layer's attention needs something that DELTA does not compute.
     """
-    if torch.compiler.is_compiling():
+    state = find_state(module.config)
+    static = state is not None and state.static.active
+    if torch.compiler.is_compiling() and not static:
         result: tuple[Tensor, None] = _uncompiled(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
@@ -75,25 +78,24 @@ def delta_attention(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     layer: int | None = getattr(module, "layer_idx", None)
     if causal and layer is not None:  # neither holds for the encoder of a multimodal model
-        state = find_state(module.config) or set_state(module.config, None)
-        role = state.plan.roles[layer]
-        if role != "own":
+        state = state or set_state(module.config, None)
+        if state.plan.roles[layer] != "own":
             # One token without a past is a prompt; so is the last chunk of a prompt (R1).
             one = query.shape[2] == 1 and key.shape[2] > 1 and dropout == 0.0
-            if not one or state.progress.prefilling:
+            if not one or (state.static if static else state.progress).prefilling:
                 _check_planned(module, key, value, kwargs)
+                if static:
+                    _check_kernels(query, key)
+                    state.prepare_counts(layer, key.device)
             else:
-                step = state.begin(layer, key, attention_mask)
-                if role != "dense" and not step.every_page:
-                    _check_planned(module, key, value, kwargs)
-                    options = {
-                        "scale": query.shape[3] ** -0.5 if scaling is None else scaling,
-                        "page_size": state.cfg.page_size,
-                        "sinks": kwargs.get("s_aux"),
-                        "softcap": kwargs.get("softcap"),
-                    }
-                    call = _LayerStep(state, step, layer, key, value, options)
-                    return call.output(query[:, :, 0])[:, None], None
+                out = _decode_step(
+                    state, layer, module, query, key, value, attention_mask, scaling, kwargs
+                )
+                if out is not None:
+                    return out[:, None], None
+    if static and attention_mask is None and query.shape[2] > 1:
+        # Without a mask the cache was empty before, and what lies behind these is not written.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     out = full_attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
@@ -102,6 +104,34 @@ def delta_attention(
 
 # The counts and the step in progress are Python state, which a compiled graph would freeze.
 _uncompiled = torch.compiler.disable(delta_attention)
+
+
+def _decode_step(
+    state: ModelState,
+    layer: int,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """Output [B, Hq, D] of a planned layer at a decode step; None where it is full attention."""
+    options = {
+        "scale": query.shape[3] ** -0.5 if scaling is None else scaling,
+        "page_size": state.cfg.page_size,
+        "sinks": kwargs.get("s_aux"),
+        "softcap": kwargs.get("softcap"),
+    }
+    if state.static.active:
+        _check_planned(module, key, value, kwargs)
+        return static_attention(state, layer, query[:, :, 0], key, value, mask, options)
+    step = state.begin(layer, key, mask)
+    if state.plan.roles[layer] == "dense" or step.every_page:
+        return None
+    _check_planned(module, key, value, kwargs)
+    return _LayerStep(state, step, layer, key, value, options).output(query[:, :, 0])
 
 
 def _check_planned(module: nn.Module, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
@@ -114,6 +144,17 @@ def _check_planned(module: nn.Module, key: Tensor, value: Tensor, kwargs: dict[s
         raise UnsupportedModelError(
             f"{type(module).__name__} has keys of size {key.shape[3]} and values of size "
             f"{value.shape[3]}; DELTA needs one head size"
+        )
+
+
+def _check_kernels(query: Tensor, key: Tensor) -> None:
+    if not query.is_cuda or torch.compiler.is_compiling():
+        return
+    reason = kernels_refuse(query[:, :, 0], key.transpose(1, 2))
+    if reason is not None:
+        raise UnsupportedCacheError(
+            f"DELTA's static cache decodes with the Triton kernels on a GPU, which {reason}; use "
+            "the default cache"
         )
 
 

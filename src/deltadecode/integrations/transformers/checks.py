@@ -13,6 +13,7 @@ from deltadecode.architecture import attention_layers
 from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
 from deltadecode.integrations.transformers.cache import DeltaCache
 from deltadecode.integrations.transformers.state import ModelState
+from deltadecode.integrations.transformers.static_cache import DeltaStaticCache
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -46,7 +47,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def check_cache(cache: Any, state: ModelState) -> None:
-    """Refuse a cache of another kind, or of another model.
+    """Refuse a cache of another kind, of another model, or for smaller pages.
 
     Parameters
     ----------
@@ -62,15 +63,71 @@ def check_cache(cache: Any, state: ModelState) -> None:
     """
     if cache is None:
         return
-    if not isinstance(cache, DeltaCache):
+    if not isinstance(cache, (DeltaCache, DeltaStaticCache)):
         raise UnsupportedCacheError(
-            f"DELTA decodes from a DeltaCache, got a {type(cache).__name__}; pass no "
-            "past_key_values, or DeltaCache(model.config)"
+            f"DELTA decodes from a DeltaCache or DeltaStaticCache, got a {type(cache).__name__}; "
+            "pass no past_key_values, or DeltaCache(model.config)"
         )
     if len(cache.layers) != state.plan.num_layers:
         raise UnsupportedCacheError(
-            f"the DeltaCache must be of this model with {state.plan.num_layers} layers, got one "
-            f"of {len(cache.layers)} layers"
+            f"the {type(cache).__name__} must be of this model with {state.plan.num_layers} layers,"
+            f" got one of {len(cache.layers)} layers"
+        )
+    if isinstance(cache, DeltaStaticCache) and cache.page_size < state.cfg.page_size:
+        raise UnsupportedCacheError(
+            f"the DeltaStaticCache must be made for pages of {state.cfg.page_size} tokens, got one "
+            f"for pages of up to {cache.page_size}"
+        )
+
+
+def check_rows(cache: DeltaStaticCache, mask: Any, tokens: int) -> None:
+    """Refuse rows that do not fit in a static cache, or that have gaps.
+
+    Parameters
+    ----------
+    cache : DeltaStaticCache
+        The cache.
+    mask : Any
+        The attention mask, if there is one; only a two-dimensional one is looked at.
+    tokens : int
+        Slots that the cache will hold, with what it already holds.
+
+    Raises
+    ------
+    ValueError
+        Naming both numbers, or the row and slot of the gap.
+    """
+    if tokens > cache.room:
+        raise ValueError(
+            f"the static cache has room for {cache.room} tokens, got {tokens}; make a larger one"
+        )
+    check_gaps(mask, tokens)
+
+
+def check_gaps(mask: Any, tokens: int) -> None:
+    """Refuse rows of a static cache with padding anywhere but on the left.
+
+    Parameters
+    ----------
+    mask : Any
+        The attention mask, if there is one; only a two-dimensional one is looked at.
+    tokens : int
+        Slots that count.
+
+    Raises
+    ------
+    ValueError
+        Naming the row and the slot.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
+    seen = mask[:, :tokens].bool()
+    gaps = (seen[:, :-1] & ~seen[:, 1:]).nonzero().tolist()
+    if gaps:
+        row, slot = gaps[0]
+        raise ValueError(
+            "with a static cache DELTA takes padding on the left only, got an attention_mask with "
+            f"padding in slot {slot + 1} of row {row}, behind its tokens; use the default cache"
         )
 
 
@@ -142,10 +199,10 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
         For attention weights, assisted decoding, or a prompt that is too long.
     """
     settings = _settings(model, arguments)
-    if settings.cache_implementation not in (None, "dynamic"):
+    if settings.cache_implementation not in (None, "dynamic", "static"):
         raise UnsupportedCacheError(
-            f"DELTA decodes from a DeltaCache, got cache_implementation="
-            f"{settings.cache_implementation!r}; leave it unset"
+            "DELTA decodes from a DeltaCache or DeltaStaticCache, got cache_implementation="
+            f"{settings.cache_implementation!r}; leave it unset, or 'static'"
         )
     check_attentions(settings.output_attentions)
     mode = settings.get_generation_mode(arguments.get("assistant_model"))
@@ -163,6 +220,19 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
         if isinstance(given, Tensor) and given.dim() > 1:
             tokens = max(tokens, given.shape[1])
     check_prompt(tokens, mask, state)
+    if isinstance(cache, DeltaStaticCache):
+        check_rows(cache, mask, _stored(settings, tokens))
+    elif settings.cache_implementation == "static":
+        check_gaps(mask, tokens)
+
+
+def _stored(settings: GenerationConfig, tokens: int) -> int:
+    """Tokens that a call of ``generate`` stores, at most: the last new one is not."""
+    if settings.max_new_tokens is not None:
+        return tokens + int(settings.max_new_tokens) - 1
+    if settings.max_length is not None:
+        return max(tokens, int(settings.max_length) - 1)
+    return tokens
 
 
 def _settings(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerationConfig:

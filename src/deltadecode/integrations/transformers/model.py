@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -16,14 +17,16 @@ from deltadecode.integrations.transformers.checks import (
     check_cache,
     check_model,
     check_prompt,
+    check_rows,
 )
-from deltadecode.integrations.transformers.overrides import OVERRIDES, Override, arguments_of
+from deltadecode.integrations.transformers.overrides import OVERRIDES, Override
 from deltadecode.integrations.transformers.state import (
     ModelState,
     drop_state,
     find_state,
     set_state,
 )
+from deltadecode.integrations.transformers.static_cache import DeltaStaticCache
 from deltadecode.integrations.transformers.stats import DecodeStats
 
 NAME = "delta"
@@ -132,6 +135,8 @@ class ForwardHook:
     def __init__(self, cfg: DeltaConfig | None = None, previous: str | None = None) -> None:
         self.cfg = cfg
         self.previous = previous
+        # Names of the positional arguments; looked up once, since compilers trace the calls.
+        self.names: tuple[str, ...] = ()
 
     def __call__(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -154,17 +159,24 @@ class ForwardHook:
         if state is None:
             return None
         if args:
-            kwargs = arguments_of(type(model).forward, (model, *args), kwargs)
-            kwargs.pop("self")
+            kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         check_cache(cache, state)
+        static = cache if isinstance(cache, DeltaStaticCache) else None
+        state.static.active = static is not None
         wanted = kwargs.get("output_attentions")
         check_attentions(model.config.output_attentions if wanted is None else wanted)
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        if isinstance(tokens, Tensor) and tokens.shape[1] > 1:
-            past = 0 if cache is None else cache.get_seq_length()
-            check_prompt(past + tokens.shape[1], kwargs.get("attention_mask"), state)
+        # The length of a static cache is on its device, where a compiled graph leaves it.
+        readable = static is None or not torch.compiler.is_compiling()
+        if isinstance(tokens, Tensor) and readable and (static is not None or tokens.shape[1] > 1):
+            past = 0 if cache is None else int(cache.get_seq_length())
+            total, mask = past + tokens.shape[1], kwargs.get("attention_mask")
+            if tokens.shape[1] > 1:
+                check_prompt(total, mask, state)
+            if static is not None:
+                check_rows(static, mask, total)
         if cache is None:
             wanted = kwargs.get("use_cache")
             if getattr(model.config, "use_cache", False) if wanted is None else wanted:
@@ -183,6 +195,7 @@ def install(model: PreTrainedModel, hook: ForwardHook) -> None:
         The hook.
     """
     uninstall(model)
+    hook.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
     model.register_forward_pre_hook(hook, with_kwargs=True)
     if model.can_generate():
         for override in OVERRIDES:

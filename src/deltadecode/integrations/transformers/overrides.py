@@ -9,11 +9,13 @@ from types import MethodType
 from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers.cache_utils import StaticCache
 from transformers.modeling_utils import PreTrainedModel
 
 from deltadecode.integrations.transformers.cache import DeltaCache
 from deltadecode.integrations.transformers.checks import check_generate
 from deltadecode.integrations.transformers.state import ModelState
+from deltadecode.integrations.transformers.static_cache import DeltaStaticCache, replace_static
 
 FindState = Callable[[PreTrainedModel], "ModelState | None"]
 
@@ -86,7 +88,7 @@ class Generate(Override):
 
 
 class PrepareCache(Override):
-    """``_prepare_cache_for_generation``: a cache that appends in place."""
+    """``_prepare_cache_for_generation``: a cache that appends in place, or a static one of ours."""
 
     method = "_prepare_cache_for_generation"
 
@@ -98,11 +100,23 @@ class PrepareCache(Override):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Let the class make a cache, and put a :class:`DeltaCache` in its place."""
+        """Let the class make a cache, and put one of ours in its place."""
         given = model_kwargs.get("past_key_values")
         result = self.stock(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            cache = model_kwargs["past_key_values"] = DeltaCache(self.model.config)
+        made = model_kwargs.get("past_key_values")
+        if given is None and made is not None:
+            config = self.model.config
+            cache: DeltaCache | DeltaStaticCache
+            if isinstance(made, StaticCache):
+                cache = replace_static(made, config, state.cfg.page_size)
+                # With buffers already made, chunks of the prompt run compiled: the last moment.
+                for number, layer in enumerate(cache.layers):
+                    keys = getattr(layer, "keys", None)
+                    if keys is not None:
+                        state.prepare_counts(number, keys.device)
+            else:
+                cache = DeltaCache(config)
+            model_kwargs["past_key_values"] = cache
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return result
@@ -128,16 +142,16 @@ class Prefill(Override):
         given then.
         """
         cache = model_kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else int(cache.get_seq_length())
         mask = model_kwargs.get("attention_mask")
         seen = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         # As the class does it: a prompt as long as its mask includes what the cache holds.
         new = input_ids.shape[1] - (past if seen == input_ids.shape[1] else 0)
-        state.progress.prefilling = new != 1
+        state.progress.prefilling = state.static.prefilling = new != 1
         try:
             return self.stock(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
-            state.progress.prefilling = False
+            state.progress.prefilling = state.static.prefilling = False
 
 
 OVERRIDES: tuple[type[Override], ...] = (Generate, PrepareCache, Prefill)

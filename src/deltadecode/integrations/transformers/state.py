@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from deltadecode.architecture import attention_layers, text_config
 from deltadecode.config import DeltaConfig
 from deltadecode.integrations.transformers.rows import RowGroup, group_rows
 from deltadecode.integrations.transformers.stats import DecodeStats
+
+if TYPE_CHECKING:
+    from deltadecode.integrations.transformers.static import StaticStep
 
 # Of one Δ-layer: number of the row group -> page ids and page counts. A group within the budget
 # selects nothing.
@@ -60,6 +63,19 @@ class _Progress(threading.local):
     step: Step | None = None
 
 
+class StaticProgress:
+    """The forward pass in progress, as compiled graphs see it.
+
+    Not per thread: what a compiled graph writes to a ``threading.local`` is lost, and it reads the
+    defaults there. So only one thread at a time may use a model that decodes from a static cache.
+    """
+
+    def __init__(self) -> None:
+        self.active = False  # whether the pass reads from a static cache
+        self.prefilling = False
+        self.step: StaticStep | None = None
+
+
 class ModelState:
     """Plan, counts and current step of one model.
 
@@ -82,10 +98,11 @@ class ModelState:
         layers = attention_layers(config)
         self.cfg = DeltaConfig.for_model(config) if cfg is None else cfg
         self.plan = self.cfg.layer_plan(config.num_hidden_layers, layers)
-        self._first, self._last = layers[0], layers[-1]
+        self.first, self.last = layers[0], layers[-1]
         self.stats = DecodeStats(self.plan)
         self.longest = longest_prompt(config)
         self.progress = _Progress()
+        self.static = StaticProgress()
 
     def begin(self, layer: int, key: Tensor, mask: Tensor | None) -> Step:
         """The step that a layer is part of: a new one at the first planned layer.
@@ -107,18 +124,31 @@ class ModelState:
         progress = self.progress
         step = progress.step
         batch, _, slots, _ = key.shape
-        if layer == self._first or step is None or step.batch != batch or step.slots != slots:
+        if layer == self.first or step is None or step.batch != batch or step.slots != slots:
             step = progress.step = self._new_step(key, mask)
-            if layer == self._first:
+            if layer == self.first:
                 self.stats.add_step(step.full_tokens, step.sparse_tokens)
         elif step.mask is not mask or (not step.every_page and step.device != key.device):
             # Another layer's view of the same step, as when the model spreads over devices.
             selections = step.selections
             step = progress.step = self._new_step(key, mask)
             step.selections = selections
-        if layer == self._last:
+        if layer == self.last:
             progress.step = None
         return step
+
+    def prepare_counts(self, layer: int, device: torch.device) -> None:
+        """Make what a layer counts in at steps from a static cache, before they are compiled.
+
+        Parameters
+        ----------
+        layer : int
+            Any layer; only the first planned one and Δ-layers count.
+        device : torch.device
+            Where its keys are.
+        """
+        if layer == self.first or self.plan.roles[layer] == "delta":
+            self.stats.device_counts(layer, device)
 
     def _new_step(self, key: Tensor, mask: Tensor | None) -> Step:
         page, budget, recent = self.cfg.page_size, self.cfg.budget_pages, self.cfg.recent_pages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from deltadecode.config import LayerPlan
@@ -48,6 +49,8 @@ class DecodeStats:
 
     def __init__(self, plan: LayerPlan) -> None:
         self._plan = plan
+        # Layer -> what compiled steps have counted, which no Python number could.
+        self._on_device: dict[int, Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -57,11 +60,13 @@ class DecodeStats:
         self._full = 0
         self._sparse = 0
         self._unread: dict[int, Tensor] = {}
+        for counts in self._on_device.values():
+            counts.zero_()  # in place: graphs go on counting in the same memory
 
     @property
     def steps(self) -> int:
         """Decode steps; one step advances all rows of a batch by one token."""
-        return self._steps
+        return self._steps + self._sum(0)
 
     @property
     def attended_tokens(self) -> int:
@@ -71,7 +76,7 @@ class DecodeStats:
     @property
     def full_tokens(self) -> int:
         """Tokens that full attention would have read in the same layers and steps."""
-        return self._full * len(self._plan.attention_layers)
+        return (self._full + self._sum(1)) * len(self._plan.attention_layers)
 
     @property
     def attended_fraction(self) -> float:
@@ -83,18 +88,20 @@ class DecodeStats:
     def per_layer(self) -> list[LayerStats]:
         """Counts of each planned layer, ascending."""
         records = []
+        full = self._full + self._sum(1)
+        counted = {layer: int(counts[2]) for layer, counts in self._on_device.items()}
         for layer in self._plan.attention_layers:
             source = self._plan.source(layer)
-            attended = self._full
+            attended = full
             if source is not None:
-                attended = self._sparse - int(self._unread.get(source, 0))
+                attended = self._sparse - int(self._unread.get(source, 0)) + counted.get(source, 0)
             records.append(
                 LayerStats(
                     layer=layer,
                     role=self._plan.role(layer),
                     source=source,
                     attended_tokens=attended,
-                    full_tokens=self._full,
+                    full_tokens=full,
                 )
             )
         return records
@@ -129,3 +136,37 @@ class DecodeStats:
         """
         seen = self._unread.get(source)
         self._unread[source] = tokens if seen is None else seen + tokens
+
+    def device_counts(self, layer: int, device: torch.device) -> Tensor:
+        """Counts that steps from a static cache add to, where the layer's keys are.
+
+        Parameters
+        ----------
+        layer : int
+            The first planned layer, or a Δ-layer.
+        device : torch.device
+            Where its keys are.
+
+        Returns
+        -------
+        Tensor
+            [3] int64: decode steps and tokens of full attention, added up by the first planned
+            layer, and tokens that each sparse layer of a Δ-layer has read.
+        """
+        counts = self._on_device.get(layer)
+        if counts is None or counts.device != device:
+            if torch.compiler.is_compiling():
+                fresh = torch.zeros(3, dtype=torch.int64, device=device)
+            else:
+                # Steps outside of inference mode must be able to add to them, too.
+                with torch.inference_mode(False):
+                    fresh = torch.zeros(3, dtype=torch.int64, device=device)
+                # CUDA graphs write to tensors that never move, and to no others.
+                torch._dynamo.mark_static_address(fresh)
+            if counts is not None:  # the model has moved
+                fresh.copy_(counts)
+            counts = self._on_device[layer] = fresh
+        return counts
+
+    def _sum(self, place: int) -> int:
+        return sum(int(counts[place]) for counts in self._on_device.values())

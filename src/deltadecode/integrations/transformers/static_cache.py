@@ -1,0 +1,154 @@
+"""A KV cache of a fixed size, from which compiled decode steps and CUDA graphs can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+from deltadecode.architecture import attention_layers
+from deltadecode.errors import UnsupportedCacheError
+
+
+class DeltaStaticLayer(StaticLayer):
+    """Keys and values of one full-attention layer, in buffers that never move.
+
+    Parameters
+    ----------
+    max_cache_len : int
+        Tokens that fit.
+    page_size : int
+        Largest page that the layer can be read by.
+    """
+
+    # Set by the first states; None before, but nothing below reads them then.
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, max_cache_len: int, page_size: int) -> None:
+        super().__init__(max_cache_len)
+        # A page that starts at the last token, wherever that is, ends inside the buffer.
+        self.slots = (-(-max_cache_len // page_size) + 1) * page_size
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers [B, Hkv, slots, D].
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, Hkv, tokens, D]; the tokens are not stored yet.
+        """
+        # The class allocates what it takes for the number of tokens.
+        tokens, self.max_cache_len = self.max_cache_len, self.slots
+        super().lazy_initialization(key_states, value_states)
+        self.max_cache_len = tokens
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store tokens and return the whole buffers.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, Hkv, new tokens, D].
+
+        Returns
+        -------
+        tuple of Tensor
+            Keys and values [B, Hkv, slots, D].
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        added = key_states.shape[2]
+        place = torch.arange(added, device=self.device) + self.cumulative_length
+        self.cumulative_length.add_(added)
+        # One token too many must fail as it does in the stock layer, not land in the spare slots.
+        place = torch.where(place < self.max_cache_len, place, self.slots)
+        self.keys.index_copy_(2, place, key_states)
+        self.values.index_copy_(2, place, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Keys that a mask must cover, and the position of the first."""
+        return self.slots, 0
+
+
+class DeltaStaticCache(StaticCache):
+    """The cache that ``attn_implementation="delta"`` decodes from in compiled steps.
+
+    ``generate(..., cache_implementation="static")`` makes one by itself, and on a GPU then runs its
+    decode steps from CUDA graphs. Full-attention layers are :class:`DeltaStaticLayer`; other layers
+    keep the class that :class:`transformers.StaticCache` gives them.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        Configuration of the model.
+    max_cache_len : int
+        Tokens of each row that fit, padding included.
+    page_size : int
+        Largest ``page_size`` of a plan that the cache can be decoded from; up to twice as many
+        slots of each row stay empty.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        When a planned layer keeps more than keys and values, or Transformers is too old.
+    UnsupportedModelError
+        When the model has no full-attention layer that could be planned.
+    """
+
+    def __init__(self, config: Any, max_cache_len: int, page_size: int = 64) -> None:
+        planned = attention_layers(config)
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        self.room = max_cache_len  # a property of the class has the other name in some versions
+        self.page_size = page_size
+        for layer in planned:
+            stock = self.layers[layer]
+            # A window as long as the longest sequence counts as full attention, but comes as a
+            # sliding-window layer.
+            if type(stock) not in (StaticLayer, StaticSlidingWindowLayer):
+                raise UnsupportedCacheError(
+                    f"DELTA has no static cache for layer {layer}, which keeps a "
+                    f"{type(stock).__name__}; use a DeltaCache"
+                )
+            if not hasattr(stock, "cumulative_length"):
+                raise UnsupportedCacheError(
+                    "DELTA's static cache needs static layers that know their length, got those "
+                    f"of Transformers {transformers.__version__}; use a DeltaCache"
+                )
+            self.layers[layer] = DeltaStaticLayer(max_cache_len, page_size)
+
+
+def replace_static(stock: StaticCache, config: Any, page_size: int) -> DeltaStaticCache:
+    """Make a cache of ours as large as a stock one that holds no tokens yet.
+
+    Parameters
+    ----------
+    stock : transformers.StaticCache
+        Its buffers are freed, layer by layer, if it has any.
+    config : transformers.PreTrainedConfig
+        Configuration of the model.
+    page_size : int
+        ``page_size`` of the plan.
+
+    Returns
+    -------
+    DeltaStaticCache
+        With buffers where the stock one had some.
+    """
+    # Sliding-window layers are shorter.
+    tokens = max(getattr(layer, "max_cache_len", 0) for layer in stock.layers)
+    cache = DeltaStaticCache(config, tokens, page_size)
+    for ours, theirs in zip(cache.layers, stock.layers, strict=True):
+        if not isinstance(theirs, StaticLayer) or not isinstance(ours, StaticLayer):
+            continue
+        if theirs.keys is not None and theirs.values is not None:
+            keys, values = theirs.keys[:, :, :0].clone(), theirs.values[:, :, :0].clone()
+            theirs.keys = theirs.values = None
+            ours.lazy_initialization(keys, values)
+    return cache

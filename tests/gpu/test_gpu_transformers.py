@@ -1,0 +1,143 @@
+"""Transformers on a GPU: CUDA graphs of decode steps give what plain steps give."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, Qwen2Config
+
+import deltadecode as dd
+
+pytestmark = [
+    pytest.mark.gpu,
+    # That faster matrix products exist, and the like: of the compiler, and nothing of ours.
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
+]
+
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    # Large, so that attention is far from uniform and a wrong selection shows.
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+LENGTHS = (230, 101, 37)
+STEPS = 120
+CFG = dd.DeltaConfig(
+    page_size=16, budget_pages=6, recent_pages=2, dense_layers=(0,), delta_layers=(1, 3)
+)
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make(family, dtype):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**SHAPE), attn_implementation="sdpa")
+    model = model.to("cuda", dtype).eval()
+    dd.enable(model, CFG)
+    return model
+
+
+def left_padded(lengths=LENGTHS):
+    longest = max(lengths)
+    mask = torch.stack([torch.arange(longest) >= longest - n for n in lengths]).long()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, SHAPE["vocab_size"], mask.shape, generator=generator)
+    return (tokens * mask).cuda(), mask.cuda()
+
+
+def generate(model, tokens, mask, steps=STEPS, **options):
+    dd.stats(model).reset()
+    out = model.generate(
+        tokens, attention_mask=mask, max_new_tokens=steps, do_sample=False,
+        return_dict_in_generate=True, output_logits=True, **options,
+    )  # fmt: skip
+    return out, torch.stack(out.logits), (dd.stats(model).steps, dd.stats(model).per_layer)
+
+
+def graphs_run():
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_graphs_equal_the_default_cache(family):
+    model = make(family, torch.float32)
+    tokens, mask = left_padded()
+    expected, logits, counts = generate(model, tokens, mask)
+    assert 0.3 < dd.stats(model).attended_fraction < 0.95
+    skips = graphs_run()
+    for _ in range(2):  # the second call replays what the first has recorded
+        got, got_logits, got_counts = generate(model, tokens, mask, cache_implementation="static")
+        assert isinstance(got.past_key_values, dd.DeltaStaticCache)
+        assert torch.equal(got.sequences, expected.sequences)
+        torch.testing.assert_close(got_logits, logits, rtol=1e-3, atol=1e-3)
+        assert got_counts == counts
+    assert graphs_run() == skips
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_compilation(family):
+    model = make(family, torch.float32)
+    tokens, mask = left_padded()
+    expected, logits, counts = generate(model, tokens, mask)
+    got, got_logits, got_counts = generate(
+        model, tokens, mask, cache_implementation="static", disable_compile=True
+    )
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(got_logits, logits, rtol=1e-3, atol=1e-3)
+    assert got_counts == counts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decode_step_is_one_graph(family):
+    model = make(family, torch.float32)
+    tokens, mask = left_padded()
+    expected, _, _ = generate(model, tokens, mask)
+    config = CompileConfig(fullgraph=True)
+    options = {"cache_implementation": "static", "compile_config": config}
+    got, _, _ = generate(model, tokens, mask, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    # A prompt of another length that fits in the same cache, and a plan of another budget.
+    generate(model, tokens[:, 30:], mask[:, 30:], **options)
+    dd.enable(model, dd.DeltaConfig(16, 4, 2, 0, (0,), (1, 3)))
+    expected, _, counts = generate(model, tokens, mask)
+    got, _, got_counts = generate(model, tokens, mask, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got_counts == counts
+
+
+def test_bfloat16_stays_close():
+    model = make("llama", torch.bfloat16)
+    tokens, mask = left_padded()
+    _, logits, _ = generate(model, tokens, mask, steps=2)
+    _, got, _ = generate(model, tokens, mask, steps=2, cache_implementation="static")
+    assert float((got - logits).norm() / logits.norm()) < 0.05
+
+
+def test_a_model_that_no_kernel_can_compute_is_refused():
+    model = make("llama", torch.float64)
+    tokens, mask = left_padded()
+    with pytest.raises(dd.UnsupportedCacheError, match="float64"):
+        generate(model, tokens, mask, steps=4, cache_implementation="static")
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (64, 64)])
+def test_nothing_is_printed(lengths, capfd):
+    model = make("llama", torch.float32)
+    tokens, mask = left_padded(lengths)
+    capfd.readouterr()
+    generate(model, tokens, mask, steps=20, cache_implementation="static")
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
