@@ -97,10 +97,9 @@ def check_rows(cache: DeltaStaticCache, mask: Any, tokens: int) -> None:
     ValueError
         Naming both numbers, or the row and slot of the gap.
     """
-    if tokens > cache.max_cache_len:
+    if tokens > cache.room:
         raise ValueError(
-            f"the static cache has room for {cache.max_cache_len} tokens, got {tokens}; make a "
-            "larger one"
+            f"the static cache has room for {cache.room} tokens, got {tokens}; make a larger one"
         )
     check_gaps(mask, tokens)
 

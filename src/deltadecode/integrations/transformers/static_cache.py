@@ -105,7 +105,7 @@ class DeltaStaticCache(StaticCache):
     def __init__(self, config: Any, max_cache_len: int, page_size: int = 64) -> None:
         planned = attention_layers(config)
         super().__init__(config=config, max_cache_len=max_cache_len)
-        self.max_cache_len = max_cache_len
+        self.room = max_cache_len  # a property of the class has the other name in some versions
         self.page_size = page_size
         for layer in planned:
             stock = self.layers[layer]
