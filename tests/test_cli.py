@@ -161,7 +161,7 @@ def test_info_json(run, model):
     found = json.loads(run("info", model, "--json")[1])
     assert found["versions"]["torch"] == torch.__version__
     assert found["devices"][0] == "cpu"
-    assert {"reference", "cpu"} <= set(found["backends"])
+    assert {"reference", "cpu", "triton"} <= set(found["backends"])
     by_role = {
         (entry["role"], entry["source"]): entry["layers"] for entry in found["model"]["roles"]
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -113,7 +114,10 @@ def backends() -> dict[str, str]:
     dict
         Value of ``backend`` in :mod:`deltadecode.ops` -> devices.
     """
-    return {"reference": "any device", "cpu": "CPU"}
+    found = {"reference": "any device", "cpu": "any device"}
+    if importlib.util.find_spec("triton"):
+        found["triton"] = "CUDA"
+    return found
 
 
 def _cpu_model() -> str:
