@@ -24,8 +24,9 @@ class DeltaLayer(DynamicLayer):
 
     Beyond 128 tokens, ``keys`` and ``values`` are views [B, Hkv, n, D] of the first n tokens of two
     larger buffers; a shorter cache is concatenated as the stock layer does it. At a decode step a
-    full buffer grows by max(128, n / 32) tokens: appending costs O(1) amortised. A prompt gets a
-    buffer of its own size, so that prefill, where memory peaks, needs no more than concatenation.
+    full buffer grows by max(128, n / 128) tokens: one step in 128 can bear a copy, and there is next
+    to no spare memory. A prompt gets a buffer of its own size, so that prefill, where memory peaks,
+    needs no more than concatenation.
     """
 
     # Set by the first states; None before, but nothing below reads them then.
@@ -150,7 +151,7 @@ class DeltaLayer(DynamicLayer):
         return self._of_inference and not torch.is_inference_mode_enabled()
 
     def _grow(self, start: int, end: int) -> None:
-        spare = max(128, end // 32) if end - start == 1 else 0
+        spare = max(128, end // 128) if end - start == 1 else 0
         self._room = -(-(end + spare) // 64) * 64
         # One after the other and the old one freed, so that at most one buffer exists twice.
         self._key_buffer = _moved(self.keys, self._room + _SLACK)
