@@ -24,8 +24,8 @@ class DeltaLayer(DynamicLayer):
 
     Beyond 128 tokens, ``keys`` and ``values`` are views [B, Hkv, n, D] of the first n tokens of two
     larger buffers; a shorter cache is concatenated as the stock layer does it. At a decode step a
-    full buffer grows by max(128, n / 128) tokens: one step in 128 can bear a copy, and there is next
-    to no spare memory. A prompt gets a buffer of its own size, so that prefill, where memory peaks,
+    full buffer grows by max(128, n / 128) tokens: one step in 128 can bear a copy, and next to no
+    memory is spare. A prompt gets a buffer of its own size, so that prefill, where memory peaks,
     needs no more than concatenation.
     """
 
