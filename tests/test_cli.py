@@ -1,5 +1,6 @@
 """The command line: results on stdout, one-line errors on stderr, exit codes 0, 1, 2 and 130."""
 
+import importlib.util
 import io
 import json
 import os
@@ -161,7 +162,8 @@ def test_info_json(run, model):
     found = json.loads(run("info", model, "--json")[1])
     assert found["versions"]["torch"] == torch.__version__
     assert found["devices"][0] == "cpu"
-    assert {"reference", "cpu", "triton"} <= set(found["backends"])
+    triton = {"triton"} if importlib.util.find_spec("triton") else set()
+    assert {"reference", "cpu"} | triton == set(found["backends"])
     by_role = {
         (entry["role"], entry["source"]): entry["layers"] for entry in found["model"]["roles"]
     }

@@ -69,9 +69,8 @@ def one_side(side: str, args: argparse.Namespace) -> None:
     start = time.perf_counter()
     texts, lengths = generate(model, tokenizer, problems, args.batch)
     kept = {"texts": texts, "lengths": lengths, "seconds": time.perf_counter() - start}
-    kept["made_by"] = {
-        key: result("eval", "", [])[key] for key in ("commit", "machine", "versions")
-    }
+    made = result("eval", "", [])
+    kept["made_by"] = {key: made[key] for key in ("commit", "machine", "versions")}
     if side == "delta":
         stats = dd.stats(model)
         kept |= {"attended_tokens": stats.attended_tokens, "full_tokens": stats.full_tokens}

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_oracle import close, make_case, pack, poison_outside, select
+from ops_oracle import BACKENDS, close, make_case, pack, poison_outside, select
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
 
-pytestmark = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 LAYOUTS = ["paged", "interleaved", "rows", "heads", "strided"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_oracle import make_case, pack
+from ops_oracle import make_case, needs_triton, pack
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
@@ -71,6 +71,7 @@ def test_caches_of_two_types_are_refused(case):
         call(case, k_cache=case.k_cache.to(torch.float8_e4m3fn))
 
 
+@needs_triton
 @pytest.mark.parametrize(
     ("heads", "dim", "words"),
     [((66, 2), 4, ("up to 32 query heads per KV head", "got 33")), ((2, 2), 257, ("256", "257"))],
@@ -87,6 +88,7 @@ def test_triton_refuses_what_it_does_not_support(heads, dim, words):
     assert ops.decode_attention(*arguments, scale=1.0, page_size=4).shape == q.shape
 
 
+@needs_triton
 def test_triton_refuses_tensors_on_a_cpu(case, monkeypatch):
     monkeypatch.setattr(ops._triton(), "_INTERPRETED", False)
     with pytest.raises(ValueError, match="backend 'triton' needs CUDA tensors, got cpu"):

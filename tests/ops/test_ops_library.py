@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_oracle import make_case
+from ops_oracle import BACKENDS, make_case
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
@@ -22,7 +22,7 @@ def step(case_arguments, options, backend):
     return out, scores, ids, counts, sparse
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_a_step_compiles_into_one_graph(backend):
     case = make_case(0, [21, 3, 0, 13], pages_per_block=2, sinks=True)
     expected = step(case.arguments, case.options, backend)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ops_oracle import select
+from ops_oracle import BACKENDS, select
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
 
-pytestmark = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 NAN, INF = math.nan, math.inf
 
 

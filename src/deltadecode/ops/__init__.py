@@ -210,52 +210,46 @@ def decode_attention(
     return result
 
 
-def kernels_refuse(q: Tensor, k_cache: Tensor) -> str | None:
-    """Why ``decode_attention`` would not take the Triton kernels for such tensors.
+def kernels_refuse(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
+    """Why the Triton kernels do not compute with such tensors.
 
     The other makers wait for the GPU, which a CUDA graph cannot hold.
 
     Parameters
     ----------
-    q : Tensor
-        [B, Hq, D].
-    k_cache : Tensor
+    tensor : Tensor
+        q [B, Hq, D], or page scores [B, pages] when there is no cache.
+    k_cache : Tensor, optional
         [blocks, block_size, Hkv, D].
 
     Returns
     -------
     str or None
-        In one line; None when it would.
+        In one line; None when they do.
     """
     kernels = _triton()
     if kernels is None:
         return "needs the package triton, which is not installed"
-    reason: str | None = kernels.unsupported(q, k_cache)
+    reason: str | None = kernels.unsupported(tensor, k_cache)
     return reason
 
 
 def _maker(backend: str, tensor: Tensor, k_cache: Tensor | None = None) -> ModuleType:
     """Module that computes an operation, given its first inputs."""
-    if backend == "auto":
-        if not tensor.is_cuda:
-            return cpu
-        kernels = _triton()
-        if kernels is None or kernels.unsupported(tensor, k_cache) is not None:
-            return cpu
-        return kernels
-    if backend == "cpu":
-        return cpu
     if backend == "reference":
         return reference
-    if backend == "triton":
+    if backend == "cpu" or (backend == "auto" and not tensor.is_cuda):
+        return cpu
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend must be 'auto', 'reference', 'cpu' or 'triton', got {backend!r}")
+    reason = kernels_refuse(tensor, k_cache)
+    if reason is None:
         kernels = _triton()
-        if kernels is None:
-            raise ValueError("backend 'triton' needs the package triton, which is not installed")
-        reason = kernels.unsupported(tensor, k_cache)
-        if reason is not None:
-            raise ValueError(f"backend 'triton' {reason}")
+        assert kernels is not None
         return kernels
-    raise ValueError(f"backend must be 'auto', 'reference', 'cpu' or 'triton', got {backend!r}")
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' {reason}")
+    return cpu
 
 
 @functools.cache
