@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from policy_cases import FACTS, look_at, tokens, view_of
@@ -118,7 +119,7 @@ def test_quest_reads_everything_in_its_first_layers_and_reports_its_bounds():
     assert policy.select(0, look_at(view), view) is None
     assert policy.select(1, look_at(view), view) is None
     # 5 pages in 4 of 6 layers.
-    assert policy.metadata(torch.tensor([9])).tolist() == pytest.approx([5 * 4 / 6])
+    assert policy.overhead(np.array([9.0])) == pytest.approx([5 * 4 / 6])
 
 
 def test_tidal_chooses_tokens_per_query_head_and_reuses_them():

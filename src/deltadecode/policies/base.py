@@ -233,6 +233,21 @@ class Policy(ABC):
             Like ``lengths``. An upper bound where it depends on the data.
         """
 
+    def overhead(self, lengths: Floats) -> Floats:
+        """Other reads of a step, averaged over layers; see :attr:`Counts.metadata`.
+
+        Parameters
+        ----------
+        lengths : ndarray
+            Tokens n in the cache at each step.
+
+        Returns
+        -------
+        ndarray
+            Like ``lengths``, in tokens; none by default.
+        """
+        return np.zeros_like(lengths)
+
     def check(self, longest_prompt: int) -> None:
         """Refuse prompts that leave no room in the budget.
 

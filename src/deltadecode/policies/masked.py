@@ -130,21 +130,6 @@ class MaskedPolicy(Policy):
             Where the rows lie.
         """
 
-    def metadata(self, lengths: Tensor) -> Tensor:
-        """Other reads of a step, averaged over layers.
-
-        Parameters
-        ----------
-        lengths : Tensor
-            [B] int64, tokens n.
-
-        Returns
-        -------
-        Tensor
-            [B], in tokens: two vectors of the size of a head count as one.
-        """
-        return torch.zeros_like(lengths)
-
     @contextmanager
     def decoding(self, model: Any) -> Iterator[None]:
         """While it lasts, ``model.generate`` decodes with this policy."""
@@ -164,10 +149,9 @@ class MaskedPolicy(Policy):
         if not self._log:
             none = np.zeros((0, len(prompts)))
             return Counts(none, none, none)
-        log = torch.stack(self._log[:steps]).double().cpu().numpy()
-        read, metadata = log[:, 0] / len(self.facts.layers), log[:, 1]
-        lengths = np.asarray(prompts)[None] + np.arange(1, len(log) + 1)[:, None]
-        return Counts(read, read if self.evicts else lengths.astype(np.float64), metadata)
+        read = torch.stack(self._log[:steps]).double().cpu().numpy() / len(self.facts.layers)
+        lengths = np.asarray(prompts)[None] + np.arange(1.0, len(read) + 1)[:, None]
+        return Counts(read, read if self.evicts else lengths, self.overhead(lengths))
 
     def begin_prompt(self, layer: int, key: Tensor, queries: int, mask: Tensor | None) -> View:
         """The rows at the prompt; found out once, at the first layer."""
@@ -198,9 +182,7 @@ class MaskedPolicy(Policy):
             raise PolicyError(f"policy {self.name!r} takes no cache from before")
         if layer == 0:
             self._view = view = View(view.start, view.prompt, slots, view.step + 1, view.padded)
-            lengths = view.lengths
-            empty = torch.zeros_like(lengths, dtype=torch.float32)
-            self._log.append(torch.stack([empty, self.metadata(lengths).float()]))
+            self._log.append(torch.zeros_like(view.lengths, dtype=torch.float32))
         return view
 
     def attend(self, layer: int, look: Look, value: Tensor, view: View) -> Tensor:
@@ -225,12 +207,12 @@ class MaskedPolicy(Policy):
         read = self.select(layer, look, view)
         if read is None:
             weights = look.weights
-            self._log[-1][0] += view.lengths
+            self._log[-1] += view.lengths
         else:
             read = read & view.exists[:, None, None]
             weights = look.weights_of(read)
             any_head = read.any(dim=2)  # of those that share keys and values
-            self._log[-1][0] += any_head.sum(dim=2).float().mean(dim=1)
+            self._log[-1] += any_head.sum(dim=2).float().mean(dim=1)
         out = weights.to(value.dtype) @ value
         self.observe(layer, weights, view)
         return out.flatten(1, 2)

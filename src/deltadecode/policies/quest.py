@@ -93,11 +93,11 @@ class Quest(MaskedPolicy):
         high[row, :, page] = torch.where(begins, new, torch.maximum(old_high, new))
         return low, high
 
-    def metadata(self, lengths: Tensor) -> Tensor:
-        """One token's worth a page in the sparse layers."""
+    def overhead(self, lengths: Floats) -> Floats:
+        """One token's worth a page in the sparse layers; see :meth:`Policy.overhead`."""
         layers = len(self.facts.layers)
-        pages = (lengths + self.page_size - 1) // self.page_size
-        return pages * (max(layers - self.dense, 0) / layers)
+        mean: Floats = np.ceil(lengths / self.page_size) * (max(layers - self.dense, 0) / layers)
+        return mean
 
     def expected(self, lengths: Floats, prompt: int) -> Floats:
         """At most: if query heads that share keys agree on nothing; see :meth:`Policy.expected`."""
