@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -133,10 +134,10 @@ def eval_command(
         raise BadInput(f"--out must be a folder, got {str(out)!r}")
     with progress_bar("evaluation", 1.0) as (bar, shown):
         found = evaluation.run(cells, out, _teller(bar, shown))
-    if any(cell.policy == "full" for cell in cells):
+    if any(cell.policy == "full" for cell in cells) and importlib.util.find_spec("scipy"):
         _report([each.path for each in found], results, tag, docs, as_json)
     else:
-        note(f"wrote {len(found)} files to {out}; compare them with --report {out}")
+        note(f"{len(found)} files in {out} are complete; compare them with --report {out}")
 
 
 def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:

@@ -58,7 +58,7 @@ def evaluate(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
-            "--lm-eval needs lm-evaluation-harness: pip install 'deltadecode[lm-eval]'"
+            f"--lm-eval needs lm-evaluation-harness: pip install 'deltadecode[lm-eval]' ({error})"
         ) from error
     manager = TaskManager(include_path=None if include is None else str(include))
     known = set(manager.all_tasks)
@@ -67,6 +67,13 @@ def evaluate(
             raise EvaluationError(
                 f"lm-evaluation-harness has no task {name!r}; see lm_eval ls tasks"
             )
+    for name, task in manager.load(list(tasks))["tasks"].items():
+        kind = task.get_config("output_type")
+        if kind != _DECODING:
+            raise EvaluationError(
+                f"task {name!r} is scored by {kind}, without decoding, where every policy is full "
+                "attention"
+            )
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     with cell.make(model).decoding(model):
         found = lm_eval.simple_evaluate(
@@ -74,12 +81,6 @@ def evaluate(
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             fewshot_random_seed=seed, log_samples=False, bootstrap_iters=1000, verbosity="ERROR",
         )  # fmt: skip
-    for name, config in found["configs"].items():
-        if config.get("output_type") != _DECODING:
-            raise EvaluationError(
-                f"task {name!r} is scored by {config.get('output_type')}, without decoding, where "
-                "every policy is full attention"
-            )
     counts = {name: each["effective"] for name, each in found["n-samples"].items()}
     return {"policy": cell.policy, "budget": cell.budget, "results": found["results"],
             "samples": counts}  # fmt: skip

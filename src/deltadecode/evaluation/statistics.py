@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deltadecode.errors import EvaluationError
 
 _RESAMPLES = 10_000
 _SEED = 0
@@ -23,6 +26,20 @@ class Interval:
     mean: float
     low: float
     high: float
+
+
+def check_installed() -> None:
+    """Refuse to compute anything without SciPy.
+
+    Raises
+    ------
+    EvaluationError
+        When it is not installed.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise EvaluationError(
+            "intervals need SciPy and figures matplotlib: pip install 'deltadecode[eval]'"
+        )
 
 
 def mean_interval(values: NDArray[np.float64]) -> Interval:

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from deltadecode.benchmark.results import row
 from deltadecode.errors import EvaluationError
 from deltadecode.evaluation.records import Records, digest
-from deltadecode.evaluation.statistics import mean_interval, paired_difference
+from deltadecode.evaluation.statistics import (
+    check_installed,
+    mean_interval,
+    paired_difference,
+)
 
 _APART = ("policy", "budget")  # what tells the cells of one experiment apart
 
@@ -71,6 +76,7 @@ def summarize(cells: Sequence[Records]) -> list[dict[str, Any]]:
     EvaluationError
         When an experiment has no full attention, or a cell lacks samples.
     """
+    check_installed()
     experiments: dict[str, list[Records]] = {}
     for records in cells:
         shared = {key: value for key, value in records.settings.items() if key not in _APART}
@@ -198,9 +204,11 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     """The rows as tables for a terminal, one per task."""
     shown = []
     for name, lines in _parts(rows).items():
-        table = Table(title=f"{name}, {lines[0]['samples']} samples", title_justify="left")
+        table = Table(
+            title=f"{name}, {lines[0]['samples']} samples", title_justify="left", box=SIMPLE_HEAD
+        )
         for place, title in enumerate(_titles(lines)):
-            table.add_column(title, justify="right" if place else "left")
+            table.add_column(title, justify="right" if place else "left", no_wrap=not place)
         for line in lines:
             table.add_row(*_cells_of(line))
         shown.append(table)
@@ -221,43 +229,46 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
-    """Say where another policy than DELTA does better with no more reads.
+    """Say for each cell of DELTA which peers are better with no more reads, and which worse.
 
     Parameters
     ----------
     rows : sequence of dict
         See :func:`summarize`.
     within : float
-        Two cells read the same if their attended fractions differ by no more than this.
+        Two cells read the same if their attended fractions differ by no more than this. What a
+        policy reads besides keys and values is not in that fraction, but named.
 
     Returns
     -------
     list of str
-        One line for each cell of DELTA: which peers are ahead, and which behind, at the same reads.
+        One line for each cell of DELTA. Ahead or level are peers that read the same or less,
+        behind are those that read the same or more; the oracle is no peer.
     """
     found = []
     for name, lines in _parts(rows).items():
-        peers = [x for x in lines if x["policy"] not in ("full", "oracle")]
-        for delta in (x for x in peers if x["policy"].split(":")[0] == "delta"):
-            same = [
-                x for x in peers
-                if x["policy"].split(":")[0] != "delta"
-                and x["attended_fraction"] <= delta["attended_fraction"] + within
-                and x["attended_fraction"] >= delta["attended_fraction"] - within
-            ]  # fmt: skip
-            ahead = [_named(x) for x in same if x["score"] > delta["score"]]
-            level = [_named(x) for x in same if x["score"] == delta["score"]]
-            behind = [_named(x) for x in same if x["score"] < delta["score"]]
+        kinds = [(line["policy"].split(":")[0], line) for line in lines]
+        peers = [x for kind, x in kinds if kind not in ("full", "oracle", "delta", "delta-variant")]
+        for delta in (x for kind, x in kinds if kind == "delta"):
+            reads, score = delta["attended_fraction"], delta["score"]
+            no_more = [x for x in peers if x["attended_fraction"] <= reads + within]
+            no_less = [x for x in peers if x["attended_fraction"] >= reads - within]
+            ahead = [_named(x) for x in no_more if x["score"] > score]
+            level = [_named(x) for x in no_more if x["score"] == score]
+            behind = [_named(x) for x in no_less if x["score"] < score]
             found.append(
-                f"{name}: {_named(delta)}; ahead of it with the same reads: "
-                f"{', '.join(ahead) or 'none'}; level: {', '.join(level) or 'none'}; "
-                f"behind: {', '.join(behind) or 'none'}"
+                f"{name}: {_named(delta)}. "
+                f"Better with no more reads: {', '.join(ahead) or 'none'}. "
+                f"Level: {', '.join(level) or 'none'}. "
+                f"Worse with no fewer reads: {', '.join(behind) or 'none'}."
             )
     return found
 
 
 def _named(line: dict[str, Any]) -> str:
+    other = line["metadata_fraction"]
+    besides = f" + {100 * other:.1f} %" if other else ""
     return (
         f"{line['policy']} {line['budget']} ({100 * line['score']:.1f}, reads "
-        f"{100 * line['attended_fraction']:.1f} %)"
+        f"{100 * line['attended_fraction']:.1f} %{besides})"
     )
