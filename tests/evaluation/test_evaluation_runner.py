@@ -170,7 +170,11 @@ def test_headers_say_how_they_were_made(model, tokenizer, tmp_path):
     run = evaluation(model, tokenizer, samples=1, made_by={"commit": "abc"})
     (found,) = run.run([Cell("streaming", 8, fraction=0.1)], tmp_path, quiet)
     header = json.loads(found.path.read_text().splitlines()[0])
-    assert header["made_by"] == {"commit": "abc", "fraction": 0.1}
+    assert header["made_by"] == {
+        "commit": "abc",
+        "fraction": 0.1,
+        "expected": pytest.approx(0.04, abs=0.03),
+    }
     assert header["settings"]["task"] == {"name": "chain", "distractors": 2, "steps": 3}
 
 

@@ -150,6 +150,17 @@ def test_tidal_kv_chooses_by_the_largest_weight_of_the_group():
     assert tokens(read, view) == [0, 3]
 
 
+def test_tidal_takes_recent_tokens_and_sinks_from_the_budget_when_asked():
+    view = view_of([8, 6], slots=8)
+    logits = torch.tensor([0.0, 0, 0, 9, 1, 5, 2, 0]).expand(2, 1, 1, 8)
+    policy = Tidal(Facts((0, 1), 1, 1), budget=4, layers=(0,), recent=2, sinks=1)
+    policy.select(0, look_at(view, logits), view)
+    read = policy.select(1, look_at(view, logits), view)
+    assert [tokens(read, view, row) for row in (0, 1)] == [[0, 3, 6, 7], [0, 1, 4, 5]]
+    with pytest.raises(PolicyError, match="more than 2 recent tokens and 1 sinks"):
+        Tidal(FACTS, budget=3, recent=2, sinks=1)
+
+
 def test_snapkv_keeps_its_window_and_pools_the_votes():
     # One head; the keys of tokens 3 and 4 answer the window's queries.
     key = torch.zeros(1, 1, 12, 1)

@@ -11,6 +11,7 @@ import numpy as np
 
 from deltadecode.errors import EvaluationError, PolicyError
 from deltadecode.policies import Policy, make_policy, parse_policy
+from deltadecode.policies.base import Floats
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+=-]+")
 
@@ -58,6 +59,11 @@ class Trace:
     prompt: int
     longest_prompt: int
     steps: int
+
+    @property
+    def lengths(self) -> Floats:
+        """Tokens in the cache at each step, the new one included."""
+        return np.arange(self.prompt + 1.0, self.prompt + self.steps + 1)
 
 
 def make_cells(
@@ -152,7 +158,6 @@ def solve_budget(
     """
     if not 0 < fraction < 1:
         raise EvaluationError(f"an attended fraction must be between 0 and 1, got {fraction}")
-    lengths = np.arange(trace.prompt + 1.0, trace.prompt + trace.steps + 1)
 
     def expected(budget: int) -> float | None:
         try:
@@ -160,10 +165,9 @@ def solve_budget(
             policy.check(trace.longest_prompt)
         except PolicyError:
             return None
-        read = policy.expected(lengths, trace.prompt)
-        if overhead:
-            read = read + policy.overhead(lengths)
-        return float(read.sum() / lengths.sum())
+        lengths = trace.lengths
+        other = policy.overhead(lengths).sum() / lengths.sum() if overhead else 0.0
+        return expected_fraction(policy, trace) + float(other)
 
     top = trace.longest_prompt + trace.steps
     least = _bisect(1, top, lambda budget: expected(budget) is not None)
@@ -180,6 +184,25 @@ def solve_budget(
         )
     over = _bisect(least, top, lambda budget: (expected(budget) or 0.0) > fraction)
     return top if over is None else over - 1
+
+
+def expected_fraction(policy: Policy, trace: Trace) -> float:
+    """Share of full attention's reads that a policy is expected to read over a trace.
+
+    Parameters
+    ----------
+    policy : Policy
+        The policy.
+    trace : Trace
+        Its steps.
+
+    Returns
+    -------
+    float
+        An upper bound where the reads depend on the data.
+    """
+    lengths = trace.lengths
+    return float(policy.expected(lengths, trace.prompt).sum() / lengths.sum())
 
 
 def _bisect(low: int, high: int, holds: Any) -> int | None:

@@ -92,7 +92,7 @@ def _over_budget(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _over_reads(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
-    _accuracy(axes, lines, "attended_fraction", 100.0)
+    _accuracy(axes, lines, "reads", 100.0)
     axes.set_xlabel("tokens read, % of full attention")
 
 

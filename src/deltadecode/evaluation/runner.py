@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltadecode.architecture import text_config
 from deltadecode.errors import EvaluationError
-from deltadecode.evaluation.cells import Cell, Trace, slug
+from deltadecode.evaluation.cells import Cell, Trace, expected_fraction, slug
 from deltadecode.evaluation.generation import (
     Encoded,
     encode,
@@ -139,9 +139,10 @@ class Evaluation:
         EvaluationError
             When a file is foreign or broken; before anything runs.
         """
-        opened = []
+        opened, trace = [], self.trace()
         for cell in cells:
-            made_by = {**self.made_by, "fraction": cell.fraction}
+            expected = expected_fraction(cell.make(self.model), trace)
+            made_by = {**self.made_by, "fraction": cell.fraction, "expected": round(expected, 5)}
             opened.append(Records.open(self.path(cell, folder), self.settings(cell), made_by))
         todo = [
             (cell, records, [e for e in self.encoded if e.sample.seed not in records.samples])

@@ -139,7 +139,12 @@ def _row(records: Records, full: Records, seeds: Sequence[int]) -> dict[str, Any
         "wrong_somewhere": sum(place is not None for place in wrong),
         "first_wrong": wrong,
         "asked_fraction": records.made_by.get("fraction"),
+        "expected_fraction": records.made_by.get("expected"),
     }
+    # A policy that goes wrong may stop early, where the prompt weighs more: its own trace then says
+    # less of it than the trace of a right answer, for which its reads are known beforehand.
+    own, expected = extras["attended_fraction"], extras["expected_fraction"]
+    extras["reads"] = own if expected is None else min(own, _rounded(expected))
     if "nll" in next(iter(records.samples.values())):
         extras |= _perplexity(records, full, seeds)
     lost = [1 + float((1 - scores).sum()) for scores in (ours, theirs)]
@@ -174,7 +179,7 @@ def _cells_of(line: dict[str, Any]) -> list[str]:
     texts = [
         line["policy"],
         f"{line['budget']:,}" if line["budget"] else "–",
-        f"{100 * line['attended_fraction']:.1f} %",
+        f"{100 * line['reads']:.1f} %",
         f"{100 * line['metadata_fraction']:.1f} %" if line["metadata_fraction"] else "–",
         f"{line['tokens_kept']:,.0f}",
         f"{100 * line['score']:.1f}",
@@ -201,18 +206,38 @@ def _titles(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """The rows as tables for a terminal, one per task."""
+    """The rows as tables for a terminal, one per task; all numbers but the tokens in per cent."""
     shown = []
     for name, lines in _parts(rows).items():
         table = Table(
             title=f"{name}, {lines[0]['samples']} samples", title_justify="left", box=SIMPLE_HEAD
         )
-        for place, title in enumerate(_titles(lines)):
-            table.add_column(title, justify="right" if place else "left", no_wrap=not place)
+        table.add_column("policy", overflow="fold", min_width=14)
+        for title in ("budget", "read", "kept", "right [95 %]", "− full [95 %]"):
+            table.add_column(title, justify="right", no_wrap=True)
+        if "perplexity_ratio" in lines[0]:
+            table.add_column("ppl ÷ full", justify="right", no_wrap=True)
         for line in lines:
-            table.add_row(*_cells_of(line))
+            table.add_row(*_short_cells(line))
         shown.append(table)
     return shown
+
+
+def _short_cells(line: dict[str, Any]) -> list[str]:
+    low, high = (100 * bound for bound in line["score_interval"])
+    below, above = (100 * bound for bound in line["difference_interval"])
+    other = line["metadata_fraction"]
+    texts = [
+        line["policy"],
+        str(line["budget"] or "–"),
+        f"{100 * line['reads']:.1f}" + (f"+{100 * other:.1f}" if other else ""),
+        f"{line['tokens_kept']:.0f}",
+        f"{100 * line['score']:.1f} [{low:.1f}, {high:.1f}]",
+        f"{100 * line['difference']:+.1f} [{below:+.1f}, {above:+.1f}]",
+    ]
+    if "perplexity_ratio" in line:
+        texts.append(f"{line['perplexity_ratio']:.4f}")
+    return texts
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -236,7 +261,7 @@ def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
     rows : sequence of dict
         See :func:`summarize`.
     within : float
-        Two cells read the same if their attended fractions differ by no more than this. What a
+        Two cells read the same if their ``reads`` differ by no more than this. What a
         policy reads besides keys and values is not in that fraction, but named.
 
     Returns
@@ -250,9 +275,9 @@ def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
         kinds = [(line["policy"].split(":")[0], line) for line in lines]
         peers = [x for kind, x in kinds if kind not in ("full", "oracle", "delta", "delta-variant")]
         for delta in (x for kind, x in kinds if kind == "delta"):
-            reads, score = delta["attended_fraction"], delta["score"]
-            no_more = [x for x in peers if x["attended_fraction"] <= reads + within]
-            no_less = [x for x in peers if x["attended_fraction"] >= reads - within]
+            reads, score = delta["reads"], delta["score"]
+            no_more = [x for x in peers if x["reads"] <= reads + within]
+            no_less = [x for x in peers if x["reads"] >= reads - within]
             ahead = [_named(x) for x in no_more if x["score"] > score]
             level = [_named(x) for x in no_more if x["score"] == score]
             behind = [_named(x) for x in no_less if x["score"] < score]
@@ -270,5 +295,5 @@ def _named(line: dict[str, Any]) -> str:
     besides = f" + {100 * other:.1f} %" if other else ""
     return (
         f"{line['policy']} {line['budget']} ({100 * line['score']:.1f}, reads "
-        f"{100 * line['attended_fraction']:.1f} %{besides})"
+        f"{100 * line['reads']:.1f} %{besides})"
     )

@@ -30,7 +30,9 @@ class Tidal(MaskedPolicy):
     softmax weights, and read exactly the budget.
 
     Deviation: no cache correction (section 3.3), the optional recomputation of old keys and values
-    in chunks. No token is forced, the new one neither.
+    in chunks. As in the paper no token is forced, the new one neither; with ``recent`` and
+    ``sinks``, an option of the authors' later code, the last and first tokens take their share of
+    the budget.
 
     Parameters
     ----------
@@ -42,6 +44,8 @@ class Tidal(MaskedPolicy):
         The selection layers, in the model's numbering.
     shared : int
         See above.
+    recent, sinks : int
+        Last and first tokens that are always among the chosen.
     """
 
     name = "tidal"
@@ -53,9 +57,13 @@ class Tidal(MaskedPolicy):
         budget: int,
         layers: Sequence[int] | None = None,
         shared: int = 0,
+        recent: int = 0,
+        sinks: int = 0,
     ) -> None:
         super().__init__(facts, budget)
-        self.shared = shared
+        self.shared, self.recent, self.sinks = shared, recent, sinks
+        if budget <= recent + sinks:
+            raise self._refuse(f"it needs more than {recent} recent tokens and {sinks} sinks")
         depth = len(facts.layers)
         if layers is None:
             places = [min(2, depth - 1), round(depth * _CORRECTION)]
@@ -79,13 +87,18 @@ class Tidal(MaskedPolicy):
         return None if layer < self.selecting[0] else self._chosen
 
     def _top(self, look: Look) -> Tensor | None:
-        exists = look.view.exists[:, None, None]
-        if look.view.slots <= self.budget:
+        view = look.view
+        if view.slots <= self.budget:
             return None
+        position = view.position[:, None, None]
+        forced = (position >= (view.lengths - self.recent)[:, None, None, None]) | (
+            position < self.sinks
+        )
         if self.shared:
-            rank = look.weights.amax(dim=2, keepdim=True).masked_fill(~exists, -1.0)
+            rank = look.weights.amax(dim=2, keepdim=True)
         else:
-            rank = look.logits.masked_fill(~exists, -torch.inf)
+            rank = look.logits
+        rank = rank.masked_fill(forced, torch.inf).masked_fill(position < 0, -torch.inf)
         return largest(rank, self.budget)
 
     def expected(self, lengths: Floats, prompt: int) -> Floats:
