@@ -214,7 +214,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
         )
         table.add_column("policy", overflow="fold", min_width=14)
         for title in ("budget", "read", "kept", "right [95 %]", "− full [95 %]"):
-            table.add_column(title, justify="right", no_wrap=True)
+            table.add_column(title, justify="right", no_wrap="[" not in title)
         if "perplexity_ratio" in lines[0]:
             table.add_column("ppl ÷ full", justify="right", no_wrap=True)
         for line in lines:

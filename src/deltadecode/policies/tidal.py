@@ -94,10 +94,7 @@ class Tidal(MaskedPolicy):
         forced = (position >= (view.lengths - self.recent)[:, None, None, None]) | (
             position < self.sinks
         )
-        if self.shared:
-            rank = look.weights.amax(dim=2, keepdim=True)
-        else:
-            rank = look.logits
+        rank = look.weights.amax(dim=2, keepdim=True) if self.shared else look.logits
         rank = rank.masked_fill(forced, torch.inf).masked_fill(position < 0, -torch.inf)
         return largest(rank, self.budget)
 
