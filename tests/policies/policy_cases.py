@@ -83,5 +83,5 @@ PLAN = DeltaConfig(
     recent_pages=2,
     sink_pages=1,
     dense_layers=(0,),
-    delta_layers=(1, 3),
+    delta_layers=(1,),
 )

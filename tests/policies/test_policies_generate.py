@@ -9,7 +9,7 @@ import deltadecode as dd
 from deltadecode.errors import DeltaConfigError, PolicyError
 from deltadecode.policies import POLICIES, make_policy, parse_policy
 
-PLAN_OPTIONS = "page_size=4:recent_pages=2:sink_pages=1:dense_layers=0+:delta_layers=1+3"
+PLAN_OPTIONS = "page_size=4:recent_pages=2:sink_pages=1:dense_layers=0+:delta_layers=1+"
 SPECS = {
     "full": "full",
     "delta": f"delta:{PLAN_OPTIONS}",
@@ -142,8 +142,10 @@ def test_a_variant_changes_something(llama, change):
     _, exact, counts, _ = run(llama, SPECS["delta"], 20, lengths)
     _, variant, found, _ = run(llama, f"{SPECS['delta-variant']}:{change}", 20, lengths)
     assert not torch.allclose(variant, exact, atol=1e-3)
-    if change == "refresh=4":  # Δ-layers read less at three steps of four
-        assert (found.read < counts.read - 0.1).mean() == pytest.approx(0.75)
+    if change == "refresh=4":  # the Δ-layer reads less at three steps of four
+        fresh = np.arange(STEPS) % 4 == 0
+        np.testing.assert_allclose(found.read[fresh], counts.read[fresh], rtol=1e-6)
+        assert found.read[~fresh].mean() < counts.read[~fresh].mean() - 0.5
     else:
         np.testing.assert_allclose(found.read, counts.read, rtol=1e-6)
 
