@@ -122,3 +122,15 @@ def test_the_module_is_the_command():
         capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "160"},
     )  # fmt: skip
     assert "--attended-fraction" in done.stdout
+
+
+def test_a_run_without_scipy_ends_well_and_a_report_says_what_to_install(
+    run, model, tmp_path, monkeypatch
+):
+    from deltadecode.evaluation import statistics
+
+    monkeypatch.setattr(statistics, "can_report", lambda: False)
+    code, out, err = run(model, *TASK, "--policies", "full", "--out", tmp_path / "s")
+    assert code == 0 and out == "" and "are complete; compare them with --report" in err
+    code, _, err = run("--report", tmp_path / "s")
+    assert code == 2 and "pip install 'deltadecode[eval]'" in err and err.count("\n") == 1

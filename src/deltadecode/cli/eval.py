@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import sys
@@ -124,6 +123,7 @@ def eval_command(
                  out, as_json)  # fmt: skip
         return
     from deltadecode.evaluation.runner import Evaluation
+    from deltadecode.evaluation.statistics import can_report
     from deltadecode.tasks.registry import make_task
 
     evaluation = Evaluation(
@@ -134,7 +134,7 @@ def eval_command(
         raise BadInput(f"--out must be a folder, got {str(out)!r}")
     with progress_bar("evaluation", 1.0) as (bar, shown):
         found = evaluation.run(cells, out, _teller(bar, shown))
-    if any(cell.policy == "full" for cell in cells) and importlib.util.find_spec("scipy"):
+    if any(cell.policy == "full" for cell in cells) and can_report():
         _report([each.path for each in found], results, tag, docs, as_json)
     else:
         note(f"{len(found)} files in {out} are complete; compare them with --report {out}")
@@ -172,6 +172,9 @@ def _cells(evaluation: Any, request: _Request) -> list[Any]:
 def _report(
     paths: Sequence[Path], results: Path | None, tag: str, docs: Path | None, as_json: bool
 ) -> None:
+    from deltadecode.evaluation.statistics import check_installed
+
+    check_installed()
     from deltadecode.evaluation.report import fill_document, make_result, write
     from deltadecode.evaluation.summary import load, tables
 

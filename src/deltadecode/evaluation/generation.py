@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from deltadecode.errors import EvaluationError
 from deltadecode.integrations.transformers import DeltaCache
@@ -149,7 +154,7 @@ def new_tokens(
         output = model.generate(
             ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, num_beams=1,
             pad_token_id=pad, stopping_criteria=StoppingCriteriaList([_Ticker(on_step)]),
-            logits_processor=[leader] if leader is not None else [], **cache,
+            logits_processor=LogitsProcessorList([] if leader is None else [leader]), **cache,
         )  # fmt: skip
     found: Tensor = output[:, ids.shape[1] :].cpu()
     return found

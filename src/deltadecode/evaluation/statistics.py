@@ -28,15 +28,20 @@ class Interval:
     high: float
 
 
+def can_report() -> bool:
+    """Whether SciPy and matplotlib are installed, which runs do not need but reports do."""
+    return all(importlib.util.find_spec(name) is not None for name in ("scipy", "matplotlib"))
+
+
 def check_installed() -> None:
-    """Refuse to compute anything without SciPy.
+    """Refuse to report without SciPy and matplotlib.
 
     Raises
     ------
     EvaluationError
-        When it is not installed.
+        When one of them is not installed.
     """
-    if importlib.util.find_spec("scipy") is None:
+    if not can_report():
         raise EvaluationError(
             "intervals need SciPy and figures matplotlib: pip install 'deltadecode[eval]'"
         )

@@ -15,11 +15,7 @@ from rich.table import Table
 from deltadecode.benchmark.results import row
 from deltadecode.errors import EvaluationError
 from deltadecode.evaluation.records import Records, digest
-from deltadecode.evaluation.statistics import (
-    check_installed,
-    mean_interval,
-    paired_difference,
-)
+from deltadecode.evaluation.statistics import mean_interval, paired_difference
 
 _APART = ("policy", "budget")  # what tells the cells of one experiment apart
 
@@ -76,7 +72,6 @@ def summarize(cells: Sequence[Records]) -> list[dict[str, Any]]:
     EvaluationError
         When an experiment has no full attention, or a cell lacks samples.
     """
-    check_installed()
     experiments: dict[str, list[Records]] = {}
     for records in cells:
         shared = {key: value for key, value in records.settings.items() if key not in _APART}
