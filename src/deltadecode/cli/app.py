@@ -10,6 +10,7 @@ import typer
 
 from deltadecode.cli.bench import bench
 from deltadecode.cli.demo import demo
+from deltadecode.cli.eval import eval_command
 from deltadecode.cli.generate import generate
 from deltadecode.cli.info import info
 from deltadecode.cli.output import complain, one_line
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(info)
+app.command("eval")(eval_command)
 app.add_typer(bench, name="bench")
 
 INTERRUPTED = 130
