@@ -10,7 +10,7 @@ from typing import Any
 
 from deltadecode.benchmark.e2e_processes import WORKER, Process
 from deltadecode.benchmark.e2e_rows import make_row
-from deltadecode.benchmark.e2e_shapes import ModelShape, plan_values
+from deltadecode.benchmark.e2e_shapes import ModelShape
 from deltadecode.benchmark.e2e_workloads import Workload, needs
 from deltadecode.benchmark.results import result
 from deltadecode.config import DeltaConfig
@@ -76,7 +76,7 @@ class Setup:
             "memory_share": self.memory_share,
             "eager": self.shape.eager,
             "vocabulary": self.shape.vocabulary,
-            "plan": plan_values(self.plan) if side == DELTA else None,
+            "plan": self.plan.to_dict() if side == DELTA else None,
             # Else an engine takes what is free, less what it sees taken while it starts.
             "kv_bytes": self._kv_bytes() if self.start_together else None,
         }
@@ -113,7 +113,7 @@ class Measurement:
             **result("e2e", setup.command, []),
             "model": setup.shape.name,
             "parameters": setup.shape.parameters,
-            "plan": plan_values(setup.plan),
+            "plan": setup.plan.to_dict(),
             "plan_note": setup.shape.plan_note if setup.plan == setup.shape.plan else "given",
             "memory_share": setup.memory_share,
             "in_turn": setup.in_turn,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,22 +175,3 @@ def find_shape(name: str) -> ModelShape:
     if name not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}")
     return SHAPES[name]
-
-
-def plan_values(cfg: DeltaConfig) -> dict[str, Any]:
-    """A plan as JSON and the engine's ``additional_config`` hold it.
-
-    Parameters
-    ----------
-    cfg : DeltaConfig
-        The plan.
-
-    Returns
-    -------
-    dict
-        Field -> value, layers as lists.
-    """
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(cfg).items()
-    }
