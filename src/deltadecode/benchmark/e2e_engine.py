@@ -75,7 +75,7 @@ class Engine:
         -------
         dict
             ``start_s``, ``kv_tokens`` (that the cache holds), ``backends`` (of the attention
-            layers), ``cudagraph_mode`` and ``vllm``.
+            layers), ``cudagraph_mode``, ``async_scheduling`` and ``vllm`` (version).
         """
         import vllm
 
@@ -91,6 +91,7 @@ class Engine:
             "kv_tokens": tokens or cache.num_gpu_blocks * cache.block_size,
             "backends": sorted(backends),
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode).rpartition(".")[2],
+            "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "vllm": vllm.__version__,
         }
 
@@ -187,11 +188,17 @@ class Engine:
 
     def _enqueue(self, batch: int, prompt: int, new_tokens: int) -> None:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         random = np.random.default_rng(_SEED)
         tokens = random.integers(_FIRST_TOKEN, self._vocabulary, (batch, prompt)).tolist()
         sampling = SamplingParams(
-            max_tokens=new_tokens, ignore_eos=True, temperature=0.0, detokenize=False
+            max_tokens=new_tokens,
+            ignore_eos=True,
+            temperature=0.0,
+            detokenize=False,
+            # As LLM.generate does; else every step would copy out all tokens so far.
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompts = [{"prompt_token_ids": each} for each in tokens]
         self._ids = list(self._llm.enqueue(prompts, sampling, use_tqdm=False))
