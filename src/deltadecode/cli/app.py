@@ -14,6 +14,7 @@ from deltadecode.cli.eval import eval_command
 from deltadecode.cli.generate import generate
 from deltadecode.cli.info import info
 from deltadecode.cli.output import complain, one_line
+from deltadecode.cli.serve import SETTINGS, serve
 from deltadecode.errors import DeltaDecodeError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(generate)
+app.command(context_settings=SETTINGS)(serve)
 app.command()(info)
 app.command("eval")(eval_command)
 app.add_typer(bench, name="bench")

@@ -120,6 +120,88 @@ def kernels(
         stdout().print(kernel_table(found))
 
 
+@bench.command()
+def e2e(
+    shape: Annotated[
+        str, typer.Option(help="Of the random model: r1-1.5b, qwen3-8b or tiny.")
+    ] = "r1-1.5b",
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="headline, step, short, prefill or profile; repeatable; default: all."),
+    ] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(help="batch:context, such as 64:8192, for all workloads; repeatable."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps of a round.")] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds, each first stock and then DELTA.")
+    ] = 3,
+    plan: Annotated[
+        Path | None, typer.Option(help="DeltaConfig as JSON; default: the shape's.")
+    ] = None,
+    memory_share: Annotated[
+        float | None,
+        typer.Option(help="Of the device, for each engine; default: 0.42, or 0.85 in turn."),
+    ] = None,
+    in_turn: Annotated[
+        bool, typer.Option("--in-turn", help="One engine after the other, where two do not fit.")
+    ] = False,
+    start_together: Annotated[
+        bool, typer.Option("--start-together", help="Start both engines at once.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write e2e-<date>[-tag].json, as it grows, and its figure to."),
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Last part of the files' names.")] = None,
+) -> None:
+    """Time whole engines: stock vLLM and vLLM with DELTA, on the same workloads in one run.
+
+    Random weights in the shape of a known model. headline: batch 64 from 4 to 18,432 tokens; step
+    and short: one decode step; prefill: one batch of prompts; profile: kernels and graph launches
+    of a step. With all workloads it takes about ten minutes on a large GPU.
+    """
+    quiet_libraries()
+    from deltadecode.benchmark.e2e import finish, has_vllm, make_setup, run
+    from deltadecode.benchmark.e2e_rows import e2e_table
+    from deltadecode.benchmark.results import check_tag
+
+    try:
+        check_tag(tag)
+        setup = make_setup(
+            shape=shape,
+            kinds=workload or [],
+            points=point or [],
+            steps=steps,
+            rounds=rounds,
+            plan=plan,
+            memory_share=memory_share,
+            in_turn=in_turn,
+            start_together=start_together,
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    _check_folder(out)
+    if not has_vllm():
+        raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
+    with progress_bar("benchmark", 1.0) as (bar, task):
+
+        def tell(case: str, done: float) -> None:
+            bar.update(task, completed=done, description=case)
+            if bar.disable:
+                note(f"{done:4.0%} {case}")
+
+        found = run(setup, out=out, tag=tag, progress=tell)
+    if out is not None:
+        finish(found, out, tag, note)
+    if as_json:
+        print_json(found)
+    else:
+        stdout().print(e2e_table(found))
+
+
 def _check_folder(out: Path | None) -> None:
     if out is not None and out.exists() and not out.is_dir():
         raise BadInput(f"--out must be a folder, got {str(out)!r}")
