@@ -34,7 +34,7 @@ class Engine:
         _set_environment()
         if spec["plan"] is not None:
             # Registered here, since in a source tree there is no entry point for vLLM to find.
-            import_module("deltadecode.integrations.vllm").register()
+            import_module("deltadecode.integrations.vllm.plugin").register()
         from vllm import LLM
 
         ours = {
