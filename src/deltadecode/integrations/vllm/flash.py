@@ -1,0 +1,70 @@
+"""DELTA on CUDA: beside vLLM's FlashAttention backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from deltadecode.integrations.vllm.layers import DeltaBackend, DeltaBuilder, DeltaImpl
+
+
+class DeltaFlashBuilder(DeltaBuilder, FlashAttentionMetadataBuilder):
+    """Metadata of FlashAttention, and the division of the batch."""
+
+
+class DeltaFlashImpl(DeltaImpl, FlashAttentionImpl):
+    """FlashAttention, and DELTA in decode rows of Δ- and sparse layers."""
+
+
+class DeltaFlashBackend(DeltaBackend, FlashAttentionBackend):
+    """DELTA over the cache of FlashAttention."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Name that vLLM looks this backend up by.
+
+        Returns
+        -------
+        str
+        """
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """Class of the implementation.
+
+        Returns
+        -------
+        type
+        """
+        return DeltaFlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """Class of the metadata builder.
+
+        Returns
+        -------
+        type
+        """
+        return DeltaFlashBuilder
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        """Whether keys and values may be stored in a type: those of models only.
+
+        Parameters
+        ----------
+        kv_cache_dtype : str or None
+            As vLLM names it.
+
+        Returns
+        -------
+        bool
+        """
+        return kv_cache_dtype in (None, "auto", "float16", "bfloat16")

@@ -1,0 +1,163 @@
+"""What a user configures: the ``deltadecode`` object of vLLM's ``--additional-config``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from deltadecode.architecture import attention_layers, text_config
+from deltadecode.config import DeltaConfig, LayerPlan
+from deltadecode.errors import DeltaConfigError
+
+KEY = "deltadecode"
+OnUnsupported = Literal["error", "stock"]
+_CONFIG_KEYS = tuple(field.name for field in fields(DeltaConfig))
+_OWN_KEYS = ("plan", "sync_heads", "on_unsupported")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A plan for one model, and how the engine runs it.
+
+    Attributes
+    ----------
+    config : DeltaConfig
+        Page budget and layers.
+    plan : LayerPlan
+        Role of every layer of the model.
+    sync_heads : bool
+        Under tensor parallelism, select by the maximum over the query heads of all ranks (R2) and
+        not of each rank alone; costs a reduction over every token in each Δ-layer.
+    on_unsupported : {"error", "stock"}
+        What to do with a model that has nothing to plan.
+    """
+
+    config: DeltaConfig
+    plan: LayerPlan
+    sync_heads: bool = False
+    on_unsupported: OnUnsupported = "error"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What :func:`resolve` makes these settings from, with nothing left to look up.
+
+        Returns
+        -------
+        dict
+            JSON types only.
+        """
+        config = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self.config).items()
+        }
+        return {**config, "sync_heads": self.sync_heads, "on_unsupported": self.on_unsupported}
+
+
+def own_settings(given: object) -> tuple[dict[str, Any], bool, OnUnsupported]:
+    """Check the keys that need no model.
+
+    Parameters
+    ----------
+    given : object
+        The ``deltadecode`` value of ``--additional-config``; None for none.
+
+    Returns
+    -------
+    values : dict
+        Fields of a :class:`DeltaConfig`, and perhaps ``plan``.
+    sync_heads : bool
+    on_unsupported : {"error", "stock"}
+
+    Raises
+    ------
+    DeltaConfigError
+        For an unknown key or a value of a wrong type.
+    """
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise DeltaConfigError(f"additional_config.{KEY} must be an object, got {given!r}")
+    values = dict(given)
+    known = (*_CONFIG_KEYS, *_OWN_KEYS)
+    for key in values:
+        if key not in known and key != "meta":
+            raise DeltaConfigError(
+                f"unknown key {key!r} in additional_config.{KEY}; it has {', '.join(known)}"
+            )
+    sync_heads = values.pop("sync_heads", False)
+    if not isinstance(sync_heads, bool):
+        raise DeltaConfigError(f"sync_heads must be true or false, got {sync_heads!r}")
+    on_unsupported = values.pop("on_unsupported", "error")
+    if on_unsupported not in get_args(OnUnsupported):
+        raise DeltaConfigError(f"on_unsupported must be 'error' or 'stock', got {on_unsupported!r}")
+    if not isinstance(values.get("plan", ""), str):
+        raise DeltaConfigError(f"plan must be the path of a JSON file, got {values['plan']!r}")
+    return values, sync_heads, on_unsupported
+
+
+def resolve(given: object, model_config: Any) -> Settings:
+    """Settings of one model.
+
+    Parameters
+    ----------
+    given : object
+        See :func:`own_settings`. Fields replace those of the file ``plan`` or, without one, those
+        of :meth:`DeltaConfig.for_model`.
+    model_config
+        Hugging Face configuration of the model.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    DeltaConfigError
+        When a key, a type or a rule of the plan is broken (R9).
+    UnsupportedModelError
+        When the model has nothing to plan (R8).
+    """
+    values, sync_heads, on_unsupported = own_settings(given)
+    path = values.pop("plan", None)
+    meta = values.pop("meta", {})
+    # Before the model is looked at: a wrong type is the user's mistake whatever the model is.
+    loaded = DeltaConfig.load(path) if path is not None else None
+    DeltaConfig.from_dict({**_defaults(loaded, values), **values, "meta": meta})
+    layers = attention_layers(model_config)
+    base = loaded or DeltaConfig.for_model(model_config)
+    config = DeltaConfig.from_dict({**asdict(base), **values})
+    plan = config.layer_plan(text_config(model_config).num_hidden_layers, layers)
+    return Settings(config, plan, sync_heads, on_unsupported)
+
+
+def _defaults(loaded: DeltaConfig | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    # No layers, where the user names some: those of another model may not go with them.
+    if loaded is not None:
+        return asdict(loaded)
+    return {"dense_layers": (), "delta_layers": ()}
+
+
+def attended_tokens(settings: Settings, tokens: int) -> tuple[int, int]:
+    """Tokens that one decode step of one sequence attends to, over the planned layers.
+
+    Parameters
+    ----------
+    settings : Settings
+        With L = 0 the last page may be left out, and the first number is an upper bound.
+    tokens : int
+        In the cache, the new one included.
+
+    Returns
+    -------
+    attended, full : int
+        By DELTA, and by full attention.
+    """
+    config, plan = settings.config, settings.plan
+    page = config.page_size
+    selected = tokens
+    if -(-tokens // page) > config.budget_pages:
+        last = (tokens - 1) % page + 1 if config.recent_pages else page
+        selected = (config.budget_pages - 1) * page + last
+    sparse = sum(role == "sparse" for role in plan.roles)
+    planned = len(plan.attention_layers)
+    return (planned - sparse) * tokens + sparse * selected, planned * tokens

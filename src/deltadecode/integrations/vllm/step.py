@@ -1,0 +1,160 @@
+"""One decode step of one layer, the same on every platform.
+
+Pages are selected by a Δ-layer and read by the layers after it within one forward pass; they live
+in vLLM's context of that pass and end with it (R1).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group
+from vllm.forward_context import get_forward_context
+
+from deltadecode.errors import DeltaConfigError
+from deltadecode.integrations.vllm.settings import Settings
+from deltadecode.ops import decode_attention, select_pages
+
+_PAGES = "deltadecode_pages"
+
+
+@dataclass
+class Rows:
+    """How a batch divides.
+
+    Attributes
+    ----------
+    decode : int
+        Rows of one new token, which come first; a padding row of a CUDA graph counts.
+    prefill : object or None
+        Stock metadata of the other rows; None when the stock metadata of the whole batch is theirs,
+        or there are none.
+    """
+
+    decode: int
+    prefill: Any = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where the decode rows' keys and values are; see :func:`deltadecode.ops.decode_attention`."""
+
+    k: Tensor
+    v: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+
+
+def count_decode_rows(common: Any) -> int:
+    """Rows before the first one with more than one new token.
+
+    Parameters
+    ----------
+    common : CommonAttentionMetadata
+        Of a batch, padded or not.
+
+    Returns
+    -------
+    int
+    """
+    rows = min(common.num_reqs, common.num_actual_tokens)
+    if common.max_query_len <= 1:
+        return int(rows)
+    starts = common.query_start_loc_cpu[: common.num_reqs + 1].numpy()
+    return int(((starts[1:] - starts[:-1]) == 1).cumprod().sum())
+
+
+def narrow_table(block_table: Tensor, block_size: int, longest: int) -> Tensor:
+    """Only the columns that a batch reaches.
+
+    Parameters
+    ----------
+    block_table : Tensor
+        [B, blocks of the longest sequence that the engine takes].
+    block_size : int
+        Tokens of a block.
+    longest : int
+        Tokens of the longest row.
+
+    Returns
+    -------
+    Tensor
+        The table itself while a CUDA graph is captured, which later rows may outgrow.
+    """
+    if block_table.is_cuda and torch.cuda.is_current_stream_capturing():
+        return block_table
+    return block_table[:, : max(1, -(-longest // block_size))]
+
+
+def attend(
+    settings: Settings,
+    layer: int,
+    q: Tensor,
+    cache: Cache,
+    *,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of the decode rows in a Δ- or sparse layer.
+
+    Parameters
+    ----------
+    settings : Settings
+        Of the model.
+    layer : int
+        The model's number of the layer.
+    q : Tensor
+        [B, Hq, D].
+    cache : Cache
+        Of the layer.
+    scale, sinks, softcap
+        See :func:`deltadecode.ops.decode_attention`.
+
+    Returns
+    -------
+    Tensor
+        [B, Hq, D].
+
+    Raises
+    ------
+    DeltaConfigError
+        When the layer's Δ-layer has not run in this forward pass.
+    """
+    pages: dict[int, tuple[Tensor, Tensor]] = vars(get_forward_context()).setdefault(_PAGES, {})
+    page_size = settings.config.page_size
+    operation = functools.partial(
+        decode_attention, q, cache.k, cache.v, cache.block_table, cache.seq_lens,
+        scale=scale, sinks=sinks, softcap=softcap,
+    )  # fmt: skip
+    source = settings.plan.source(layer)
+    out: Tensor
+    if source is not None:
+        if source not in pages:
+            raise DeltaConfigError(
+                f"sparse layer {layer} needs Δ-layer {source} before it in the same forward pass"
+            )
+        ids, counts = pages[source]
+        out = operation(page_size=page_size, page_ids=ids, page_counts=counts)
+        return out
+    unit = 1 if settings.sync_heads else page_size
+    scores: Tensor
+    out, scores = operation(page_size=unit, return_page_scores=True)
+    if settings.sync_heads:
+        scores = _over_all_ranks(scores).unflatten(1, (-1, page_size)).sum(-1)
+    pages[layer] = select_pages(scores, cache.seq_lens, settings.config)
+    return out
+
+
+def _over_all_ranks(token_scores: Tensor) -> Tensor:
+    """s_t over the query heads of every rank: a maximum of maxima is exact."""
+    group = get_tp_group()
+    if group.world_size > 1:
+        torch.distributed.all_reduce(
+            token_scores, op=torch.distributed.ReduceOp.MAX, group=group.device_group
+        )
+    return token_scores
