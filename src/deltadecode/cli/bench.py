@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -118,6 +119,86 @@ def kernels(
         print_json(found)
     else:
         stdout().print(kernel_table(found))
+
+
+@bench.command()
+def e2e(
+    shape: Annotated[
+        str, typer.Option(help="r1-1.5b, qwen3-8b or tiny (random weights), or a model's folder.")
+    ] = "r1-1.5b",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 64,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens before the timed steps; repeatable."),
+    ] = None,
+    decode_to: Annotated[
+        int | None, typer.Option(min=8, help="Also decode short prompts to this length.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=8, help="Steps that a median is taken of.")] = 128,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also list the kernels of a step (GPU).")
+    ] = False,
+    config: Annotated[
+        str, typer.Option(help="JSON: budget and layers of DELTA; see docs/vllm.md.")
+    ] = "{}",
+    engine: Annotated[
+        str, typer.Option(help="JSON: more arguments of vllm.LLM, for both sides.")
+    ] = "{}",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write e2e-<date>[-tag].json and its figure, .png, to."),
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Last part of the files' names.")] = None,
+) -> None:
+    """Time vLLM with stock attention and with DELTA: prefill, decode steps, long decodes.
+
+    Each side runs in a process of its own, with the same engine and work. Takes minutes; needs
+    vLLM, and a GPU to mean something.
+    """
+    quiet_libraries()
+    from deltadecode.benchmark.e2e import Work, command_line, run, write_e2e
+    from deltadecode.benchmark.results import check_tag, table, write_result
+
+    contexts = tuple(context or Work.contexts)
+    try:
+        check_tag(tag)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    _check_folder(out)
+    settings = _json_object("--config", config), _json_object("--engine", engine)
+    work = Work(shape, batch, contexts, decode_to, steps, profile, *settings)
+    with progress_bar("benchmark", 1.0) as (bar, task):
+
+        def tell(case: str, done: float) -> None:
+            bar.update(task, completed=done, description=case)
+            if bar.disable:
+                note(f"{done:4.0%} {case}")
+
+        def keep(found: dict[str, Any]) -> None:
+            if out is not None:
+                write_result(found, out, tag)
+
+        try:
+            found = run(work, command_line(work), progress=tell, keep=keep)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+    if out is not None:
+        write_e2e(found, out, tag, note)
+    if as_json:
+        print_json(found)
+    else:
+        stdout().print(table(found))
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"{name} must be a JSON object, got {text!r}") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{name} must be a JSON object, got {text!r}")
+    return value
 
 
 def _check_folder(out: Path | None) -> None:
