@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 
 from deltadecode.config import Role
-from deltadecode.errors import UnsupportedModelError
+from deltadecode.errors import DeltaDecodeError, UnsupportedModelError
 from deltadecode.integrations.vllm import versions
 from deltadecode.integrations.vllm.settings import KEY, Settings, resolve
 from deltadecode.integrations.vllm.step import (
@@ -83,7 +83,10 @@ class DeltaBackend:
         config = get_current_vllm_config_or_none()
         if config is None or config.model_config is None:
             return sizes
-        page = settings_of(config).config.page_size
+        try:
+            page = settings_of(config).config.page_size
+        except DeltaDecodeError:
+            return sizes  # told in full once the configuration is complete (plugin.prepare)
         wholes = [
             MultipleOf(math.lcm(size.base, page)) if isinstance(size, MultipleOf) else size
             for size in sizes

@@ -1,0 +1,54 @@
+"""vLLM runs in processes of its own, as its users run it; nothing here imports it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# What vLLM on a small CPU machine needs to start quickly, and to leave the other core alone.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in Path(item.fspath).parents:
+            item.add_marker(pytest.mark.vllm)
+
+
+def environment(**more):
+    # The interpreter of Triton is for tests of kernels; vLLM takes its presence for a GPU's.
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, **ENVIRONMENT, **more}
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """Runs tests/vllm/vllm_worker.py on a job and returns what it found."""
+
+    def run(job, timeout=900, **more):
+        folder = tmp_path_factory.mktemp("vllm")
+        out = folder / "found.json"
+        with (folder / "log").open("w") as log:
+            done = subprocess.run(
+                [sys.executable, str(HERE / "vllm_worker.py"), json.dumps(job), str(out)],
+                stdout=log, stderr=subprocess.STDOUT, timeout=timeout, env=environment(**more),
+                check=False,
+            )  # fmt: skip
+        assert done.returncode == 0, (folder / "log").read_text()[-4000:]
+        return json.loads(out.read_text())
+
+    return run
