@@ -13,6 +13,7 @@ from deltadecode.cli.demo import demo
 from deltadecode.cli.generate import generate
 from deltadecode.cli.info import info
 from deltadecode.cli.output import complain, one_line
+from deltadecode.cli.serve import serve
 from deltadecode.errors import DeltaDecodeError
 
 app = typer.Typer(
@@ -23,6 +24,9 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(generate)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve)
 app.command()(info)
 app.add_typer(bench, name="bench")
 
