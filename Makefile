@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python >= 3.10 (with pip and venv) and make, nothing else.
 PYTHON ?= python3
 VENV := .venv
+LM_EVAL := .venv-lm-eval
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --no-build-isolation: the build backend is pinned like everything else.
@@ -9,7 +10,7 @@ INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types contracts pytest bench-cpu clean
+.PHONY: help demo test lm-eval lint format types contracts pytest bench-cpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -36,11 +37,19 @@ contracts: $(VENV)/.dev ## the layering, by import-linter
 pytest: $(VENV)/.dev ## the tests alone; ARGS="tests/test_cli.py -k info" narrows them
 	$(PYTEST) $(ARGS)
 
+lm-eval: ## lm-evaluation-harness with our attention, in an environment of its own (Python >= 3.11)
+	test -x $(LM_EVAL)/bin/pip || $(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install --constraint constraints-lm-eval.txt \
+	    hatchling editables torch
+	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install --constraint constraints-lm-eval.txt \
+	    --no-build-isolation --editable '.[lm-eval,eval]' pytest hypothesis
+	$(LM_EVAL)/bin/python -m pytest -m lm_eval tests/evaluation $(ARGS)
+
 bench-cpu: $(VENV)/.dev ## the CPU benchmark; writes benchmarks/results/cpu-<date>.json
 	$(BIN)/deltadecode bench cpu --out benchmarks/results $(ARGS)
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LM_EVAL) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per step, so that an interrupted installation is taken up again.

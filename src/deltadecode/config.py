@@ -236,6 +236,19 @@ class DeltaConfig:
             raise DeltaConfigError(f"meta must be an object, got {values['meta']!r}")
         return cls(**{key: value for key, value in values.items() if key in known})  # type: ignore[arg-type]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Values as JSON holds them; :meth:`from_dict` makes an equal configuration of them.
+
+        Returns
+        -------
+        dict
+            Field name -> int, or list of layer numbers.
+        """
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the configuration as JSON; :meth:`load` gives an equal one.
 
@@ -244,11 +257,8 @@ class DeltaConfig:
         path : path-like
             File to write; replaced if it exists.
         """
-        values = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(), indent=2)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> DeltaConfig:

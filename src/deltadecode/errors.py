@@ -15,3 +15,11 @@ class UnsupportedModelError(DeltaDecodeError):
 
 class UnsupportedCacheError(DeltaDecodeError):
     """A KV cache of another kind, or in another state, than decoding with DELTA needs."""
+
+
+class PolicyError(DeltaDecodeError):
+    """A policy that is not known, or that cannot do what it is asked for."""
+
+
+class EvaluationError(DeltaDecodeError):
+    """An evaluation that cannot be run, resumed or reported as asked."""

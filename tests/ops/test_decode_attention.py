@@ -346,6 +346,15 @@ def test_a_large_half_precision_batch(backend, monkeypatch):
         check(case, backend)
 
 
+def test_rows_whose_logits_do_not_fit_at_once(backend, monkeypatch):
+    """The Triton maker then takes some rows at a time."""
+    case = make_case(18, [17, 9, 30, 1, 12, 25], layout="paged", sinks=True)
+    kernels = ops._triton()
+    if kernels is not None:
+        monkeypatch.setattr(kernels, "_LOGITS_BYTES", 16)
+    check(case, backend)
+
+
 def test_queries_may_be_strided(backend):
     case = make_case(17, [9, 6], group=3)
     case.q = torch.stack([case.q, torch.full_like(case.q, math.nan)], dim=3)[..., 0]

@@ -180,3 +180,19 @@ def test_selection_equals_the_rules(backend, drawn):
         for row, n in zip(rows, lengths, strict=True)
     ]  # fmt: skip
     assert run(rows, lengths, cfg, backend, dtype) == expected
+
+
+@pytest.mark.parametrize("spread", [1e-7, 1e-3, 0.03, 0.5, 3.0, 40.0])
+def test_rule4_however_far_scores_lie_apart(backend, spread):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.exp(spread * torch.randn((6, 700), generator=generator))
+    scores[1] *= -1
+    scores[2, ::3] = scores[2, 0]
+    scores[3] *= 1e-30
+    scores[4, :690] = NAN
+    scores[5].clamp_(max=1.0)
+    lens = [2800, 2797, 2800, 1600, 2799, 2041]
+    for budget, recent, sinks in ((64, 8, 0), (9, 0, 3), (300, 2, 1)):
+        cfg = config(budget=budget, recent=recent, sinks=sinks)
+        expected = run(scores.tolist(), lens, cfg, "reference")
+        assert run(scores.tolist(), lens, cfg, backend) == expected

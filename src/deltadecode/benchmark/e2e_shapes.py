@@ -1,115 +1,177 @@
-"""Models of the end-to-end benchmark: shapes with random weights, or a model on disk."""
+"""Models of the end-to-end benchmark: random weights in the shapes of known ones."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_QWEN = {
-    "hidden_act": "silu",
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    # DeepSeek-R1-Distill-Qwen-1.5B; its profile is found by these numbers.
-    "r1-1.5b": {
-        **_QWEN,
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "rope_theta": 10000.0,
-    },
-    "qwen3-8b": {
-        **_QWEN,
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rope_theta": 1000000.0,
-    },
-    # Runs anywhere, to see that everything works.
-    "tiny": {
-        **_QWEN,
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-        "rope_theta": 10000.0,
-    },
-}
-_ENTRY_POINT = "deltadecode.integrations.vllm.plugin:register"
+from deltadecode.config import DeltaConfig
+
+_BYTES = 2  # bfloat16, weights and cache
 
 
-def write_shape(name: str, folder: Path) -> Path:
-    """Write the configuration of a shape.
+@dataclass(frozen=True)
+class ModelShape:
+    """What a model's speed depends on, and the plan that it is measured with.
+
+    Attributes
+    ----------
+    name : str
+        As ``--shape`` takes it.
+    architecture : str
+        ``"Qwen2"`` or ``"Qwen3"``.
+    layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, positions : int
+        As in the model's configuration.
+    plan : DeltaConfig
+        Used unless another one is given.
+    plan_note : str
+        Where the plan comes from.
+    eager : bool
+        Without compilation and graphs, which a tiny model on a CPU would wait for.
+    """
+
+    name: str
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    positions: int
+    plan: DeltaConfig
+    plan_note: str
+    eager: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model, embedding and output matrix not shared."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        # Qwen2 has biases on queries, keys and values; Qwen3 norms of queries and keys instead.
+        extra = queries + 2 * keys if self.architecture == "Qwen2" else 2 * self.head_dim
+        attention = self.hidden * (2 * queries + 2 * keys) + extra
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.layers * layer + 2 * self.vocabulary * self.hidden + self.hidden
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache per token, all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * _BYTES
+
+    def config(self) -> dict[str, Any]:
+        """The model's ``config.json``."""
+        return {
+            "architectures": [f"{self.architecture}ForCausalLM"],
+            "model_type": self.architecture.lower(),
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.positions,
+            "rope_theta": 10000.0 if self.architecture == "Qwen2" else 1000000.0,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+
+    def write(self, folder: Path) -> Path:
+        """Write the model's folder, without weights.
+
+        Parameters
+        ----------
+        folder : Path
+            Made if it does not exist.
+
+        Returns
+        -------
+        Path
+            The folder.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.config(), indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        return folder
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        ModelShape(
+            name="r1-1.5b",
+            architecture="Qwen2",
+            layers=28,
+            hidden=1536,
+            intermediate=8960,
+            heads=12,
+            kv_heads=2,
+            head_dim=128,
+            vocabulary=151936,
+            positions=131072,
+            plan=DeltaConfig(delta_layers=(2, 14, 22)),
+            plan_note="the plan of arXiv 2510.09883 for DeepSeek-R1-Distill-Qwen-1.5B",
+        ),
+        ModelShape(
+            name="qwen3-8b",
+            architecture="Qwen3",
+            layers=36,
+            hidden=4096,
+            intermediate=12288,
+            heads=32,
+            kv_heads=8,
+            head_dim=128,
+            vocabulary=151936,
+            positions=40960,
+            plan=DeltaConfig(delta_layers=(2, 18, 28)),
+            plan_note="the proportions of the plan for 28 layers; not calibrated",
+        ),
+        ModelShape(
+            name="tiny",
+            architecture="Qwen2",
+            layers=6,
+            hidden=128,
+            intermediate=128,
+            heads=4,
+            kv_heads=2,
+            head_dim=32,
+            vocabulary=512,
+            positions=4096,
+            plan=DeltaConfig(
+                budget_pages=4, recent_pages=1, dense_layers=(0,), delta_layers=(1, 3)
+            ),
+            plan_note="for tests; says nothing about speed",
+            eager=True,
+        ),
+    )
+}
+
+
+def find_shape(name: str) -> ModelShape:
+    """Shape of a name.
 
     Parameters
     ----------
     name : str
-        One of ``SHAPES``.
-    folder : Path
-        Where its folder goes.
+        See :data:`SHAPES`.
 
     Returns
     -------
-    Path
-        A model folder with nothing but ``config.json``.
+    ModelShape
 
     Raises
     ------
     ValueError
-        Naming the shapes there are.
+        When there is none of that name.
     """
     if name not in SHAPES:
-        raise ValueError(f"no shape {name!r}; there are {', '.join(SHAPES)}")
-    model = folder / name
-    model.mkdir(parents=True, exist_ok=True)
-    (model / "config.json").write_text(json.dumps(SHAPES[name], indent=2), encoding="utf-8")
-    return model
-
-
-def plugin_path(folder: Path) -> Path | None:
-    """Let vLLM find the plugin where the package is on the path but not installed.
-
-    Parameters
-    ----------
-    folder : Path
-        Where to write what an installation would have written.
-
-    Returns
-    -------
-    Path or None
-        To put on the Python path of every process of vLLM; None when the plugin is found already.
-    """
-    from deltadecode import __version__
-
-    entries = importlib.metadata.entry_points(group="vllm.general_plugins")
-    if any(entry.value == _ENTRY_POINT for entry in entries):
-        return None
-    info = folder / "site" / f"deltadecode-{__version__}.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: deltadecode\nVersion: {__version__}\n", encoding="utf-8"
-    )
-    (info / "entry_points.txt").write_text(
-        f"[vllm.general_plugins]\ndeltadecode = {_ENTRY_POINT}\n", encoding="utf-8"
-    )
-    return info.parent
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}")
+    return SHAPES[name]

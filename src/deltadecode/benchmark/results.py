@@ -122,7 +122,10 @@ def write_result(found: dict[str, Any], folder: Path, tag: str | None = None) ->
     day = datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y%m%d")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{found['benchmark']}-{day}{f'-{tag}' if tag else ''}.json"
-    path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # In one piece: a benchmark that writes as it goes may be stopped at any time.
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
     return path
 
 

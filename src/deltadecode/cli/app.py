@@ -10,10 +10,11 @@ import typer
 
 from deltadecode.cli.bench import bench
 from deltadecode.cli.demo import demo
+from deltadecode.cli.eval import eval_command
 from deltadecode.cli.generate import generate
 from deltadecode.cli.info import info
 from deltadecode.cli.output import complain, one_line
-from deltadecode.cli.serve import serve
+from deltadecode.cli.serve import SETTINGS, serve
 from deltadecode.errors import DeltaDecodeError
 
 app = typer.Typer(
@@ -24,10 +25,9 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(generate)
-app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(serve)
+app.command(context_settings=SETTINGS)(serve)
 app.command()(info)
+app.command("eval")(eval_command)
 app.add_typer(bench, name="bench")
 
 INTERRUPTED = 130

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -124,50 +123,69 @@ def kernels(
 @bench.command()
 def e2e(
     shape: Annotated[
-        str, typer.Option(help="r1-1.5b, qwen3-8b or tiny (random weights), or a model's folder.")
+        str, typer.Option(help="Of the random model: r1-1.5b, qwen3-8b or tiny.")
     ] = "r1-1.5b",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 64,
-    context: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Tokens before the timed steps; repeatable."),
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="headline, step, short, prefill or profile; repeatable; default: all."),
     ] = None,
-    decode_to: Annotated[
-        int | None, typer.Option(min=8, help="Also decode short prompts to this length.")
+    point: Annotated[
+        list[str] | None,
+        typer.Option(help="batch:context, such as 64:8192, for all workloads; repeatable."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=8, help="Steps that a median is taken of.")] = 128,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Also list the kernels of a step (GPU).")
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps of a round.")] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds, each first stock and then DELTA.")
+    ] = 3,
+    plan: Annotated[
+        Path | None, typer.Option(help="DeltaConfig as JSON; default: the shape's.")
+    ] = None,
+    memory_share: Annotated[
+        float | None,
+        typer.Option(help="Of the device, for each engine; default: 0.42, or 0.85 in turn."),
+    ] = None,
+    in_turn: Annotated[
+        bool, typer.Option("--in-turn", help="One engine after the other, where two do not fit.")
     ] = False,
-    config: Annotated[
-        str, typer.Option(help="JSON: budget and layers of DELTA; see docs/vllm.md.")
-    ] = "{}",
-    engine: Annotated[
-        str, typer.Option(help="JSON: more arguments of vllm.LLM, for both sides.")
-    ] = "{}",
+    start_together: Annotated[
+        bool, typer.Option("--start-together", help="Start both engines at once.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write e2e-<date>[-tag].json and its figure, .png, to."),
+        typer.Option(help="Folder to write e2e-<date>[-tag].json, as it grows, and its figure to."),
     ] = None,
     tag: Annotated[str | None, typer.Option(help="Last part of the files' names.")] = None,
 ) -> None:
-    """Time vLLM with stock attention and with DELTA: prefill, decode steps, long decodes.
+    """Time whole engines: stock vLLM and vLLM with DELTA, on the same workloads in one run.
 
-    Each side runs in a process of its own, with the same engine and work. Takes minutes; needs
-    vLLM, and a GPU to mean something.
+    Random weights in the shape of a known model. headline: batch 64 from 4 to 18,432 tokens; step
+    and short: one decode step; prefill: one batch of prompts; profile: kernels and graph launches
+    of a step. With all workloads it takes about ten minutes on a large GPU.
     """
     quiet_libraries()
-    from deltadecode.benchmark.e2e import Work, command_line, run, write_e2e
-    from deltadecode.benchmark.results import check_tag, table, write_result
+    from deltadecode.benchmark.e2e import finish, has_vllm, make_setup, run
+    from deltadecode.benchmark.e2e_rows import e2e_table
+    from deltadecode.benchmark.results import check_tag
 
-    contexts = tuple(context or Work.contexts)
     try:
         check_tag(tag)
+        setup = make_setup(
+            shape=shape,
+            kinds=workload or [],
+            points=point or [],
+            steps=steps,
+            rounds=rounds,
+            plan=plan,
+            memory_share=memory_share,
+            in_turn=in_turn,
+            start_together=start_together,
+        )
     except ValueError as error:
         raise BadInput(str(error)) from error
     _check_folder(out)
-    settings = _json_object("--config", config), _json_object("--engine", engine)
-    work = Work(shape, batch, contexts, decode_to, steps, profile, *settings)
+    if not has_vllm():
+        raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
     with progress_bar("benchmark", 1.0) as (bar, task):
 
         def tell(case: str, done: float) -> None:
@@ -175,30 +193,13 @@ def e2e(
             if bar.disable:
                 note(f"{done:4.0%} {case}")
 
-        def keep(found: dict[str, Any]) -> None:
-            if out is not None:
-                write_result(found, out, tag)
-
-        try:
-            found = run(work, command_line(work), progress=tell, keep=keep)
-        except ValueError as error:
-            raise BadInput(str(error)) from error
+        found = run(setup, out=out, tag=tag, progress=tell)
     if out is not None:
-        write_e2e(found, out, tag, note)
+        finish(found, out, tag, note)
     if as_json:
         print_json(found)
     else:
-        stdout().print(table(found))
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise BadInput(f"{name} must be a JSON object, got {text!r}") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{name} must be a JSON object, got {text!r}")
-    return value
+        stdout().print(e2e_table(found))
 
 
 def _check_folder(out: Path | None) -> None:

@@ -1,27 +1,49 @@
-"""``deltadecode serve``: vLLM's server with DELTA, by the line that anyone could type."""
+"""``deltadecode serve``: ``vllm serve`` with DELTA switched on."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from deltadecode.cli.output import BadInput, note, print_json
-from deltadecode.integrations.vllm import own_settings
+from deltadecode.cli.loading import load_config, make_plan, parse_layers
+from deltadecode.cli.output import BadInput, print_json, quiet_libraries
+from deltadecode.config import DeltaConfig
+from deltadecode.errors import UnsupportedModelError
 
+# What is not ours is vLLM's. It has one-dash options of several letters, some with an h.
+SETTINGS = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": ["--help"],
+}
+KEY = "deltadecode"  # of vLLM's additional config, where the plugin looks
+_BACKEND = "CUSTOM"
 _DELTA = "DELTA"
-_OTHER = "--additional-config"
+
+
+class OnUnsupported(str, Enum):
+    """What the server does with a model that has nothing to plan."""
+
+    error = "error"
+    stock = "stock"
 
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="What vllm serve takes: a folder or a hub name.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub name; options of 'vllm serve' may follow.")
+    ],
     plan: Annotated[
         Path | None, typer.Option(help="DeltaConfig as JSON.", rich_help_panel=_DELTA)
     ] = None,
@@ -37,115 +59,208 @@ def serve(
     sink_pages: Annotated[
         int | None, typer.Option(help="First pages, always read.", rich_help_panel=_DELTA)
     ] = None,
-    sync_heads: Annotated[
-        bool | None,
-        typer.Option(
-            "--sync-heads",
-            help="Tensor parallel: select over the heads of all ranks.",
-            rich_help_panel=_DELTA,
-        ),
+    dense_layers: Annotated[
+        str | None, typer.Option(help="Such as 0,1.", rich_help_panel=_DELTA)
     ] = None,
-    stock_if_unsupported: Annotated[
+    delta_layers: Annotated[
+        str | None, typer.Option(help="Such as 2,14,22.", rich_help_panel=_DELTA)
+    ] = None,
+    sync_heads: Annotated[
         bool,
         typer.Option(
-            "--stock-if-unsupported",
-            help="Serve a model that has nothing to plan with stock attention.",
+            "--sync-heads",
+            help="Tensor-parallel ranks choose pages together.",
             rich_help_panel=_DELTA,
         ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the line and stop.")] = False,
+    on_unsupported: Annotated[
+        OnUnsupported | None,
+        typer.Option(help="Of a model with nothing to plan.", rich_help_panel=_DELTA),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command and run nothing.")
+    ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the line as a JSON object and stop.")
+        bool, typer.Option("--json", help="With --dry-run: print one JSON object.")
     ] = False,
 ) -> None:
-    """Serve a model with vLLM and DELTA. All other options go to vllm serve as they are."""
-    given: dict[str, Any] = {
-        "plan": None if plan is None else str(plan.resolve()),
+    """Serve a model with vLLM and DELTA: prints the 'vllm serve' line, and becomes it.
+
+    Every other option goes to vLLM as it is. Without DELTA options the model gets its calibrated
+    profile, or the default plan for its depth ('deltadecode info MODEL' shows it).
+    """
+    if model.startswith("-"):
+        raise BadInput(f"MODEL comes before the options of vLLM, got {model!r} first")
+    if as_json and not dry_run:
+        raise BadInput("--json needs --dry-run: the server's output is its own")
+    given = {
         "page_size": page_size,
         "budget_pages": budget_pages,
         "recent_pages": recent_pages,
         "sink_pages": sink_pages,
-        "sync_heads": sync_heads,
-        "on_unsupported": "stock" if stock_if_unsupported else None,
+        "dense_layers": parse_layers("--dense-layers", dense_layers),
+        "delta_layers": parse_layers("--delta-layers", delta_layers),
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    if plan is not None and not plan.is_file():
-        raise BadInput(f"--plan {str(plan)!r} does not exist")
-    own_settings(given)
-    command = command_of(model, given, context.args)
-    if as_json:
-        print_json({"command": command, "deltadecode": given})
-        return
-    line = shlex.join(command)
+    additional, rest = split_additional(context.args)
+    settings = plan_settings(model, plan, given, on_unsupported)
+    if sync_heads:
+        settings["sync_heads"] = True
+    if on_unsupported is not None:
+        settings["on_unsupported"] = on_unsupported.value
+    line = ["serve", model, "--attention-backend", _BACKEND]
+    line += ["--additional-config", json.dumps(merged(additional, settings)), *rest]
     if dry_run:
-        typer.echo(line)
+        command = ["vllm", *line]
+        if as_json:
+            print_json({"command": command})
+        else:
+            print(shlex.join(command))
         return
-    program = find_vllm()
-    note(line)
-    os.execv(program, command)
+    if importlib.util.find_spec("vllm") is None:
+        raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
+    command = [*vllm_command(), *line]
+    print(shlex.join(command), file=sys.stderr, flush=True)
+    os.execvp(command[0], command)
 
 
-def command_of(model: str, given: dict[str, Any], rest: list[str]) -> list[str]:
-    """The words of a ``vllm serve`` line.
+def split_additional(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take ``--additional-config`` out of vLLM's arguments.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        As they were typed.
+
+    Returns
+    -------
+    tuple
+        Its value, empty if it was not given; and the other arguments, in order.
+
+    Raises
+    ------
+    BadInput
+        When it is no JSON object or is given twice, or the attention backend is given too.
+    """
+    found: list[str] = []
+    rest: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        option, equals, value = argument.partition("=")
+        # vLLM takes underscores for dashes, and a path of keys after a dot.
+        name, dot, _ = option.replace("_", "-").partition(".")
+        if name == "--attention-backend":
+            raise BadInput(f"--attention-backend is {_BACKEND} with DELTA, got {argument!r} too")
+        if name != "--additional-config":
+            rest.append(argument)
+            continue
+        if dot:
+            # vLLM would make a second object of it, which replaces the one with our settings.
+            raise BadInput(f"--additional-config must be one JSON object here, got {argument!r}")
+        found.append(value if equals else next(waiting, ""))
+    if len(found) > 1:
+        raise BadInput(f"--additional-config must be given once, got {found[1]!r} too")
+    return (_json_object(found[0]) if found else {}), rest
+
+
+def merged(additional: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Put our settings into vLLM's additional config.
+
+    Parameters
+    ----------
+    additional : dict
+        What was given.
+    settings : dict
+        Ours.
+
+    Returns
+    -------
+    dict
+        Both.
+
+    Raises
+    ------
+    BadInput
+        When other settings of ours were given in it.
+    """
+    theirs = additional.get(KEY, settings)
+    if theirs != settings:
+        raise BadInput(
+            f"give DELTA's settings as options, not as {KEY!r} in --additional-config; got "
+            f"{json.dumps(theirs)} there and {json.dumps(settings)} as options"
+        )
+    return {**additional, KEY: settings}
+
+
+def plan_settings(
+    model: str, plan: Path | None, given: dict[str, Any], on_unsupported: OnUnsupported | None
+) -> dict[str, Any]:
+    """Settings for the plugin, checked as far as that can be done before the model is loaded.
 
     Parameters
     ----------
     model : str
-        As it was typed.
+        Folder or hub name.
+    plan : Path or None
+        File of a DeltaConfig.
     given : dict
-        The ``deltadecode`` object of ``--additional-config``.
-    rest : list of str
-        Options of ``vllm serve``.
+        Fields of a DeltaConfig; None: not typed.
+    on_unsupported : OnUnsupported or None
+        Whether a model without a plan is an error.
+
+    Returns
+    -------
+    dict
+        All fields of the file's configuration with what was typed in their place, or what was
+        typed alone: the plugin completes it for the model.
+
+    Raises
+    ------
+    DeltaConfigError, UnsupportedModelError
+        When there is no valid plan.
+    """
+    typed = {name: value for name, value in given.items() if value is not None}
+    if plan is not None:
+        settings = replace(DeltaConfig.load(plan), **typed).to_dict()
+    else:
+        # What a hub's model would complete it with is not known here, so layers are checked alone.
+        layers = {"dense_layers": (), "delta_layers": ()}
+        checked = DeltaConfig(**{**layers, **typed}).to_dict()
+        settings = {name: checked[name] for name in typed}
+    if not (Path(model) / "config.json").is_file():
+        return settings
+    quiet_libraries()
+    try:
+        config = load_config(model)
+    except BadInput:
+        return settings  # vLLM knows models that Transformers does not
+    try:
+        make_plan(config, plan, given)
+    except UnsupportedModelError:
+        if on_unsupported is not OnUnsupported.stock:
+            raise
+    return settings
+
+
+def vllm_command() -> list[str]:
+    """How vLLM is run in this environment.
 
     Returns
     -------
     list of str
-
-    Raises
-    ------
-    BadInput
-        When an ``--additional-config`` among them is no JSON object.
+        The script ``vllm``, or this Python and vLLM's module where no script of this environment is
+        on the PATH: another environment's vLLM would not find the plugin.
     """
-    rest = list(rest)
-    additional: dict[str, Any] = {}
-    for place, word in enumerate(rest):
-        name, equals, text = word.partition("=")
-        if name != _OTHER:
-            continue
-        used = 1 if equals else 2
-        text = text if equals else (rest[place + 1] if place + 1 < len(rest) else "")
-        try:
-            additional = json.loads(text)
-        except ValueError as error:
-            raise BadInput(f"{_OTHER} must be a JSON object, got {text!r}") from error
-        if not isinstance(additional, dict):
-            raise BadInput(f"{_OTHER} must be a JSON object, got {text!r}")
-        del rest[place : place + used]
-        break
-    known = additional.get("deltadecode", {})
-    if given and isinstance(known, dict):
-        additional["deltadecode"] = {**known, **given}
-    words = ["vllm", "serve", model, "--attention-backend", "CUSTOM"]
-    if additional:
-        words += [_OTHER, json.dumps(additional)]
-    return [*words, *rest]
+    script = shutil.which("vllm")
+    if script is not None and Path(script).parent == Path(sys.executable).parent:
+        return ["vllm"]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
-def find_vllm() -> str:
-    """The program of vLLM in this environment.
-
-    Returns
-    -------
-    str
-        Its path.
-
-    Raises
-    ------
-    BadInput
-        When there is none.
-    """
-    beside = Path(sys.executable).with_name("vllm")
-    program = str(beside) if beside.is_file() else shutil.which("vllm")
-    if program is None:
-        raise BadInput("vLLM is not installed; pip install 'deltadecode[vllm]' brings it")
-    return program
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"--additional-config is not JSON: {error}, got {text!r}") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"--additional-config must be a JSON object, got {text!r}")
+    return value

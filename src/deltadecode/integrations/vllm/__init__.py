@@ -4,6 +4,6 @@
 package were not installed. Importing this package imports nothing of vLLM.
 """
 
-from deltadecode.integrations.vllm.settings import Settings, attended_tokens, own_settings, resolve
+from deltadecode.integrations.vllm.settings import Settings, attended_tokens, resolve
 
-__all__ = ["Settings", "attended_tokens", "own_settings", "resolve"]
+__all__ = ["Settings", "attended_tokens", "resolve"]

@@ -27,6 +27,12 @@ MOST_GROUP = 32
 _WHOLE_ROW = 1 << 30
 # Fewest and most pages that the selection has code for; it reads longer rows in pieces.
 _LEAST_PAGES, _MOST_PAGES = 512, 8192
+# Beyond, twice the warps: their code is half as long, and comes from a cache that the attention
+# before has just swept (9 µs less at 8,192 pages on an H200, as much as the search itself takes).
+_FEW_PAGES = 4096
+# Logits of a Δ-layer that may exist at a time. Engines capture batches of hundreds of rows, each as
+# long as the model allows: those go some rows at a time.
+_LOGITS_BYTES = 2**29
 # Logits that a thread block turns into scores.
 _SCORED = 8192
 
@@ -86,7 +92,8 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
         page_scores, seq_lens, page_ids, page_counts,
         page_scores.stride(0), width, cfg.recent_pages, cfg.sink_pages,
         BUDGET=budget, BUDGET_PAD=triton.next_power_of_2(budget), PAGE=cfg.page_size,
-        LEAST=_LEAST_PAGES, SIZES=(most // _LEAST_PAGES).bit_length(), num_warps=8,
+        LEAST=_LEAST_PAGES, SIZES=(most // _LEAST_PAGES).bit_length(),
+        num_warps=16 if most > _FEW_PAGES else 8,
     )  # fmt: skip
     return page_ids, page_counts
 
@@ -109,15 +116,51 @@ def decode_attention(
     return_page_scores: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with one query token per sequence; see :func:`deltadecode.ops.decode_attention`."""
-    rows, heads, dim = q.shape
-    blocks, block_size, kv_heads = k_cache.shape[:3]
-    reach = block_table.shape[1] * block_size
-    pages = reach // page_size
+    rows, heads, _ = q.shape
+    reach = block_table.shape[1] * k_cache.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    scores = _floats(q, rows, pages if return_page_scores else 0)
-    if rows == 0 or reach == 0 or blocks == 0:
+    scores = _floats(q, rows, reach // page_size if return_page_scores else 0)
+    if rows == 0 or reach == 0 or k_cache.shape[0] == 0:
         return (out.zero_(), scores) if return_page_scores else out.zero_()
+    q = q if q.stride(2) == 1 else q.contiguous()
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    ids = None if page_ids is None else page_ids.contiguous()
+    turns = -(-rows * heads * reach * 4 // _LOGITS_BYTES) if return_page_scores else 1
+    # Multiples of 4, so that the rows' lengths stay aligned as a kernel was compiled for.
+    per_turn = -(-rows // (4 * turns)) * 4
+    for first in range(0, rows, per_turn):
+        part = slice(first, first + per_turn)
+        _launch(
+            q[part], k_cache, v_cache, table[part], seq_lens[part],
+            None if ids is None else ids[part], None if page_counts is None else page_counts[part],
+            sinks, out[part], scores[part], scale * k_scale, page_size, softcap, v_scale,
+            return_page_scores,
+        )  # fmt: skip
+    return (out, scores) if return_page_scores else out
 
+
+def _launch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    table: Tensor,
+    seq_lens: Tensor,
+    page_ids: Tensor | None,
+    page_counts: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    scores: Tensor,
+    scale: float,
+    page_size: int,
+    softcap: float | None,
+    v_scale: float,
+    return_page_scores: bool,
+) -> None:
+    """Fill ``out`` and ``scores`` of some rows."""
+    rows, heads, dim = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
+    reach = table.shape[1] * block_size
+    pages = reach // page_size
     sparse = page_ids is not None
     attended = reach if page_ids is None else min(reach, page_ids.shape[1] * page_size)
     dim_pad = max(16, triton.next_power_of_2(dim))
@@ -128,9 +171,7 @@ def decode_attention(
     part = _floats(q, rows, heads, parts, dim) if parts > 1 else q
     lse = _floats(q, rows, heads, parts) if parts > 1 or return_page_scores else q
     logits = _floats(q, rows, heads, reach) if return_page_scores else q
-    q = q if q.stride(2) == 1 else q.contiguous()
-    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    ids = table if page_ids is None else page_ids.contiguous()
+    ids = table if page_ids is None else page_ids
     counts = seq_lens if page_counts is None else page_counts
     group = heads // kv_heads
     common = {
@@ -147,7 +188,7 @@ def decode_attention(
         out, part, lse, logits,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), table.stride(0), ids.stride(0),
-        reach, scale * k_scale, softcap or 1.0, v_scale,
+        reach, scale, softcap or 1.0, v_scale,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         BLOCK=block_size if table.shape[1] > 1 else _WHOLE_ROW, TILE=shape.tokens,
         BUDGET_PAD=triton.next_power_of_2(max(ids.shape[1], 16)) if sparse else 16,
@@ -165,7 +206,6 @@ def decode_attention(
             HEADS_PAD=heads_pad, PAGE_PAD=page_pad, PAGES=at_once,
             SPLITS_PAD=triton.next_power_of_2(parts), **common,
         )  # fmt: skip
-    return (out, scores) if return_page_scores else out
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 # Below this many tokens a split does not earn its share of the merge.
 _LEAST_TOKENS = 64
 _MOST_SPLITS = 128
+# What a split costs, as a part of a row's time: it is written, and read once more.
+_SPLIT = 0.02
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,31 @@ class Tile:
         Tokens of one step of its loop, a power of two.
     warps, stages : int
         Warps of a thread block, and depth of its software pipeline.
-    per_sm : int
-        Thread blocks that a multiprocessor holds: what their shared memory allows.
+    rounds : tuple of float
+        Time that 1, 2, ... thread blocks take which share a multiprocessor, up to as many as its
+        shared memory and registers hold; the unit is what one takes of the time of many. A few are
+        slower than that: they have too little in flight.
     """
 
     tokens: int
     warps: int
     stages: int
-    per_sm: int
+    rounds: tuple[float, ...]
 
 
-# By bytes of a key, for 64 tokens of 256 bytes or as many bytes otherwise: of 32 shapes on an H200
-# the best at 8k and 32k tokens.
-_FULL = ((256, Tile(64, 2, 5, 2)), (512, Tile(32, 4, 4, 2)), (1024, Tile(16, 4, 3, 2)))
-# Of 1,024 selected tokens: one thread block per row and KV head, with much in flight, where these
-# fill the device (23.8 µs against 26.3 at 64 rows of 2 KV heads), else smaller tiles of splits.
-_SPARSE = ((256, Tile(128, 4, 3, 1)), (512, Tile(64, 4, 3, 1)), (1024, Tile(32, 4, 3, 1)))
+# By bytes of a key. Shapes and times are of sweeps on an H200, over 1k to 32k tokens; how many
+# thread blocks fit is what the compiler says of sm_90.
+_FULL = (
+    (256, (Tile(64, 2, 5, (1.8, 2, 3)), Tile(64, 2, 4, (2.5, 2.9, 3.6, 3.95)))),
+    (512, (Tile(32, 4, 4, (1.8, 2)),)),
+    (1024, (Tile(16, 4, 3, (1.8, 2)),)),
+)
+# Of 1,024 selected tokens: little to read, so what counts is that much of it is in flight at once.
+_SPARSE = (
+    (256, (Tile(128, 4, 3, (1,)), Tile(64, 4, 4, (1.1, 1.7)))),
+    (512, (Tile(64, 4, 3, (1,)),)),
+    (1024, (Tile(32, 4, 3, (1,)),)),
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,45 +85,32 @@ def attention_shape(
         At least 1.
     """
     sms = multiprocessors(device)
-    if sparse:
-        tile = _by_bytes(_SPARSE, dim * itemsize)
-        parts = splits(programs, tokens, tile.per_sm * sms)
-        if parts <= 2:
-            return tile, parts
-    tile = _by_bytes(_FULL, dim * itemsize)
-    return tile, splits(programs, tokens, tile.per_sm * sms)
+    # A power of two, so that a growing cache compiles a kernel a few times, not at every length.
+    most = min(_MOST_SPLITS, 1 << max(1, tokens // _LEAST_TOKENS).bit_length() - 1)
+    if sparse and 5 * programs >= 2 * sms:
+        # So few tokens are split only where half of the device would have nothing to do.
+        most = min(most, 1 if 4 * programs >= 3 * sms else 2)
+        return _quickest(_by_bytes(_SPARSE, dim * itemsize), programs, most, sms)
+    return _quickest(_by_bytes(_FULL, dim * itemsize), programs, most, sms)
 
 
-def _by_bytes(tiles: tuple[tuple[int, Tile], ...], key_bytes: int) -> Tile:
+def _by_bytes(tiles: tuple[tuple[int, tuple[Tile, ...]], ...], key_bytes: int) -> tuple[Tile, ...]:
     return next(tile for most, tile in tiles if key_bytes <= most)
 
 
-def splits(programs: int, tokens: int, slots: int) -> int:
-    """Parts that each row's tokens are split into.
+def _quickest(tiles: tuple[Tile, ...], programs: int, most: int, sms: int) -> tuple[Tile, int]:
+    """Tile and parts, up to ``most``, by the reckoning of :func:`_time`; the first of equals."""
+    choices = ((tile, parts) for parts in range(1, most + 1) for tile in tiles)
+    return min(choices, key=lambda choice: _time(choice[0], choice[1], programs, sms))
 
-    Parameters
-    ----------
-    programs : int
-        Thread blocks without a split.
-    tokens : int
-        Most tokens that a row can attend to.
-    slots : int
-        Thread blocks that the device holds at a time.
 
-    Returns
-    -------
-    int
-        What wastes least of the last wave of thread blocks; the fewest of equals.
-    """
-    # A power of two, so that a growing cache compiles a kernel a few times, not at every length.
-    most = min(_MOST_SPLITS, 1 << max(1, tokens // _LEAST_TOKENS).bit_length() - 1)
-
-    def wasted(parts: int) -> float:
-        waves = programs * parts / slots
-        # A part costs something too: what it writes is read once more.
-        return math.ceil(waves) / waves + 0.01 * parts
-
-    return min(range(1, most + 1), key=wasted)
+def _time(tile: Tile, parts: int, programs: int, sms: int) -> float:
+    """Time of ``programs`` rows of one length, each in ``parts``, in units of a row's own."""
+    whole, rest = divmod(programs * parts, len(tile.rounds) * sms)
+    time = whole * tile.rounds[-1]
+    if rest:
+        time += tile.rounds[math.ceil(rest / sms) - 1]
+    return time / parts * (1 + _SPLIT * parts)
 
 
 @functools.cache

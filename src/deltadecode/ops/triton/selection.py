@@ -1,6 +1,7 @@
 """Exact top-k of page scores without a sort: the k-th largest is found two bits at a time.
 
-Measured on an H200, 64 rows of 2,048 pages: 8.8 µs, and 11.0 µs by histograms of 8 bits.
+The search starts near the largest score and ends as soon as exactly k scores reach its range: few
+of the 32 bits are ever asked for. On an H200, histograms of 8 bits were slower.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import triton
 import triton.language as tl
 
 _HIGHEST = tl.constexpr(0xFFFFFFFF)
+# How far below the largest key the search looks first: 1/32 and 1/2 of a power of two, and eight.
+# Powers of 4, since every further question quarters the range.
+_NEAR, _MIDDLE, _FAR = tl.constexpr(1 << 18), tl.constexpr(1 << 22), tl.constexpr(1 << 26)
 
 
 @triton.jit
@@ -29,28 +33,63 @@ def _keys(scores_ptr, page, pages, recent_from, sinks):
 
 
 @triton.jit
-def _count(key, exists, low, step, BITS: tl.constexpr):
-    """How many keys reach low + step, low + 2 step and low + 3 step, BITS bits each of one sum."""
+def _count(key, exists, first, second, third, BITS: tl.constexpr):
+    """How many keys reach each of three ascending numbers, as fields of BITS bits of one sum."""
     one = exists.to(tl.int64 if BITS > 10 else tl.int32)
-    first = tl.where(key >= low + step, one, 0)
-    second = tl.where(key >= low + 2 * step, one << BITS, 0)
-    third = tl.where(key >= low + 3 * step, one << (2 * BITS), 0)
-    return tl.sum(first + second + third, 0)
+    fields = tl.where(key >= first, one, 0)
+    fields += tl.where(key >= second, one << BITS, 0)
+    fields += tl.where(key >= third, one << (2 * BITS), 0)
+    return tl.sum(fields, 0)
 
 
 @triton.jit
-def _narrow(counts, low, step, above, BUDGET: tl.constexpr, BITS: tl.constexpr):
-    """Next two bits of the BUDGET-th largest key, and how many keys lie above that range."""
+def _narrow(
+    fields, low, first, second, third, above, reaching, BUDGET: tl.constexpr, BITS: tl.constexpr
+):
+    """Range of the BUDGET-th largest key, of the four that three numbers make of one.
+
+    Returns its lower end, how many keys lie above it, how many reach it, and its number.
+    """
     mask: tl.constexpr = (1 << BITS) - 1
-    first = (counts & mask).to(tl.int32)
-    second = ((counts >> BITS) & mask).to(tl.int32)
-    third = ((counts >> (2 * BITS)) & mask).to(tl.int32)
-    # Counts fall: how many of them reach BUDGET is the digit.
-    reached = (first >= BUDGET).to(tl.uint32) + (second >= BUDGET).to(tl.uint32)
-    reached += (third >= BUDGET).to(tl.uint32)
-    higher = tl.where(reached == 2, third, above)
-    higher = tl.where(reached == 1, second, higher)
-    return low + reached * step, tl.where(reached == 0, first, higher)
+    reach_1 = (fields & mask).to(tl.int32)
+    reach_2 = ((fields >> BITS) & mask).to(tl.int32)
+    reach_3 = ((fields >> (2 * BITS)) & mask).to(tl.int32)
+    number = (reach_1 >= BUDGET).to(tl.int32) + (reach_2 >= BUDGET).to(tl.int32)
+    number += (reach_3 >= BUDGET).to(tl.int32)
+    low = _one_of(number, low, first, second, third)
+    above = _one_of(number, reach_1, reach_2, reach_3, above)
+    reaching = _one_of(number, reaching, reach_1, reach_2, reach_3)
+    return low, above, reaching, number
+
+
+@triton.jit
+def _one_of(number, zeroth, first, second, third):
+    return tl.where(
+        number == 0, zeroth, tl.where(number == 1, first, tl.where(number == 2, second, third))
+    )
+
+
+@triton.jit
+def _start(highest):
+    """Numbers that the search asks for first, given the largest key that is not forced."""
+    end = highest + 1
+    far = tl.where(end > _FAR, end - _FAR, 0)
+    middle = tl.where(end > _MIDDLE, end - _MIDDLE, 0)
+    return far, middle, tl.where(end > _NEAR, end - _NEAR, 0)
+
+
+@triton.jit
+def _first_step(number, reaching, BUDGET: tl.constexpr):
+    """Quarter of the range that the first question has found; 0 where BUDGET keys reach it."""
+    step = _one_of(number, 1 << 30, _FAR >> 2, _MIDDLE >> 2, _NEAR >> 2).to(tl.uint32)
+    return tl.where(reaching == BUDGET, 0, step)
+
+
+@triton.jit
+def _ties(low, above, reaching, BUDGET: tl.constexpr):
+    """Threshold above which every key is selected, and how many equal to it are, the first ones."""
+    whole = reaching == BUDGET  # low is above 0: more than BUDGET keys reach 0
+    return tl.where(whole, low - 1, low), tl.where(whole, 0, BUDGET - above)
 
 
 @triton.jit
@@ -73,45 +112,77 @@ def _place(key, exists, page, threshold, ties, above_before, equal_before, ids_p
 
 @triton.jit
 def _select_at_once(
-    scores_ptr, ids_ptr, pages, recent_from, sinks, BUDGET: tl.constexpr, CHUNK: tl.constexpr
+    scores_ptr, ids_ptr, pages, recent, sinks, BUDGET: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Select from a row of up to CHUNK pages, whose keys stay in registers."""
     bits: tl.constexpr = 10 if CHUNK < 1024 else 21
     page = tl.arange(0, CHUNK)
-    key, exists = _keys(scores_ptr, page, pages, recent_from, sinks)
-    threshold = tl.zeros([], tl.uint32)
-    above = tl.zeros([], tl.int32)
-    step = tl.full([], 1 << 30, tl.uint32)
-    for _ in range(16):
-        counts = _count(key, exists, threshold, step, bits)
-        threshold, above = _narrow(counts, threshold, step, above, BUDGET, bits)
-        step = step >> 2
-    _place(key, exists, page, threshold, BUDGET - above, 0, 0, ids_ptr)
+    key, exists = _keys(scores_ptr, page, pages, pages - recent, sinks)
+    low = tl.zeros([], tl.uint32)
+    first, second, third = _start(tl.max(tl.where(exists & (key != _HIGHEST), key, 0), 0))
+    fields = _count(key, exists, first, second, third, bits)
+    low, above, reaching, number = _narrow(
+        fields, low, first, second, third, recent + sinks, pages, BUDGET, bits
+    )
+    step = _first_step(number, reaching, BUDGET)
+    while step > 0:
+        first, second, third = low + step, low + 2 * step, low + 3 * step
+        fields = _count(key, exists, first, second, third, bits)
+        low, above, reaching, number = _narrow(
+            fields, low, first, second, third, above, reaching, BUDGET, bits
+        )
+        step = tl.where(reaching == BUDGET, 0, step >> 2)
+    threshold, ties = _ties(low, above, reaching, BUDGET)
+    _place(key, exists, page, threshold, ties, 0, 0, ids_ptr)
+
+
+@triton.jit
+def _count_chunks(
+    scores_ptr, pages, recent_from, sinks, first, second, third, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Count over all chunks of a row."""
+    fields = tl.zeros([], tl.int64)
+    for start in range(0, pages, CHUNK):
+        page = start + tl.arange(0, CHUNK)
+        key, exists = _keys(scores_ptr, page, pages, recent_from, sinks)
+        fields += _count(key, exists, first, second, third, 21)
+    return fields
 
 
 @triton.jit
 def _select_by_chunks(
-    scores_ptr, ids_ptr, pages, recent_from, sinks, BUDGET: tl.constexpr, CHUNK: tl.constexpr
+    scores_ptr, ids_ptr, pages, recent, sinks, BUDGET: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Select from a row of any length, which is read again for every two bits."""
-    offset = tl.arange(0, CHUNK)
-    threshold = tl.zeros([], tl.uint32)
-    above = tl.zeros([], tl.int32)
-    step = tl.full([], 1 << 30, tl.uint32)
-    for _ in range(16):
-        counts = tl.zeros([], tl.int64)
-        for start in range(0, pages, CHUNK):
-            key, exists = _keys(scores_ptr, start + offset, pages, recent_from, sinks)
-            counts += _count(key, exists, threshold, step, 21)
-        threshold, above = _narrow(counts, threshold, step, above, BUDGET, 21)
-        step = step >> 2
+    """Select from a row of any length, which is read again for every question."""
+    recent_from = pages - recent
+    highest = tl.zeros([], tl.uint32)
+    for start in range(0, pages, CHUNK):
+        page = start + tl.arange(0, CHUNK)
+        key, exists = _keys(scores_ptr, page, pages, recent_from, sinks)
+        here = tl.max(tl.where(exists & (key != _HIGHEST), key, 0), 0)
+        highest = tl.where(here > highest, here, highest)
+    low = tl.zeros([], tl.uint32)
+    first, second, third = _start(highest)
+    fields = _count_chunks(scores_ptr, pages, recent_from, sinks, first, second, third, CHUNK)
+    low, above, reaching, number = _narrow(
+        fields, low, first, second, third, recent + sinks, pages, BUDGET, 21
+    )
+    step = _first_step(number, reaching, BUDGET)
+    while step > 0:
+        first, second, third = low + step, low + 2 * step, low + 3 * step
+        fields = _count_chunks(scores_ptr, pages, recent_from, sinks, first, second, third, CHUNK)
+        low, above, reaching, number = _narrow(
+            fields, low, first, second, third, above, reaching, BUDGET, 21
+        )
+        step = tl.where(reaching == BUDGET, 0, step >> 2)
+    threshold, ties = _ties(low, above, reaching, BUDGET)
     above_before = tl.zeros([], tl.int32)
     equal_before = tl.zeros([], tl.int32)
     for start in range(0, pages, CHUNK):
-        page = start + offset
+        page = start + tl.arange(0, CHUNK)
         key, exists = _keys(scores_ptr, page, pages, recent_from, sinks)
         above_before, equal_before = _place(
-            key, exists, page, threshold, BUDGET - above, above_before, equal_before, ids_ptr
+            key, exists, page, threshold, ties, above_before, equal_before, ids_ptr
         )
 
 
@@ -131,20 +202,15 @@ def select(
     ids_ptr += row * BUDGET
     pages = tl.minimum(tl.cdiv(tl.load(lens_ptr + row), PAGE), width)
     tl.store(counts_ptr + row, tl.minimum(pages, BUDGET))
-    recent_from = pages - recent
     if pages <= BUDGET:
         slot = tl.arange(0, BUDGET_PAD)
         tl.store(ids_ptr + slot, tl.where(slot < pages, slot, -1), mask=slot < BUDGET)
     elif pages > LEAST << (SIZES - 1):
-        _select_by_chunks(
-            scores_ptr, ids_ptr, pages, recent_from, sinks, BUDGET, LEAST << (SIZES - 1)
-        )
+        _select_by_chunks(scores_ptr, ids_ptr, pages, recent, sinks, BUDGET, LEAST << (SIZES - 1))
     else:
         for size in tl.static_range(SIZES):
             fits = pages <= LEAST << size
             if size > 0:
                 fits = fits & (pages > LEAST << (size - 1))
             if fits:
-                _select_at_once(
-                    scores_ptr, ids_ptr, pages, recent_from, sinks, BUDGET, LEAST << size
-                )
+                _select_at_once(scores_ptr, ids_ptr, pages, recent, sinks, BUDGET, LEAST << size)

@@ -1,0 +1,223 @@
+"""What the end-to-end benchmark measures, as commands for an engine's process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("headline", "step", "short", "prefill", "profile")
+HEADLINE_PROMPT = 4  # tokens, as in arXiv 2510.09883
+WARMUP_STEPS = 8
+_POINT = re.compile(r"(\d+):(\d+)")
+_DEFAULTS = {
+    "headline": ((64, 18432),),
+    "step": ((64, 2048), (64, 8192), (64, 18000), (16, 65536)),
+    "short": ((64, 512), (64, 1000)),
+    "prefill": ((64, 2048),),
+    "profile": ((64, 8192),),
+}
+# An engine reads at least so many tokens of prompts at once. Sequences that were read first decode
+# while the others are read, so they need this much more room.
+_CHUNK = 2048
+_SPARE = 16
+_BLOCK = 128  # tokens, at most, of a block of an engine's cache
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to measure on both sides.
+
+    Attributes
+    ----------
+    kind : str
+        One of :data:`KINDS`.
+    batch : int
+        Sequences.
+    context : int
+        Tokens of each at the end; of a prefill, tokens of each prompt.
+    steps : int
+        Decode steps of one round.
+    rounds : int
+        Rounds, each of them first stock and then DELTA.
+    """
+
+    kind: str
+    batch: int
+    context: int
+    steps: int = 0
+    rounds: int = 1
+
+    @property
+    def case(self) -> str:
+        """Name of its row."""
+        if self.kind == "headline":
+            return f"batch {self.batch}, {HEADLINE_PROMPT} to {self.context} tokens"
+        if self.kind == "prefill":
+            return f"prefill, batch {self.batch}, {self.context} tokens"
+        what = {
+            "step": "decode step",
+            "short": "short decode step",
+            "profile": "GPU time of a decode step",
+        }
+        return f"{what[self.kind]}, batch {self.batch}, context {self.context}"
+
+    @property
+    def unit(self) -> str:
+        """Unit of its values; less is better."""
+        return "s" if self.kind in ("headline", "prefill") else "ms"
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of each prompt."""
+        if self.kind == "headline":
+            return HEADLINE_PROMPT
+        if self.kind == "prefill":
+            return self.context
+        return self.context - self._decoded
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that each sequence may write."""
+        if self.kind == "headline":
+            return self.context - HEADLINE_PROMPT
+        if self.kind == "prefill":
+            return 1
+        return self._decoded + -(-self.batch * self.prompt // _CHUNK) + _SPARE
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt + self.new_tokens
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache has to hold at once, with a block's rest for each sequence."""
+        return self.batch * (self.longest + _BLOCK)
+
+    @property
+    def holds(self) -> bool:
+        """Whether its sequences stay in the cache between rounds."""
+        return self.kind in ("step", "short", "profile")
+
+    @property
+    def _decoded(self) -> int:
+        # Each command makes a step more than it times, after having been idle.
+        return WARMUP_STEPS + 1 + self.rounds * (self.steps + 1)
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Commands that prepare a side and measure nothing."""
+        if self.kind == "prefill":
+            return [self._command("prefill")]
+        if self.holds:
+            return [self._command("fill"), {"do": "steps", "steps": WARMUP_STEPS}]
+        return []
+
+    def measuring(self) -> dict[str, Any]:
+        """The command of one round."""
+        if self.kind in ("step", "short"):
+            return {"do": "steps", "steps": self.steps}
+        if self.kind == "profile":
+            return {"do": "profile", "steps": self.steps}
+        return self._command(self.kind)
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Commands that free the cache."""
+        return [{"do": "drop"}] if self.holds else []
+
+    def _command(self, do: str) -> dict[str, Any]:
+        size = {"batch": self.batch, "prompt": self.prompt, "new_tokens": self.new_tokens}
+        return {"do": do, **size}
+
+
+def parse_point(text: str) -> tuple[int, int]:
+    """Read ``batch:context``.
+
+    Parameters
+    ----------
+    text : str
+        For example ``"64:8192"``.
+
+    Returns
+    -------
+    tuple of int
+        Sequences, and tokens of each.
+
+    Raises
+    ------
+    ValueError
+        When it is something else.
+    """
+    found = _POINT.fullmatch(text)
+    if not found or not int(found[1]) or not int(found[2]):
+        raise ValueError(f"a point must be batch:context, such as 64:8192, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def workloads(
+    kinds: Iterable[str] = (),
+    points: Sequence[tuple[int, int]] = (),
+    *,
+    steps: int = 64,
+    rounds: int = 3,
+) -> list[Workload]:
+    """Choose what to measure.
+
+    Parameters
+    ----------
+    kinds : iterable of str
+        Of :data:`KINDS`; none: all.
+    points : sequence of tuple of int
+        (batch, context) in place of the defaults of the chosen kinds.
+    steps : int
+        Decode steps of a round of ``step`` and ``short``.
+    rounds : int
+        Rounds of ``step``, ``short`` and ``prefill``.
+
+    Returns
+    -------
+    list of Workload
+        In the order in which they are measured: that of the kinds.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind, or a context that the measured steps alone would fill.
+    """
+    chosen = tuple(kinds) or KINDS
+    for kind in chosen:
+        if kind not in KINDS:
+            raise ValueError(f"workload must be one of {', '.join(KINDS)}, got {kind!r}")
+    found = []
+    for kind in dict.fromkeys(chosen):
+        for batch, context in points or _DEFAULTS[kind]:
+            if kind in ("step", "short"):
+                one = Workload(kind, batch, context, steps, rounds)
+            elif kind == "profile":
+                one = Workload(kind, batch, context, steps=3)
+            else:
+                one = Workload(kind, batch, context, rounds=rounds if kind == "prefill" else 1)
+            if one.prompt < 1 or one.new_tokens < 1:
+                raise ValueError(
+                    f"context must be longer than the {one.context - one.prompt} tokens decoded "
+                    f"at {batch}:{context}; take a longer one or fewer steps"
+                )
+            found.append(one)
+    return found
+
+
+def needs(chosen: Sequence[Workload]) -> tuple[int, int]:
+    """What an engine has to be started with.
+
+    Parameters
+    ----------
+    chosen : sequence of Workload
+        At least one.
+
+    Returns
+    -------
+    tuple of int
+        Sequences at once, and tokens of the longest one.
+    """
+    return max(one.batch for one in chosen), max(one.longest for one in chosen)

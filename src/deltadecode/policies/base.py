@@ -1,0 +1,294 @@
+"""The protocol of all policies: which tokens of its cache a model reads at a decode step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deltadecode.architecture import attention_layers, text_config
+from deltadecode.errors import PolicyError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a policy needs to know of a model.
+
+    Attributes
+    ----------
+    layers : tuple of int
+        Numbers of the full-attention layers, ascending; other layers keep their own attention.
+    query_heads, kv_heads : int
+        Heads of one layer.
+    """
+
+    layers: tuple[int, ...]
+    query_heads: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, model: Any) -> Facts:
+        """Read them from a Hugging Face model or configuration."""
+        config = text_config(model)
+        heads = int(config.num_attention_heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        return cls(tuple(attention_layers(model)), heads, kv_heads)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a model turns queries and keys into logits (docs/semantics.md, R7).
+
+    Attributes
+    ----------
+    scale : float
+        Factor on q · k.
+    softcap : float or None
+        Logits become ``softcap * tanh(logit / softcap)``.
+    sinks : Tensor or None
+        [Hq], one more logit in each softmax denominator.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def logits(self, query: Tensor, key: Tensor) -> Tensor:
+        """Logits of each query head over its KV head's keys.
+
+        Parameters
+        ----------
+        query : Tensor
+            [B, Hq, Q, D].
+        key : Tensor
+            [B, Hkv, T, D].
+
+        Returns
+        -------
+        Tensor
+            [B, Hkv, G, Q, T] with G = Hq / Hkv; float32, float64 for float64 input.
+        """
+        rows, heads, queries, dim = query.shape
+        kv_heads, tokens = key.shape[1:3]
+        packed = query.reshape(rows, kv_heads, heads // kv_heads * queries, dim)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        logits = (packed @ key.transpose(2, 3)).to(dtype) * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits.view(rows, kv_heads, heads // kv_heads, queries, tokens)
+
+    def weights(self, logits: Tensor, read: Tensor) -> Tensor:
+        """Softmax over the tokens that are read.
+
+        Parameters
+        ----------
+        logits : Tensor
+            [B, Hkv, G, Q, T].
+        read : Tensor
+            Boolean, broadcasts to the logits; a query that reads nothing gets weights of 0.
+
+        Returns
+        -------
+        Tensor
+            Like ``logits``; with sinks, the weights of a query sum to less than 1.
+        """
+        logits = logits.masked_fill(~read, -torch.inf)
+        tokens = logits.shape[-1]
+        if self.sinks is not None:
+            sink = self.sinks.to(logits.dtype).view(1, *logits.shape[1:3], 1, 1)
+            logits = torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], dim=-1)
+        weights: Tensor = torch.softmax(logits, dim=-1)[..., :tokens]
+        return weights.masked_fill(~read, 0.0)  # also what is NaN where nothing is read
+
+
+@dataclass(eq=False)
+class View:
+    """The rows of a batch at one forward pass: left-padded, the new token last.
+
+    Attributes
+    ----------
+    start : Tensor
+        [B] int64, slot of each row's first token.
+    prompt : Tensor
+        [B] int64, tokens of each row's prompt.
+    slots : int
+        Slots of the cache, the new token's included.
+    step : int
+        Number of the decode step, from 0; -1 for the prompt.
+    padded : bool
+        Whether any row has padding.
+    """
+
+    start: Tensor
+    prompt: Tensor
+    slots: int
+    step: int
+    padded: bool
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[B, slots] int64, each slot's token number in its row; negative in the padding."""
+        return torch.arange(self.slots, device=self.start.device) - self.start[:, None]
+
+    @cached_property
+    def exists(self) -> Tensor:
+        """[B, slots] bool, whether a slot holds a token."""
+        return self.position >= 0
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[B] int64, tokens n of each row, the new one included."""
+        return self.slots - self.start
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What decoding read and kept, averaged over the full-attention layers.
+
+    Attributes
+    ----------
+    read : ndarray
+        [steps, B] float64: tokens whose keys and values a step reads. Where the query heads of a
+        KV head read different tokens, those that any of them reads; the mean over KV heads.
+    kept : ndarray
+        [steps, B] float64: tokens whose keys and values stay in memory at that step.
+    metadata : ndarray
+        [steps, B] float64: what a policy reads besides, in tokens: two vectors of the size of a
+        head count as one token's key and value.
+    """
+
+    read: Floats
+    kept: Floats
+    metadata: Floats
+
+
+class Policy(ABC):
+    """One way to decode from a cache.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    budget : int
+        Tokens that a sparse layer may read at a step, the new one included.
+
+    Raises
+    ------
+    PolicyError
+        When the policy cannot keep to the budget.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]  # where it comes from, with an arXiv number
+    least: ClassVar[int] = 1  # smallest budget worth asking for
+
+    def __init__(self, facts: Facts, budget: int) -> None:
+        self.facts = facts
+        self.budget = budget
+
+    @abstractmethod
+    def decoding(self, model: Any) -> AbstractContextManager[None]:
+        """While it lasts, ``model.generate`` decodes with this policy."""
+
+    @abstractmethod
+    def counts(self, prompts: Sequence[int], steps: int) -> Counts:
+        """What the last ``generate`` call read and kept.
+
+        Parameters
+        ----------
+        prompts : sequence of int
+            Tokens of each row's prompt.
+        steps : int
+            Decode steps to report, from the first.
+
+        Returns
+        -------
+        Counts
+        """
+
+    @abstractmethod
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """Tokens that a step reads, averaged over layers, as far as they are known before.
+
+        Parameters
+        ----------
+        lengths : ndarray
+            Tokens n in the cache at each step, the new one included.
+        prompt : int
+            Tokens of the prompt.
+
+        Returns
+        -------
+        ndarray
+            Like ``lengths``. An upper bound where it depends on the data.
+        """
+
+    def overhead(self, lengths: Floats) -> Floats:
+        """Other reads of a step, averaged over layers; see :attr:`Counts.metadata`.
+
+        Parameters
+        ----------
+        lengths : ndarray
+            Tokens n in the cache at each step.
+
+        Returns
+        -------
+        ndarray
+            Like ``lengths``, in tokens; none by default.
+        """
+        return np.zeros_like(lengths)
+
+    def check(self, longest_prompt: int) -> None:
+        """Refuse prompts that leave no room in the budget.
+
+        Parameters
+        ----------
+        longest_prompt : int
+            Tokens.
+
+        Raises
+        ------
+        PolicyError
+            Naming the budget and what it must be.
+        """
+        del longest_prompt
+
+    def _refuse(self, rule: str) -> PolicyError:
+        return PolicyError(f"policy {self.name!r} cannot keep to {self.budget} tokens: {rule}")
+
+
+def pages_of(policy: Policy, budget: int, page_size: int, least: int) -> int:
+    """Whole pages of a budget.
+
+    Parameters
+    ----------
+    policy : Policy
+        For the message.
+    budget, page_size : int
+        Tokens.
+    least : int
+        Pages that the policy needs.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    PolicyError
+        When there are fewer.
+    """
+    pages = budget // page_size
+    if pages < least:
+        raise policy._refuse(f"it needs {least} pages of {page_size} tokens, {least * page_size}")
+    return pages
