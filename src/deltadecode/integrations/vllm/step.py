@@ -33,10 +33,14 @@ class Rows:
     prefill : object or None
         Stock metadata of the other rows; None when the stock metadata of the whole batch is theirs,
         or there are none.
+    block_table, seq_lens : Tensor or None
+        Of the decode rows with padding rows of no tokens after them; None when there are none.
     """
 
     decode: int
     prefill: Any = None
+    block_table: Tensor | None = None
+    seq_lens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def count_decode_rows(common: Any) -> int:
 
 
 def narrow_table(block_table: Tensor, block_size: int, longest: int) -> Tensor:
-    """Only the columns that a batch reaches.
+    """Only the columns that a batch reaches, where that costs nothing.
 
     Parameters
     ----------
@@ -83,11 +87,35 @@ def narrow_table(block_table: Tensor, block_size: int, longest: int) -> Tensor:
     Returns
     -------
     Tensor
-        The table itself while a CUDA graph is captured, which later rows may outgrow.
+        On a GPU the table itself: a captured graph's rows may outgrow this batch, and kernels are
+        compiled for a number of splits, which follows from the width.
     """
-    if block_table.is_cuda and torch.cuda.is_current_stream_capturing():
+    if block_table.is_cuda:
         return block_table
     return block_table[:, : max(1, -(-longest // block_size))]
+
+
+def pad_rows(rows: Rows, metadata: Any) -> None:
+    """Round the decode rows of a mixed batch up to a size that CUDA graphs are captured for.
+
+    Such a batch runs outside of graphs, and without this every number of rows would compile kernels
+    of its own while requests wait.
+
+    Parameters
+    ----------
+    rows : Rows
+        Of the batch; gets a table and lengths of its own.
+    metadata
+        Stock metadata of the batch.
+    """
+    count = rows.decode
+    size = 1 << (count - 1).bit_length() if count <= 4 else -(-count // 8) * 8
+    size = size if size <= 256 else -(-size // 16) * 16
+    if size > metadata.num_actual_tokens or size == count:
+        return
+    more = size - count
+    rows.block_table = torch.nn.functional.pad(metadata.block_table[:count], (0, 0, 0, more))
+    rows.seq_lens = torch.nn.functional.pad(metadata.seq_lens[:count], (0, more))
 
 
 def attend(

@@ -1,0 +1,66 @@
+"""How vLLM schedules must not show: chunks, preemption, prefix hits, sampling of other requests."""
+
+import pytest
+
+from deltadecode.tasks import make_problem
+
+CONFIG = {"budget_pages": 14, "recent_pages": 2}
+# The last requests come while others decode, so batches are mixed.
+PROBLEMS = [make_problem(seed, steps=8 + seed % 4, distractors=12) for seed in range(6)]
+REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
+OTHERS = [
+    {"prompt": PROBLEMS[0].prompt, "params": {"temperature": 0.9, "seed": 1, "max_tokens": 60}},
+    {"prompt": PROBLEMS[1].prompt, "params": {"temperature": 0.9, "seed": 2, "n": 3,
+                                              "max_tokens": 30}},
+    {"prompt": PROBLEMS[2].prompt, "params": {"logprobs": 3, "max_tokens": 40}},
+    {"prompt": PROBLEMS[3].prompt, "params": {"choice": ["kamo 1", "rini 2"], "max_tokens": 9}},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(work):
+    """Each request in an engine that runs one at a time, its prompt in one piece."""
+    job = {
+        "side": "vllm", "config": CONFIG, "rounds": [REQUESTS],
+        "engine": {"max_num_seqs": 1, "enable_prefix_caching": False},
+    }  # fmt: skip
+    return tokens(work(job)["rounds"][0])
+
+
+@pytest.fixture(scope="module")
+def crowded(work):
+    """All together, in chunks of 64 tokens, with a cache that holds few of them."""
+    job = {
+        "side": "vllm", "config": CONFIG, "rounds": [REQUESTS + OTHERS, REQUESTS],
+        "engine": {
+            "max_num_batched_tokens": 64, "max_num_seqs": 8, "block_size": 32,
+            "num_gpu_blocks_override": 80, "enable_prefix_caching": True,
+            "disable_log_stats": False, "max_model_len": 640,
+        },
+    }  # fmt: skip
+    return work(job)
+
+
+def tokens(round_):
+    return [request["completions"][0]["tokens"] for request in round_]
+
+
+def test_mixed_batches_chunks_and_preemption(alone, crowded):
+    assert crowded["preempted"] > 0
+    assert tokens(crowded["rounds"][0][: len(REQUESTS)]) == alone
+
+
+def test_prefix_hits(alone, crowded):
+    again = crowded["rounds"][1]
+    assert sum(request["cached"] for request in again) > 0
+    assert tokens(again) == alone
+
+
+def test_sampling_of_each_request_is_its_own(crowded):
+    sampled, several, scored, chosen = crowded["rounds"][0][len(REQUESTS) :]
+    assert len(sampled["completions"][0]["tokens"]) > 1
+    assert len({tuple(each["tokens"]) for each in several["completions"]}) > 1
+    assert len(several["completions"]) == 3
+    best = [max(step, key=step.get) for step in scored["completions"][0]["logprobs"]]
+    assert best == [str(token) for token in scored["completions"][0]["tokens"]]
+    assert chosen["completions"][0]["text"].strip() in ("kamo 1", "rini 2")

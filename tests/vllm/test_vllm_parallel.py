@@ -1,0 +1,41 @@
+"""Two ranks on the loopback interface: tensor parallel, pipeline parallel."""
+
+import pytest
+
+from deltadecode.tasks import is_correct, make_problem
+
+CONFIG = {"budget_pages": 14, "recent_pages": 2}
+PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(4)]
+REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
+
+
+def run(work, config, **engine):
+    job = {"side": "vllm", "config": config, "engine": engine, "rounds": [REQUESTS]}
+    return [request["completions"][0] for request in work(job)["rounds"][0]]
+
+
+def tokens(completions):
+    return [each["tokens"] for each in completions]
+
+
+@pytest.fixture(scope="module")
+def one_rank(work):
+    return run(work, CONFIG)
+
+
+def test_two_tensor_ranks_that_select_together_give_the_same_tokens(work, one_rank):
+    two = run(work, {**CONFIG, "sync_heads": True}, tensor_parallel_size=2)
+    assert tokens(two) == tokens(one_rank)
+
+
+def test_two_tensor_ranks_that_select_alone_give_the_same_answers(work, one_rank):
+    two = run(work, CONFIG, tensor_parallel_size=2)
+    for problem, here, there in zip(PROBLEMS, one_rank, two, strict=True):
+        assert is_correct(problem, here["text"]) and is_correct(problem, there["text"])
+
+
+def test_two_pipeline_stages_with_their_own_delta_layers(work):
+    config = {**CONFIG, "delta_layers": [0, 5, 7, 12, 16]}
+    one = run(work, config)
+    two = run(work, config, pipeline_parallel_size=2)
+    assert tokens(two) == tokens(one)
