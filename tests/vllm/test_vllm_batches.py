@@ -4,13 +4,13 @@ import pytest
 
 from deltadecode.tasks import make_problem
 
-CONFIG = {"budget_pages": 14, "recent_pages": 2}
+CONFIG = {"budget_pages": 32, "recent_pages": 4}
 # The last requests come while others decode, so batches are mixed.
 PROBLEMS = [make_problem(seed, steps=8 + seed % 4, distractors=12) for seed in range(6)]
 REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
 OTHERS = [
-    {"prompt": PROBLEMS[0].prompt, "params": {"temperature": 0.9, "seed": 1, "max_tokens": 60}},
-    {"prompt": PROBLEMS[1].prompt, "params": {"temperature": 0.9, "seed": 2, "n": 3,
+    {"prompt": PROBLEMS[0].prompt, "params": {"temperature": 0.9, "top_p": 0.8, "max_tokens": 60}},
+    {"prompt": PROBLEMS[1].prompt, "params": {"temperature": 0.9, "n": 3,
                                               "max_tokens": 30}},
     {"prompt": PROBLEMS[2].prompt, "params": {"logprobs": 3, "max_tokens": 40}},
     {"prompt": PROBLEMS[3].prompt, "params": {"choice": ["kamo 1", "rini 2"], "max_tokens": 9}},

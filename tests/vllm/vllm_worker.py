@@ -27,7 +27,7 @@ def run_vllm(job):
     llm = LLM(**engine)
 
     def params(given):
-        given = {"temperature": 0.0, "max_tokens": 1000, **given}
+        given = {"temperature": 0.0, "max_tokens": 600, **given}
         if "choice" in given:
             given["structured_outputs"] = StructuredOutputsParams(choice=given.pop("choice"))
         return SamplingParams(**given)
@@ -81,7 +81,7 @@ def run_transformers(job):
         texts = [request["prompt"] for request in requests]
         inputs = tokenizer(texts, return_tensors="pt", padding=True)
         with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=1000, do_sample=False)
+            out = model.generate(**inputs, max_new_tokens=600, do_sample=False)
         new = out[:, inputs.input_ids.shape[1] :].tolist()
         end = tokenizer.eos_token_id
         rounds.append([[*row[: row.index(end)], end] if end in row else row for row in new])
