@@ -22,8 +22,7 @@ from deltadecode.benchmark.e2e_processes import EngineError
 from deltadecode.benchmark.e2e_rows import e2e_table
 from deltadecode.benchmark.e2e_shapes import SHAPES, find_shape
 from deltadecode.benchmark.e2e_workloads import KINDS, parse_point, workloads
-from deltadecode.benchmark.peers import reason
-from deltadecode.benchmark.results import check_tag, write_result
+from deltadecode.benchmark.results import check_tag, write_result, write_with_figure
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import DeltaDecodeError
 
@@ -174,18 +173,13 @@ def finish(found: dict[str, Any], out: Path, tag: str | None, say: Callable[[str
     say : callable
         Told in one line each what was written, or why it was not.
     """
-    path = write_result(found, out, tag)
-    say(f"wrote {path}")
-    try:
+
+    def draw_it(path: Path) -> None:
         from deltadecode.benchmark.e2e_figure import draw
 
-        draw(found, path.with_suffix(".png"))
-    except ImportError as error:
-        say(f"no figure drawn: {reason(error)}; pip install 'deltadecode[bench]' brings matplotlib")
-    except Exception as error:  # the numbers are written, and are worth more than their picture
-        say(f"no figure drawn: {reason(error)}")
-    else:
-        say(f"wrote {path.with_suffix('.png')}")
+        draw(found, path)
+
+    write_with_figure(found, out, tag, draw_it, say)
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ from deltadecode.benchmark.kernel_inputs import (
     relative_error,
 )
 from deltadecode.benchmark.kernel_rows import OURS, attention_rows, error_rows, select_row
-from deltadecode.benchmark.peers import TOPK, Peer, reason, topk_select
-from deltadecode.benchmark.results import result
+from deltadecode.benchmark.peers import TOPK, Peer, topk_select
+from deltadecode.benchmark.results import reason, result
 
 _ERROR_SEQUENCES = 4
 # Name of what runs now, and how much of all work is done.

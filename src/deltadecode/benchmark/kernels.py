@@ -19,8 +19,8 @@ from deltadecode.benchmark.gpu_timing import GraphTimer, measure_bandwidth
 from deltadecode.benchmark.kernel_cases import Shape, grid, parse_heads
 from deltadecode.benchmark.kernel_measure import Bench, Progress, measure
 from deltadecode.benchmark.kernel_rows import kernel_table
-from deltadecode.benchmark.peers import find_peers, reason
-from deltadecode.benchmark.results import check_tag, write_result
+from deltadecode.benchmark.peers import find_peers
+from deltadecode.benchmark.results import check_tag, reason, write_with_figure
 
 # Leaves room for graphs, partial results of the kernels and what the peers keep.
 _MEMORY_FRACTION = 0.6
@@ -96,18 +96,13 @@ def write_kernels(
     say : callable
         Told in one line each what was written, or why it was not.
     """
-    path = write_result(found, folder, tag)
-    say(f"wrote {path}")
-    try:
+
+    def draw_it(path: Path) -> None:
         from deltadecode.benchmark.figures import draw
 
-        draw(found, path.with_suffix(".png"))
-    except ImportError as error:
-        say(f"no figure drawn: {reason(error)}; pip install 'deltadecode[bench]' brings matplotlib")
-    except Exception as error:  # the numbers are written, and are worth more than their picture
-        say(f"no figure drawn: {reason(error)}")
-    else:
-        say(f"wrote {path.with_suffix('.png')}")
+        draw(found, path)
+
+    write_with_figure(found, folder, tag, draw_it, say)
 
 
 def command_line(

@@ -17,6 +17,7 @@ from torch import Tensor
 from deltadecode.benchmark.gpu_timing import Call
 from deltadecode.benchmark.kernel_cases import BLOCK_SIZE, CFG, DIM
 from deltadecode.benchmark.kernel_inputs import SCALE, Inputs
+from deltadecode.benchmark.results import reason
 
 TOPK = "torch.topk + sort"
 # vLLM's default for decoding in full CUDA graphs (flash_attn_max_num_splits_for_cuda_graph).
@@ -229,20 +230,3 @@ def topk_select(page_scores: Tensor) -> Tensor:
     scores[:, max(0, pages - CFG.recent_pages) :] = torch.inf
     found = scores.topk(min(pages, CFG.budget_pages), dim=1, sorted=False)
     return found.indices.sort(dim=1).values.to(torch.int32)
-
-
-def reason(error: BaseException) -> str:
-    """Say in one line what went wrong.
-
-    Parameters
-    ----------
-    error : BaseException
-        The error.
-
-    Returns
-    -------
-    str
-        Its type and the first line of its message.
-    """
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0][:200]}"

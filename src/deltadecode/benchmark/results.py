@@ -7,7 +7,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,57 @@ def write_result(found: dict[str, Any], folder: Path, tag: str | None = None) ->
     part.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
     return path
+
+
+def write_with_figure(
+    found: dict[str, Any],
+    folder: Path,
+    tag: str | None,
+    draw: Callable[[Path], None],
+    say: Callable[[str], None],
+) -> None:
+    """Write a result file and, where matplotlib is there, a figure beside it.
+
+    Parameters
+    ----------
+    found : dict
+        See :func:`result`.
+    folder : Path
+        Made if it does not exist.
+    tag : str, optional
+        See :func:`write_result`.
+    draw : callable
+        Imports matplotlib, and draws to a path.
+    say : callable
+        Told in one line each what was written, or why it was not.
+    """
+    path = write_result(found, folder, tag)
+    say(f"wrote {path}")
+    try:
+        draw(path.with_suffix(".png"))
+    except ImportError as error:
+        say(f"no figure drawn: {reason(error)}; pip install 'deltadecode[bench]' brings matplotlib")
+    except Exception as error:  # the numbers are written, and are worth more than their picture
+        say(f"no figure drawn: {reason(error)}")
+    else:
+        say(f"wrote {path.with_suffix('.png')}")
+
+
+def reason(error: BaseException) -> str:
+    """Say in one line what went wrong.
+
+    Parameters
+    ----------
+    error : BaseException
+        The error.
+
+    Returns
+    -------
+    str
+        Its type and the first line of its message.
+    """
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def commit() -> str | None:
