@@ -195,7 +195,7 @@ def solve_batch(
     steps = max(each.room for each in batch)
     output = new_tokens(model, tokenizer, policy, batch, steps, on_step)
     counts = policy.counts([len(each.prompt) for each in batch], output.shape[1] - 1)
-    ends = set(eos_ids(tokenizer)) | set(_model_ends(model))
+    ends = _ends(model, tokenizer)
     records = []
     for row, each in enumerate(batch):
         new = output[row, : each.room].tolist()
@@ -249,7 +249,7 @@ def lead_batch(
     counts = policy.counts([len(each.prompt) for each in batch], steps - 1)
     log_probs = torch.stack(leader.log_probs, dim=1).double().cpu()
     agrees = (torch.stack(leader.best, dim=1).cpu() == continuation)[:, 1:]
-    ends = set(eos_ids(tokenizer)) | set(_model_ends(model))
+    ends = _ends(model, tokenizer)
     records = []
     for row, each in enumerate(batch):
         tokens = continuation[row].tolist()
@@ -310,8 +310,8 @@ def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | N
     return None if len(tokens) == len(reference) else len(reference)
 
 
-def _model_ends(model: Any) -> list[int]:
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text, by the tokenizer and by the model."""
     ends = model.generation_config.eos_token_id
-    if ends is None:
-        return []
-    return [int(end) for end in ends] if isinstance(ends, (list, tuple)) else [int(ends)]
+    ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
+    return {*eos_ids(tokenizer), *map(int, ends)}
