@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from deltadecode.benchmark.e2e_profile import summarize
+from deltadecode.integrations.vllm.settings import BACKEND, KEY
 
 _FIRST_TOKEN = 10  # past the special ones
 _SEED = 0
@@ -37,10 +38,7 @@ class Engine:
             import_module("deltadecode.integrations.vllm.plugin").register()
         from vllm import LLM
 
-        ours = {
-            "attention_backend": "CUSTOM",
-            "additional_config": {"deltadecode": spec["plan"]},
-        }
+        ours = {"attention_backend": BACKEND, "additional_config": {KEY: spec["plan"]}}
         began = time.perf_counter()
         self._llm = LLM(
             model=spec["model"],

@@ -161,16 +161,6 @@ class DeltaCPUBackend(DeltaBackend, CPUAttentionBackend):
     """DELTA over the cache of CPU attention."""
 
     @staticmethod
-    def get_name() -> str:
-        """Name that vLLM looks this backend up by.
-
-        Returns
-        -------
-        str
-        """
-        return "CUSTOM"
-
-    @staticmethod
     def get_impl_cls() -> type[Any]:
         """Class of the implementation.
 
@@ -189,18 +179,3 @@ class DeltaCPUBackend(DeltaBackend, CPUAttentionBackend):
         type
         """
         return DeltaCPUBuilder
-
-    @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        """Whether keys and values may be stored in a type: the model's only.
-
-        Parameters
-        ----------
-        kv_cache_dtype : str or None
-            As vLLM names it.
-
-        Returns
-        -------
-        bool
-        """
-        return kv_cache_dtype in (None, "auto", "float16", "bfloat16")

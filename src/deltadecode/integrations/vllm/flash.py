@@ -25,16 +25,6 @@ class DeltaFlashBackend(DeltaBackend, FlashAttentionBackend):
     """DELTA over the cache of FlashAttention."""
 
     @staticmethod
-    def get_name() -> str:
-        """Name that vLLM looks this backend up by.
-
-        Returns
-        -------
-        str
-        """
-        return "CUSTOM"
-
-    @staticmethod
     def get_impl_cls() -> type[Any]:
         """Class of the implementation.
 
@@ -53,18 +43,3 @@ class DeltaFlashBackend(DeltaBackend, FlashAttentionBackend):
         type
         """
         return DeltaFlashBuilder
-
-    @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        """Whether keys and values may be stored in a type: those of models only.
-
-        Parameters
-        ----------
-        kv_cache_dtype : str or None
-            As vLLM names it.
-
-        Returns
-        -------
-        bool
-        """
-        return kv_cache_dtype in (None, "auto", "float16", "bfloat16")

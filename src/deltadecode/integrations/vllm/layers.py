@@ -13,7 +13,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 from deltadecode.config import Role
 from deltadecode.errors import DeltaDecodeError, UnsupportedModelError
 from deltadecode.integrations.vllm import versions
-from deltadecode.integrations.vllm.settings import KEY, Settings, resolve
+from deltadecode.integrations.vllm.checks import CACHE_DTYPES
+from deltadecode.integrations.vllm.settings import BACKEND, KEY, Settings, resolve
 from deltadecode.integrations.vllm.step import (
     Cache,
     Rows,
@@ -44,6 +45,31 @@ def settings_of(vllm_config: Any) -> Settings:
 
 class DeltaBackend:
     """Beside a stock backend: what it must not be asked for, and what blocks must divide into."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Name that vLLM looks this backend up by.
+
+        Returns
+        -------
+        str
+        """
+        return BACKEND
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        """Whether keys and values may be stored in a type: those of models only.
+
+        Parameters
+        ----------
+        kv_cache_dtype : str or None
+            As vLLM names it.
+
+        Returns
+        -------
+        bool
+        """
+        return kv_cache_dtype in (None, *CACHE_DTYPES)
 
     # The batch is divided on the CPU, by lengths that must be those of the device.
     @classmethod

@@ -51,10 +51,10 @@ class Meter:
         steps : int
             Decode steps, one new token each.
         """
-        for length in range(tokens - steps + 1, tokens + 1):
-            attended, full = attended_tokens(self.settings, length)
-            self._attended.inc(attended)
-            self._full.inc(full)
+        lengths = range(tokens - steps + 1, tokens + 1)
+        counts = [attended_tokens(self.settings, length) for length in lengths]
+        self._attended.inc(sum(attended for attended, _ in counts))
+        self._full.inc(sum(full for _, full in counts))
 
 
 def describe(settings: Settings, longest: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from deltadecode.architecture import attention_layers, text_config
@@ -11,6 +12,8 @@ from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.errors import DeltaConfigError
 
 KEY = "deltadecode"
+# Name of the backend: the one that vLLM keeps for backends of others.
+BACKEND = "CUSTOM"
 OnUnsupported = Literal["error", "stock"]
 _CONFIG_KEYS = tuple(field.name for field in fields(DeltaConfig))
 _OWN_KEYS = ("plan", "sync_heads", "on_unsupported")
@@ -46,11 +49,14 @@ class Settings:
         dict
             JSON types only.
         """
-        config = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self.config).items()
-        }
-        return {**config, "sync_heads": self.sync_heads, "on_unsupported": self.on_unsupported}
+        own = {"sync_heads": self.sync_heads, "on_unsupported": self.on_unsupported}
+        return {**self.config.to_dict(), **own}
+
+    @cached_property
+    def layer_counts(self) -> tuple[int, int]:
+        """How many layers are sparse, and how many are planned."""
+        roles = self.plan.roles
+        return sum(role == "sparse" for role in roles), len(self.plan.attention_layers)
 
 
 def own_settings(given: object) -> tuple[dict[str, Any], bool, OnUnsupported]:
@@ -152,12 +158,11 @@ def attended_tokens(settings: Settings, tokens: int) -> tuple[int, int]:
     attended, full : int
         By DELTA, and by full attention.
     """
-    config, plan = settings.config, settings.plan
+    config = settings.config
     page = config.page_size
     selected = tokens
     if -(-tokens // page) > config.budget_pages:
         last = (tokens - 1) % page + 1 if config.recent_pages else page
         selected = (config.budget_pages - 1) * page + last
-    sparse = sum(role == "sparse" for role in plan.roles)
-    planned = len(plan.attention_layers)
+    sparse, planned = settings.layer_counts
     return (planned - sparse) * tokens + sparse * selected, planned * tokens
