@@ -30,6 +30,16 @@ from deltadecode.cli.output import (
     quiet_libraries,
     stderr,
 )
+from deltadecode.cli.plan_options import (
+    PANEL,
+    BudgetPages,
+    DeltaLayers,
+    DenseLayers,
+    PageSize,
+    PlanFile,
+    RecentPages,
+    SinkPages,
+)
 from deltadecode.cli.report import compared, remarks, summary
 from deltadecode.config import DeltaConfig
 
@@ -38,7 +48,6 @@ if TYPE_CHECKING:
 
     from deltadecode.cli.decoding import Decoded
 
-_DELTA = "DELTA"
 _SAMPLING = "Sampling"
 
 
@@ -71,34 +80,20 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.", rich_help_panel=_SAMPLING)] = 0,
     dtype: Annotated[Dtype, typer.Option(help="auto: that of the checkpoint.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto: the first GPU, else cpu.")] = "auto",
-    plan: Annotated[
-        Path | None, typer.Option(help="DeltaConfig as JSON.", rich_help_panel=_DELTA)
-    ] = None,
-    page_size: Annotated[
-        int | None, typer.Option(help="Tokens of a page.", rich_help_panel=_DELTA)
-    ] = None,
-    budget_pages: Annotated[
-        int | None, typer.Option(help="Pages that a sparse layer reads.", rich_help_panel=_DELTA)
-    ] = None,
-    recent_pages: Annotated[
-        int | None, typer.Option(help="Last pages, always read.", rich_help_panel=_DELTA)
-    ] = None,
-    sink_pages: Annotated[
-        int | None, typer.Option(help="First pages, always read.", rich_help_panel=_DELTA)
-    ] = None,
-    dense_layers: Annotated[
-        str | None, typer.Option(help="Such as 0,1.", rich_help_panel=_DELTA)
-    ] = None,
-    delta_layers: Annotated[
-        str | None, typer.Option(help="Such as 2,14,22.", rich_help_panel=_DELTA)
-    ] = None,
+    plan: PlanFile = None,
+    page_size: PageSize = None,
+    budget_pages: BudgetPages = None,
+    recent_pages: RecentPages = None,
+    sink_pages: SinkPages = None,
+    dense_layers: DenseLayers = None,
+    delta_layers: DeltaLayers = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Full attention only.", rich_help_panel=_DELTA)
+        bool, typer.Option("--full", help="Full attention only.", rich_help_panel=PANEL)
     ] = False,
     compare: Annotated[
         bool,
         typer.Option(
-            "--compare", help="Then full attention too, and compare.", rich_help_panel=_DELTA
+            "--compare", help="Then full attention too, and compare.", rich_help_panel=PANEL
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

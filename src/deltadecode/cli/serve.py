@@ -18,8 +18,19 @@ import typer
 
 from deltadecode.cli.loading import load_config, make_plan, parse_layers
 from deltadecode.cli.output import BadInput, print_json, quiet_libraries
+from deltadecode.cli.plan_options import (
+    PANEL,
+    BudgetPages,
+    DeltaLayers,
+    DenseLayers,
+    PageSize,
+    PlanFile,
+    RecentPages,
+    SinkPages,
+)
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import UnsupportedModelError
+from deltadecode.integrations.vllm.settings import BACKEND, KEY
 
 # What is not ours is vLLM's. It has one-dash options of several letters, some with an h.
 SETTINGS = {
@@ -27,9 +38,6 @@ SETTINGS = {
     "ignore_unknown_options": True,
     "help_option_names": ["--help"],
 }
-KEY = "deltadecode"  # of vLLM's additional config, where the plugin looks
-_BACKEND = "CUSTOM"
-_DELTA = "DELTA"
 
 
 class OnUnsupported(str, Enum):
@@ -44,38 +52,24 @@ def serve(
     model: Annotated[
         str, typer.Argument(help="Folder or hub name; options of 'vllm serve' may follow.")
     ],
-    plan: Annotated[
-        Path | None, typer.Option(help="DeltaConfig as JSON.", rich_help_panel=_DELTA)
-    ] = None,
-    page_size: Annotated[
-        int | None, typer.Option(help="Tokens of a page.", rich_help_panel=_DELTA)
-    ] = None,
-    budget_pages: Annotated[
-        int | None, typer.Option(help="Pages that a sparse layer reads.", rich_help_panel=_DELTA)
-    ] = None,
-    recent_pages: Annotated[
-        int | None, typer.Option(help="Last pages, always read.", rich_help_panel=_DELTA)
-    ] = None,
-    sink_pages: Annotated[
-        int | None, typer.Option(help="First pages, always read.", rich_help_panel=_DELTA)
-    ] = None,
-    dense_layers: Annotated[
-        str | None, typer.Option(help="Such as 0,1.", rich_help_panel=_DELTA)
-    ] = None,
-    delta_layers: Annotated[
-        str | None, typer.Option(help="Such as 2,14,22.", rich_help_panel=_DELTA)
-    ] = None,
+    plan: PlanFile = None,
+    page_size: PageSize = None,
+    budget_pages: BudgetPages = None,
+    recent_pages: RecentPages = None,
+    sink_pages: SinkPages = None,
+    dense_layers: DenseLayers = None,
+    delta_layers: DeltaLayers = None,
     sync_heads: Annotated[
         bool,
         typer.Option(
             "--sync-heads",
             help="Tensor-parallel ranks choose pages together.",
-            rich_help_panel=_DELTA,
+            rich_help_panel=PANEL,
         ),
     ] = False,
     on_unsupported: Annotated[
         OnUnsupported | None,
-        typer.Option(help="Of a model with nothing to plan.", rich_help_panel=_DELTA),
+        typer.Option(help="Of a model with nothing to plan.", rich_help_panel=PANEL),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command and run nothing.")
@@ -107,7 +101,7 @@ def serve(
         settings["sync_heads"] = True
     if on_unsupported is not None:
         settings["on_unsupported"] = on_unsupported.value
-    line = ["serve", model, "--attention-backend", _BACKEND]
+    line = ["serve", model, "--attention-backend", BACKEND]
     line += ["--additional-config", json.dumps(merged(additional, settings)), *rest]
     if dry_run:
         command = ["vllm", *line]
@@ -149,7 +143,7 @@ def split_additional(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str
         # vLLM takes underscores for dashes, and a path of keys after a dot.
         name, dot, _ = option.replace("_", "-").partition(".")
         if name == "--attention-backend":
-            raise BadInput(f"--attention-backend is {_BACKEND} with DELTA, got {argument!r} too")
+            raise BadInput(f"--attention-backend is {BACKEND} with DELTA, got {argument!r} too")
         if name != "--additional-config":
             rest.append(argument)
             continue
