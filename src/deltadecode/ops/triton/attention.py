@@ -197,39 +197,53 @@ def finish(
     PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr, SCORES: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of some heads; score PAGES pages (R2); grid (chunks or Hq, B)."""
-    chunk = tl.program_id(0)
+    """Merge the splits of some heads; score pages, PAGES at a time (R2); grid (programs, B)."""
+    first = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     if SPLITS > 1:
-        for head in range(chunk, HEADS, tl.num_programs(0)):
+        for head in range(first, HEADS, tl.num_programs(0)):
             _merge(
                 part_ptr, lse_ptr, sinks_ptr, out_ptr, row, head, v_scale,
                 HEADS, DIM, DIM_PAD, SPLITS, SPLITS_PAD, SINKS,
             )  # fmt: skip
     if SCORES:
         n = tl.load(lens_ptr + row)
-        page = chunk * PAGES + tl.arange(0, PAGES)
-        score = tl.zeros([PAGES], tl.float32)
-        if chunk * PAGES * PAGE < n:
-            place = tl.arange(0, PAGES * PAGE_PAD)
-            token = (chunk * PAGES + place // PAGE_PAD) * PAGE + place % PAGE_PAD
-            valid = (place % PAGE_PAD < PAGE) & (token < n)
-            heads = tl.arange(0, HEADS_PAD)
-            _, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
-            real = heads < HEADS
-            # All heads at once: nothing waits for anything but its own load.
-            logits = tl.load(
-                logits_ptr + (row * HEADS + heads)[:, None] * width + token[None, :],
-                mask=real[:, None] & valid[None, :],
-                other=float("-inf"),
-            )
-            # A head that is none has no weight; -inf - -inf would be NaN.
-            whole = tl.where(real, whole, 0.0)
-            best = _highest(logits - whole[:, None])
-            # exp2 is monotonic: one for the largest instead of one per head.
-            weight = tl.where(valid, tl.exp2(best), 0.0)
-            score = tl.sum(tl.reshape(weight, [PAGES, PAGE_PAD]), 1)
-        tl.store(scores_ptr + row * pages + page, score, mask=page < pages)
+        heads = tl.arange(0, HEADS_PAD)
+        _, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
+        # A head that is none has no weight; -inf - -inf would be NaN.
+        whole = tl.where(heads < HEADS, whole, 0.0)
+        logits_ptr += row * HEADS * width
+        # What is left of the table beyond a row's own pages is zeros: not worth a loop of its own.
+        for start in range(first * PAGES, pages, tl.num_programs(0) * PAGES):
+            score = tl.zeros([PAGES], tl.float32)
+            if start * PAGE < n:
+                score = _scores_of(
+                    logits_ptr, whole, start, n, width, HEADS, HEADS_PAD, PAGE, PAGE_PAD, PAGES
+                )
+            page = start + tl.arange(0, PAGES)
+            tl.store(scores_ptr + row * pages + page, score, mask=page < pages)
+
+
+@triton.jit
+def _scores_of(
+    logits_ptr, whole, start, n, width, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """S_u of PAGES pages of a row, from page ``start`` on."""
+    place = tl.arange(0, PAGES * PAGE_PAD)
+    token = (start + place // PAGE_PAD) * PAGE + place % PAGE_PAD
+    valid = (place % PAGE_PAD < PAGE) & (token < n)
+    heads = tl.arange(0, HEADS_PAD)
+    # All heads at once: nothing waits for anything but its own load.
+    logits = tl.load(
+        logits_ptr + heads.to(tl.int64)[:, None] * width + token[None, :],
+        mask=(heads < HEADS)[:, None] & valid[None, :],
+        other=float("-inf"),
+    )
+    best = _highest(logits - whole[:, None])
+    # exp2 is monotonic: one for the largest instead of one per head.
+    weight = tl.where(valid, tl.exp2(best), 0.0)
+    return tl.sum(tl.reshape(weight, [PAGES, PAGE_PAD]), 1)
 
 
 @triton.jit

@@ -15,6 +15,11 @@ import torch
 # Below this many tokens a split does not earn its share of the merge.
 _LEAST_TOKENS = 64
 _MOST_SPLITS = 128
+# Logits that a thread block turns into scores at a time, with how many warps, and how many such
+# blocks there are to a multiprocessor.
+_SCORED = 2048
+_FINISH_WARPS = 2
+_FINISHING = 32
 # What a split costs, as a part of a row's time: it is written, and read once more.
 _SPLIT = 0.02
 
@@ -111,6 +116,36 @@ def _time(tile: Tile, parts: int, programs: int, sms: int) -> float:
     if rest:
         time += tile.rounds[math.ceil(rest / sms) - 1]
     return time / parts * (1 + _SPLIT * parts)
+
+
+def finish_shape(
+    page_logits: int, pages: int, rows: int, device: torch.device
+) -> tuple[int, int, int]:
+    """Shape of the kernel that merges splits and scores pages.
+
+    Parameters
+    ----------
+    page_logits : int
+        Logits of a page, over all query heads, both padded to powers of two.
+    pages : int
+        Most pages that a row can have.
+    rows : int
+        Rows of the launch.
+    device : torch.device
+        Where it runs.
+
+    Returns
+    -------
+    programs : int
+        Thread blocks of each row; together they fill the device, whatever a row may grow to.
+    pages_at_once : int
+        Pages that a thread block scores in one step of its loop.
+    warps : int
+        Warps of a thread block.
+    """
+    at_once = max(1, _SCORED // page_logits)
+    programs = math.ceil(multiprocessors(device) * _FINISHING / rows)
+    return max(1, min(math.ceil(pages / at_once), programs)), at_once, _FINISH_WARPS
 
 
 @functools.cache
