@@ -196,7 +196,7 @@ def _launch(
     if parts > 1 or return_page_scores:
         page_pad = triton.next_power_of_2(page_size)
         heads_pad = triton.next_power_of_2(heads)
-        programs, at_once, warps = finish_shape(heads_pad * page_pad, pages, rows, q.device)
+        programs, at_once, warps = finish_shape(heads_pad * page_pad, pages, rows, parts, q.device)
         attention.finish[(programs if return_page_scores else heads, rows)](
             part, lse, q if sinks is None else sinks, logits, seq_lens, out, scores,
             reach, pages, v_scale,

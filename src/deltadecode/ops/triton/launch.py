@@ -15,11 +15,13 @@ import torch
 # Below this many tokens a split does not earn its share of the merge.
 _LEAST_TOKENS = 64
 _MOST_SPLITS = 128
-# Logits that a thread block turns into scores at a time, with how many warps, and how many such
-# blocks there are to a multiprocessor.
-_SCORED = 2048
-_FINISH_WARPS = 2
-_FINISHING = 32
+# Logits that a thread block turns into scores at a time, and its warps, by sweeps on an H200. Many
+# heads are read quicker in small bites, unless each bite has to add up many splits first.
+_LARGE, _SMALL = (8192, 4), (2048, 2)
+_SMALL_FROM, _SMALL_PARTS = 512, 8
+# Such blocks to a multiprocessor. A table far wider than its rows costs 3 to 6 %, where a block for
+# every page that may come cost 22 to 36 %.
+_FINISHING = 16
 # What a split costs, as a part of a row's time: it is written, and read once more.
 _SPLIT = 0.02
 
@@ -119,7 +121,7 @@ def _time(tile: Tile, parts: int, programs: int, sms: int) -> float:
 
 
 def finish_shape(
-    page_logits: int, pages: int, rows: int, device: torch.device
+    page_logits: int, pages: int, rows: int, parts: int, device: torch.device
 ) -> tuple[int, int, int]:
     """Shape of the kernel that merges splits and scores pages.
 
@@ -131,6 +133,8 @@ def finish_shape(
         Most pages that a row can have.
     rows : int
         Rows of the launch.
+    parts : int
+        Parts that each row's attention was split into.
     device : torch.device
         Where it runs.
 
@@ -143,9 +147,11 @@ def finish_shape(
     warps : int
         Warps of a thread block.
     """
-    at_once = max(1, _SCORED // page_logits)
+    small = page_logits >= _SMALL_FROM and parts <= _SMALL_PARTS
+    scored, warps = _SMALL if small else _LARGE
+    at_once = max(1, scored // page_logits)
     programs = math.ceil(multiprocessors(device) * _FINISHING / rows)
-    return max(1, min(math.ceil(pages / at_once), programs)), at_once, _FINISH_WARPS
+    return max(1, min(math.ceil(pages / at_once), programs)), at_once, warps
 
 
 @functools.cache
