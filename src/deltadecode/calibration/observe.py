@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -100,6 +100,48 @@ class Watcher(Protocol):
         ----------
         seen : LayerStep
             Valid during the call; tensors that are kept must not be changed.
+        """
+
+
+@dataclass(eq=False)
+class Batch:
+    """What a batch has come to when its generation is over.
+
+    Attributes
+    ----------
+    problems : Tensor
+        [B] int64, :attr:`Prompt.number` of each row.
+    ids : Tensor
+        [B, slots] int64, prompts and what was written; the cache lacks the last one.
+    mask : Tensor
+        [B, slots] int64, 0 in the padding on the left.
+    ended : Tensor
+        [B, slots] bool, what comes after a row's end.
+    width : int
+        Slots of the prompts.
+    cache : DeltaCache
+        Keys and values; may be cut or overwritten.
+    """
+
+    problems: Tensor
+    ids: Tensor
+    mask: Tensor
+    ended: Tensor
+    width: int
+    cache: DeltaCache
+
+
+@runtime_checkable
+class BatchWatcher(Watcher, Protocol):
+    """Looks at whole batches too."""
+
+    def end_batch(self, batch: Batch) -> None:
+        """Look at a batch when its generation is over.
+
+        Parameters
+        ----------
+        batch : Batch
+            Valid during the call.
         """
 
 
@@ -262,26 +304,41 @@ def _generate(
     own = model.generation_config.eos_token_id
     ends += own if isinstance(own, list) else [] if own is None else [own]
     watch = _Ends(policy, torch.tensor(ends, device=model.device), clock)
-    model.generate(
+    cache = DeltaCache(model.config)
+    output = model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
         pad_token_id=pad,
-        past_key_values=DeltaCache(model.config),
+        past_key_values=cache,
         stopping_criteria=StoppingCriteriaList([watch]),
     )
+    width = ids.shape[1]
+    is_end = torch.isin(output, watch.ends)
+    is_end[:, :width] = False  # a prompt may hold such tokens
+    found = Batch(
+        policy.problems,
+        output,
+        torch.nn.functional.pad(mask, (0, output.shape[1] - width), value=1),
+        is_end.cumsum(dim=1) > 0,
+        width,
+        cache,
+    )
+    for watcher in policy.watchers:
+        if isinstance(watcher, BatchWatcher):
+            watcher.end_batch(found)
 
 
 class _Ends(StoppingCriteria):
     """Stops nothing; notes which rows have ended, and tells of every step."""
 
     def __init__(self, policy: Observed, ends: Tensor, clock: _Clock) -> None:
-        self._policy, self._ends, self._clock = policy, ends, clock
+        self._policy, self.ends, self._clock = policy, ends, clock
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ended = torch.isin(input_ids[:, -1], self._ends)
+        ended = torch.isin(input_ids[:, -1], self.ends)
         self._policy.active = self._policy.active & ~ended.to(self._policy.active.device)
         self._clock.step()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

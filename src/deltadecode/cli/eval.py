@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from deltadecode.cli.loading import (
+    EMBEDDED,
+    check_model_path,
+    checked_dtype,
+    find_device,
+    load_model,
+    load_tokenizer,
+    model_folder,
+)
 from deltadecode.cli.output import (
     BadInput,
     note,
@@ -20,11 +28,10 @@ from deltadecode.cli.output import (
     progress_bar,
     quiet_libraries,
     stdout,
+    teller,
 )
 
-EMBEDDED = "embedded"
 _POLICIES = "full,delta,quest,quest-kv,tidal,tidal-kv,streaming,h2o,oracle,random"
-_NOTE_SECONDS = 15  # between progress notes where no bar can be drawn
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ def eval_command(
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out must be a folder, got {str(out)!r}")
     with progress_bar("evaluation", 1.0) as (bar, shown):
-        found = evaluation.run(cells, out, _teller(bar, shown))
+        found = evaluation.run(cells, out, teller(bar, shown))
     if any(cell.policy == "full" for cell in cells) and can_report():
         _report([each.path for each in found], results, tag, docs, as_json)
     else:
@@ -141,13 +148,8 @@ def eval_command(
 
 
 def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
-    from deltadecode.cli.loading import check_model_path, find_device, load_model, load_tokenizer
-    from deltadecode.tasks import model_path
-
-    if model == EMBEDDED:
-        model = str(model_path())
-    if dtype not in ("float32", "bfloat16", "float16", "auto"):
-        raise BadInput(f"--dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
+    model = model_folder(model)
+    dtype = checked_dtype(dtype)
     check_model_path(model)
     tokenizer = load_tokenizer(model)
     return load_model(model, dtype, find_device(device)), tokenizer
@@ -238,20 +240,6 @@ def _harness(
             stdout().print(
                 f"{each['policy']} {each['budget']}: {name}: {shown_values}", markup=False
             )
-
-
-def _teller(bar: Any, shown: Any) -> Callable[[str, float, float | None], None]:
-    last = time.monotonic()
-
-    def tell(label: str, done: float, left: float | None) -> None:
-        nonlocal last
-        remaining = "" if left is None else f", {left / 60:.1f} min left"
-        bar.update(shown, completed=done, description=label + remaining)
-        if bar.disable and time.monotonic() - last >= _NOTE_SECONDS:
-            last = time.monotonic()
-            note(f"{done:4.0%} {label}{remaining}")
-
-    return tell
 
 
 def _made_by() -> dict[str, Any]:
