@@ -64,7 +64,7 @@ def calibrate(
     budget_pages: BudgetPages = None,
     recent_pages: RecentPages = None,
     sink_pages: SinkPages = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each text.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each text.")] = 192,
     stride: Annotated[int, typer.Option(min=1, help="Look at every so manieth step.")] = 7,
     batch: Annotated[int, typer.Option(min=1, help="Texts that are decoded together.")] = 4,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
@@ -155,8 +155,9 @@ def _show(said: dict[str, Any]) -> None:
     shown = Table(
         title=f"{said['texts']} texts, {said['observed_steps']} steps", title_justify="left"
     )
-    for name in ("plan", "dense", "Δ", "K", "L", "S", "kept: fit", "held out", "recall", "reads"):
-        shown.add_column(name, justify="left" if name in ("plan", "dense", "Δ") else "right")
+    for name in ("plan", "dense", "Δ", "K L S", "kept: fit", "held out", "reads"):
+        left = name in ("plan", "dense", "Δ")
+        shown.add_column(name, justify="left" if left else "right", no_wrap=name != "Δ")
     for name, plan in said["plans"].items():
         shown.add_row(name, *_cells(plan))
     best = said["offers"][0] if said["offers"] else None
@@ -169,9 +170,8 @@ def _cells(plan: dict[str, Any]) -> list[str]:
     return [
         " ".join(map(str, plan["dense_layers"])) or "–",
         " ".join(map(str, plan["delta_layers"])),
-        *(str(plan[name]) for name in ("budget_pages", "recent_pages", "sink_pages")),
+        f"{plan['budget_pages']} {plan['recent_pages']} {plan['sink_pages']}",
         f"{plan['kept']['fit']:.4f}",
         f"{plan['kept']['held_out']:.4f}",
-        f"{plan['recall']['held_out']:.4f}",
         f"{plan['attended_fraction']:.1%}",
     ]

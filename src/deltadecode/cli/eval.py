@@ -19,6 +19,7 @@ from deltadecode.cli.loading import (
     find_device,
     load_model,
     load_tokenizer,
+    make_plan,
     model_folder,
 )
 from deltadecode.cli.output import (
@@ -42,6 +43,7 @@ class _Request:
     budgets: list[int]
     fractions: list[float]
     ablation: list[str]
+    plan: Path | None
     overhead: bool
 
 
@@ -72,7 +74,12 @@ def eval_command(
     ] = False,
     ablation: Annotated[
         list[str] | None,
-        typer.Option(help="layers, recent, page-size, heads, reuse, sinks or refresh; repeatable."),
+        typer.Option(
+            help="layers, recent, page-size, heads, reuse, sinks, refresh or plans; repeatable."
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="For --ablation plans: file of deltadecode calibrate.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Problems.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the first problem.")] = 3_000_000_000,
@@ -120,9 +127,12 @@ def eval_command(
         return
     if model is None:
         raise BadInput("Missing argument 'MODEL': a folder, a hub name, or 'embedded'")
+    if plan is not None and "plans" not in (ablation or []):
+        raise BadInput("--plan goes with --ablation plans only")
     request = _Request(
         _names(policies), _numbers("--budgets", budgets, int),
-        _numbers("--attended-fraction", attended_fraction, float), ablation or [], count_overhead,
+        _numbers("--attended-fraction", attended_fraction, float), ablation or [], plan,
+        count_overhead,
     )  # fmt: skip
     loaded, tokenizer = _load(model, dtype, device)
     if lm_eval is not None:
@@ -156,14 +166,25 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
 
 
 def _cells(evaluation: Any, request: _Request) -> list[Any]:
-    from deltadecode.config import DeltaConfig
+    from deltadecode.architecture import attention_layers, signature
+    from deltadecode.config import DeltaConfig, load_meta
     from deltadecode.evaluation.ablations import cells_of
     from deltadecode.evaluation.cells import check_cells, make_cells
+    from deltadecode.profiles import find_profile
 
     trace = evaluation.trace()
     if request.ablation:
-        plan = DeltaConfig.for_model(evaluation.model)
-        cells = [cell for name in request.ablation for cell in cells_of(name, plan)]
+        config = evaluation.model.config
+        plan, layers = DeltaConfig.for_model(config), attention_layers(config)
+        if request.plan is not None:
+            make_plan(config, request.plan, {})  # says so if it is of another model
+            meta = load_meta(request.plan)
+        else:
+            meta = (find_profile(signature(config)) or {}).get("meta", {})
+        measured = meta.get("plans", {})
+        cells = [
+            cell for name in request.ablation for cell in cells_of(name, plan, layers, measured)
+        ]
         return check_cells(cells, evaluation.model, trace)
     return make_cells(
         request.policies, request.budgets, request.fractions, evaluation.model, trace,
