@@ -23,6 +23,7 @@ from deltadecode.policies.pages import page_sums
 # A prime: with a divisor or a multiple of the page size, or of the length of a line, every step
 # that is looked at would stand at the same place of its page, or of its line.
 STRIDE = 7
+BATCH = 4
 NEW_TOKENS = 192
 # Told the share of the work that is done, and the seconds left (None: not known yet).
 Progress = Callable[[float, "float | None"], None]
@@ -240,7 +241,7 @@ def observe(
     page_size: int,
     new_tokens: int = NEW_TOKENS,
     stride: int = STRIDE,
-    batch: int = 4,
+    batch: int = BATCH,
     progress: Progress = lambda done, left: None,
 ) -> None:
     """Continue prompts greedily with full attention, and let watchers see every so many steps.

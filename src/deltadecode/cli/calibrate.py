@@ -111,7 +111,7 @@ def calibrate(
     if kind is not None:
         texts = task_texts(kind, tokenizer, samples or _SAMPLES)
     assert texts is not None
-    prompts = make_prompts(loaded, tokenizer, texts, new_tokens, chat=chat)
+    prompts = make_prompts(loaded, tokenizer, texts, new_tokens, batch=batch, chat=chat)
     found = Measurement(loaded, prompts, wish, new_tokens)
     with progress_bar("calibration", 1.0) as (bar, shown):
         tell = teller(bar, shown)
