@@ -67,9 +67,6 @@ def test_texts_start_at_places_spread_over_their_references(tokenizer):
     room = len(whole) + 1 - len(plain) - 20  # the end token is part of a reference
     assert lengths == [0, room // 3, 2 * room // 3, room]
     assert [each.number for each in prompts] == [0, 1, 2, 3]
-    for batch, starts in ((2, [0, 0, room, room]), (4, [room // 2] * 4), (3, [0, 0, 0, room])):
-        together = make_prompts(model, tokenizer, texts, 20, batch=batch)
-        assert [len(each.ids) - len(plain) for each in together] == starts
 
 
 def test_a_text_that_does_not_fit_is_refused(tokenizer):

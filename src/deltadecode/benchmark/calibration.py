@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltadecode.benchmark.memory import high_water_mib
 from deltadecode.benchmark.results import result, row
 from deltadecode.calibration.fit import Measurement, Wish
-from deltadecode.calibration.observe import BATCH, NEW_TOKENS
+from deltadecode.calibration.observe import NEW_TOKENS
 from deltadecode.calibration.report import CALIBRATED, against, report
 from deltadecode.calibration.texts import make_prompts, task_texts
 from deltadecode.config import DeltaConfig
@@ -54,9 +54,9 @@ def run(
     model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
     wish = Wish(DeltaConfig.for_model(model), dense=0, deltas=_FULL_LAYERS)
     texts = task_texts(Chain(), tokenizer, problems)
-    prompts = make_prompts(model, tokenizer, texts, new_tokens, batch=BATCH)
+    prompts = make_prompts(model, tokenizer, texts, new_tokens)
     found = Measurement(model, prompts, wish, new_tokens)
-    found.run(model, tokenizer, progress, batch=BATCH)
+    found.run(model, tokenizer, progress)
     said = report(found)
     seconds = time.monotonic() - start
     others = against(found)

@@ -101,21 +101,13 @@ def task_texts(task: Task, tokenizer: Any, count: int, seed: int = FIRST_SEED) -
 
 
 def make_prompts(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[Sample],
-    new_tokens: int,
-    *,
-    batch: int = 1,
-    chat: bool = False,
+    model: Any, tokenizer: Any, texts: Sequence[Sample], new_tokens: int, *, chat: bool = False
 ) -> list[Prompt]:
     """Token ids from which the generation of each text starts.
 
-    A text that has a reference starts inside it, so that early and late decode steps are seen
-    without generating every text in full: those of the i-th of n batches at i / (n - 1) of the way
-    to the last place with ``new_tokens`` behind it, those of an only batch half way. A text without
-    one starts behind its prompt. Texts of one batch start alike because rows of one length need no
-    padding, which makes their prefill twice as fast on a CPU.
+    A text that has a reference starts inside it: the i-th of n at i / (n - 1) of the way to the
+    last place with ``new_tokens`` behind it, so that early and late decode steps are seen without
+    generating every text in full. A text without one starts behind its prompt.
 
     Parameters
     ----------
@@ -125,8 +117,6 @@ def make_prompts(
         The texts.
     new_tokens : int
         At most so many are generated for each.
-    batch : int
-        Texts that are decoded together.
     chat : bool
         Whether prompts go through the tokenizer's chat template.
 
@@ -143,11 +133,9 @@ def make_prompts(
     """
     found = []
     longest = longest_prompt(text_config(model))
-    last = (len(texts) - 1) // batch
     for number, each in enumerate(encode(texts, tokenizer, chat=chat)):
         room = max(len(each.reference) - new_tokens, 0)
-        start = room * (number // batch) // last if last else room // 2
-        ids = [*each.prompt, *each.reference[:start]]
+        ids = [*each.prompt, *each.reference[: room * number // max(len(texts) - 1, 1)]]
         if len(ids) < 2:
             raise CalibrationError(f"text {number + 1} has fewer than 2 tokens")
         if longest is not None and len(ids) + new_tokens > longest:

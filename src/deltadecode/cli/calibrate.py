@@ -66,7 +66,7 @@ def calibrate(
     sink_pages: SinkPages = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each text.")] = 192,
     stride: Annotated[int, typer.Option(min=1, help="Look at every so manieth step.")] = 7,
-    batch: Annotated[int, typer.Option(min=1, help="Texts that are decoded together.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Texts that are decoded together.")] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     device: Annotated[str, typer.Option(help="As PyTorch names it, or auto.")] = "auto",
@@ -111,7 +111,7 @@ def calibrate(
     if kind is not None:
         texts = task_texts(kind, tokenizer, samples or _SAMPLES)
     assert texts is not None
-    prompts = make_prompts(loaded, tokenizer, texts, new_tokens, batch=batch, chat=chat)
+    prompts = make_prompts(loaded, tokenizer, texts, new_tokens, chat=chat)
     found = Measurement(loaded, prompts, wish, new_tokens)
     with progress_bar("calibration", 1.0) as (bar, shown):
         tell = teller(bar, shown)
