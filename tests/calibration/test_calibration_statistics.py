@@ -101,7 +101,7 @@ def test_nothing_of_a_step_is_held_after_it(model, prompts):
             alive.append(weakref.ref(step.probabilities))
 
     observe(model, Tokenizer(), prompts[:2], [Refs(), Captured(2, 5, SETTINGS, SIZE)],
-            page_size=SIZE, new_tokens=NEW, stride=1)  # fmt: skip
+            page_size=SIZE, new_tokens=NEW, stride=1, batch=2)  # fmt: skip
     gc.collect()
     assert len(alive) == 5 * observed_steps(NEW, 1) and not any(ref() for ref in alive)
 
