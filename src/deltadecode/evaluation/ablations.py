@@ -88,13 +88,12 @@ def _plans(
         *random_plans(len(layers), count, dense, RANDOM_PLANS),
     ):
         chosen.append(dense_and_delta(full, layers, dense))
+    budget = pages["budget_pages"] * pages["page_size"]
     return [
-        Cell(
-            f"delta:{changed}dense_layers={_layer_list(a)}:delta_layers={_layer_list(b)}",
-            pages["budget_pages"] * pages["page_size"],
-        )
+        Cell(f"delta:{changed}{'' if a == own[0] else f'dense_layers={_layer_list(a)}:'}"
+             f"delta_layers={_layer_list(b)}", budget)
         for a, b in chosen
-    ]
+    ]  # fmt: skip
 
 
 def _layer_list(layers: Sequence[int]) -> str:
