@@ -126,6 +126,13 @@ def test_mistakes_are_one_line(run, model, arguments, message):
     assert message in err
 
 
+def test_a_figure_that_cannot_be_drawn_is_refused_before_anything_runs(run, model, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run("calibrate", model, "--task", "chain", "--delta-layers", "2", "--figure",
+                       "shift.png")  # fmt: skip
+    assert code == 2 and "--figure needs matplotlib" in err and len(err.splitlines()) == 1
+
+
 def test_a_broken_line_is_named(run, model, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": \n')

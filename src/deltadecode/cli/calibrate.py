@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -90,6 +91,8 @@ def calibrate(
     for path in (out, figure):
         if path is not None and not path.resolve().parent.is_dir():
             raise BadInput(f"the folder of {str(path)!r} does not exist")
+    if figure is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("--figure needs matplotlib: pip install 'deltadecode[bench]'")
     folder = model_folder(model)
     check_model_path(folder)
     quiet_libraries()
