@@ -23,3 +23,7 @@ class PolicyError(DeltaDecodeError):
 
 class EvaluationError(DeltaDecodeError):
     """An evaluation that cannot be run, resumed or reported as asked."""
+
+
+class CalibrationError(DeltaDecodeError):
+    """A calibration that cannot be run as asked, or data that it cannot read."""
