@@ -114,6 +114,9 @@ class _Ticker(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.tokens += 1
+        if self.tokens == 1 and input_ids.is_cuda:
+            # The mask of a padded prompt takes tens of GB for a moment; others may use the device.
+            torch.cuda.empty_cache()
         self._on_step(self.tokens)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
