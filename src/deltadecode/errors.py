@@ -23,3 +23,7 @@ class PolicyError(DeltaDecodeError):
 
 class EvaluationError(DeltaDecodeError):
     """An evaluation that cannot be run, resumed or reported as asked."""
+
+
+class InspectionError(DeltaDecodeError):
+    """A model or text that cannot be inspected as asked."""
