@@ -25,5 +25,9 @@ class EvaluationError(DeltaDecodeError):
     """An evaluation that cannot be run, resumed or reported as asked."""
 
 
+class CalibrationError(DeltaDecodeError):
+    """A calibration that cannot be run as asked, or data that it cannot read."""
+
+
 class InspectionError(DeltaDecodeError):
     """A model or text that cannot be inspected as asked."""
