@@ -82,7 +82,7 @@ def test_entropy_is_that_of_eager_maps(case):
 def by_hand(chosen, steps=None):
     chosen = np.array(chosen, dtype=bool)
     steps = np.arange(len(chosen)) if steps is None else np.array(steps)
-    return PageMap(steps, steps + 10, chosen.astype(np.float32), chosen, chosen)
+    return PageMap(2, steps, steps + 10, chosen.astype(np.float32), chosen, chosen)
 
 
 def test_overlap_by_hand():
@@ -92,10 +92,22 @@ def test_overlap_by_hand():
 
 def test_drift_by_hand():
     found = by_hand([[[1, 1, 0]], [[1, 0, 1]], [[1, 1, 0]], [[1, 1, 0]]], steps=[0, 7, 14, 21])
-    lags, shared = found.drift(0)
-    assert lags.tolist() == [0, 7, 14]
+    assert found.lags().tolist() == [0, 7, 14]
     # One step apart: 1/3, 1/3, 1; two apart: 1, 1/3.
-    np.testing.assert_allclose(shared, [1, (1 / 3 + 1 / 3 + 1) / 3, (1 + 1 / 3) / 2])
+    np.testing.assert_allclose(found.drift(0), [1, (1 / 3 + 1 / 3 + 1) / 3, (1 + 1 / 3) / 2])
+
+
+def test_what_an_old_choice_still_holds_by_hand():
+    # Pages of 2 tokens, the last one forced: of 8 tokens page 3, of 10 tokens page 4.
+    chosen = np.array([[[1, 0, 0, 0, 0]], [[0, 1, 0, 0, 0]]], dtype=bool)
+    selected = chosen | np.array([[[0, 0, 0, 1, 0]], [[0, 0, 0, 0, 1]]], dtype=bool)
+    mass = np.array([[[0.5, 0.1, 0.1, 0.3, 0]], [[0.2, 0.3, 0.05, 0.05, 0.4]]], dtype=np.float32)
+    found = PageMap(2, np.array([0, 2]), np.array([8, 10]), mass, selected, chosen)
+    # Now: 0.5 + 0.3 and 0.3 + 0.4. Two steps later: page 0, and page 4, which is forced by then.
+    np.testing.assert_allclose(found.held(0), [(0.8 + 0.7) / 2, 0.2 + 0.4], rtol=1e-6)
+    # One of 3 and one of 4 pages at random.
+    expected = ((1 / 3) / (2 - 1 / 3) + (1 / 4) / (2 - 1 / 4)) / 2
+    assert found.chance() == pytest.approx(expected)
 
 
 def test_steps_within_the_budget_decide_nothing():
@@ -104,7 +116,9 @@ def test_steps_within_the_budget_decide_nothing():
     found = by_hand(chosen)
     assert found.over_budget.tolist() == [False, False, True]
     np.testing.assert_allclose(found.overlap(), np.ones((2, 2)))
-    assert np.isnan(by_hand(np.zeros((3, 2, 4))).overlap()).all()
+    nothing = by_hand(np.zeros((3, 2, 4)))
+    assert np.isnan(nothing.overlap()).all() and np.isnan(nothing.chance())
+    assert nothing.lags().tolist() == nothing.drift(0).tolist() == nothing.held(0).tolist() == []
 
 
 def test_a_text_that_ends_at_once_is_one_line():

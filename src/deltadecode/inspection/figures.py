@@ -94,12 +94,15 @@ def _matrices(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
 
 def _drift(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
     del pages
-    axes, drift = figure.subplots(), report["drift"]
-    for layer in report["plan"]["delta_layers"]:
-        axes.plot(drift["lags"], drift["layers"][str(layer)], label=f"layer {layer}")
-    axes.set(xlabel="decode steps apart", ylabel="pages in common (Jaccard)", ylim=(0, 1.02),
-             title="How long a Δ-layer's choice of pages stays good")  # fmt: skip
-    axes.legend()
+    drift = report["drift"]
+    panels = (("overlap", "Pages in common (Jaccard)"), ("held", "Attention still held"))
+    for axes, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for layer in report["plan"]["delta_layers"]:
+            axes.plot(drift["lags"], drift[key][str(layer)], label=f"layer {layer}")
+        if key == "overlap" and drift["chance"] is not None:
+            axes.axhline(drift["chance"], color="gray", linestyle=":", label="by chance")
+        axes.set(title=title, xlabel="age of a Δ-layer's choice, decode steps", ylim=(0, 1.02))
+        axes.legend()
 
 
 def _map(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
@@ -156,7 +159,7 @@ _PAINTERS: tuple[tuple[tuple[float, float], Callable[..., None]], ...] = (
     ((9, 4), _shift),
     ((9, 4), _recall),
     ((13, 5.5), _matrices),
-    ((9, 4), _drift),
+    ((13, 4), _drift),
     ((13, 5), _map),
     ((9, 3.5), _entropy),
     ((13, 4.5), _sinks),

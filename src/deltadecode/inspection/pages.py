@@ -77,7 +77,12 @@ class PageMaps:
                 mass[step, layer, :used] = weights[layer].numpy()
                 selected[step, layer, :used] = chosen[layer].numpy()
         return PageMap(
-            np.array(self.steps), np.array(self.lengths), mass, selected, self._chosen(selected)
+            page_size=self.config.page_size,
+            steps=np.array(self.steps),
+            lengths=np.array(self.lengths),
+            mass=mass,
+            selected=selected,
+            chosen=self._chosen(selected),
         )
 
     def _chosen(self, selected: Bools) -> Bools:
@@ -98,6 +103,8 @@ class PageMap:
 
     Attributes
     ----------
+    page_size : int
+        Tokens of a page, P.
     steps, lengths : ndarray
         [steps] int64: number of each observed decode step, and its tokens n.
     mass : ndarray
@@ -109,6 +116,7 @@ class PageMap:
         without steps of no more pages than the budget: what the scores decide.
     """
 
+    page_size: int
     steps: NDArray[np.int64]
     lengths: NDArray[np.int64]
     mass: NDArray[np.float32]
@@ -136,8 +144,17 @@ class PageMap:
         found: Matrix = _mean_steps(both / np.maximum(either, 1))
         return found
 
-    def drift(self, layer: int) -> tuple[NDArray[np.int64], Matrix]:
-        """How long a choice of pages stays the layer's choice.
+    def lags(self) -> NDArray[np.int64]:
+        """[lags] int64: decode steps from 0 to half of the span that was observed over the budget.
+
+        Of fewer than two such steps there is none.
+        """
+        steps = self.steps[self.over_budget]
+        found: NDArray[np.int64] = (steps - steps[:1])[: len(steps) // 2 + 1]
+        return found if len(steps) > 1 else found[:0]
+
+    def drift(self, layer: int) -> Matrix:
+        """How many of the pages that a layer chooses it has chosen before.
 
         Parameters
         ----------
@@ -146,20 +163,51 @@ class PageMap:
 
         Returns
         -------
-        tuple of ndarray
-            [lags] int64, in decode steps from 0 to half of the observed span; and the Jaccard
-            overlap of the pages chosen at two steps so far apart, averaged over all such pairs.
+        ndarray
+            [lags] float64: Jaccard overlap of the pages chosen at two steps that are so far apart,
+            averaged over all such pairs.
         """
-        over = self.over_budget
-        steps, chosen = self.steps[over], self.chosen[over, layer].astype(np.float32)
-        if len(steps) < 2:
-            return np.zeros(0, np.int64), np.zeros(0)
+        chosen = self.chosen[self.over_budget, layer].astype(np.float32)
         both = chosen @ chosen.T
         sizes = chosen.sum(axis=1)
-        shared = both / np.maximum(sizes[:, None] + sizes[None] - both, 1)
-        reach = len(steps) // 2 + 1
-        lags = steps[:reach] - steps[0]
-        return lags, np.array([np.diagonal(shared, lag).mean() for lag in range(reach)], float)
+        return self._by_lag(both / np.maximum(sizes[:, None] + sizes[None] - both, 1))
+
+    def held(self, layer: int) -> Matrix:
+        """How much of a layer's attention an older choice of its own still holds.
+
+        Parameters
+        ----------
+        layer : int
+            Place among the full-attention layers.
+
+        Returns
+        -------
+        ndarray
+            [lags] float64: share of the attention at a step on the pages that were chosen so many
+            steps before, with the recent and sink pages of the step itself.
+        """
+        over = self.over_budget
+        mass, chosen = self.mass[over, layer], self.chosen[over, layer]
+        forced = self.selected[over, layer] & ~chosen
+        free = chosen.astype(np.float32) @ np.where(forced, 0, mass).T  # [chosen at, read at]
+        now = np.where(forced, mass, 0).sum(axis=1)
+        return self._by_lag((free + now) / np.maximum(mass.sum(axis=1), 1e-30))
+
+    def chance(self) -> float:
+        """Jaccard overlap of two random choices, about; NaN without a step over the budget.
+
+        Of M pages each takes k at random: k/M ÷ (2 − k/M).
+        """
+        over = self.over_budget
+        forced = self.selected[over, 0] & ~self.chosen[over, 0]
+        free = -(-self.lengths[over] // self.page_size) - forced.sum(axis=1)
+        share = self.chosen[over, 0].sum(axis=1) / np.maximum(free, 1)
+        return float((share / (2 - share)).mean()) if len(share) else float("nan")
+
+    def _by_lag(self, pairs: NDArray[np.float32]) -> Matrix:
+        """Mean of each diagonal of [earlier step, later step]."""
+        count = len(self.lags())
+        return np.array([np.diagonal(pairs, lag).mean() for lag in range(count)], dtype=float)
 
 
 class Entropy:

@@ -41,8 +41,10 @@ def make_report(
         ``made_by``'s, then ``tokens`` (prompt, new, observed steps and their stride), ``plan``
         (the configuration, and the role and source of each full-attention layer), ``layers``
         (numbers of the full-attention layers, by which all lists and matrices go), ``shift``,
-        ``overlap``, ``captured``, ``drift`` (``lags`` in decode steps, and per layer of the model
-        the overlaps), ``recall`` (per sparse layer: the mass that lies on the pages of its source
+        ``overlap``, ``captured``, ``drift`` (``lags`` in decode steps; per layer of the model, the
+        ``overlap`` of choices so far apart and the attention ``held`` by a choice so old; the
+        overlap of two choices by ``chance``),
+        ``recall`` (per sparse layer: the mass that lies on the pages of its source
         Δ-layer, the most that any K pages chosen by its own scores hold, and their ratio),
         ``entropy_bits`` [layers][heads], ``token_texts`` by position, ``sinks`` and ``removal``.
     """
@@ -158,13 +160,13 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _drift(found: Inspection, layers: list[int]) -> dict[str, Any]:
-    lags: list[int] = []
-    curves = {}
-    for place, layer in enumerate(layers):
-        steps, overlaps = found.pages.drift(place)
-        lags = steps.tolist()
-        curves[str(layer)] = _list(overlaps)
-    return {"lags": lags, "layers": curves}
+    places = list(enumerate(layers))
+    return {
+        "lags": found.pages.lags().tolist(),
+        "chance": _list(found.pages.chance()),
+        "overlap": {str(layer): _list(found.pages.drift(place)) for place, layer in places},
+        "held": {str(layer): _list(found.pages.held(place)) for place, layer in places},
+    }
 
 
 def _recall(found: Inspection, layers: list[int]) -> list[dict[str, Any]]:

@@ -102,15 +102,19 @@ function drawMatrix(id, z, name, text) {
       y0: layers.indexOf(source) - 0.5, y1: layers.indexOf(source) + 0.5, line: { color: c.delta, width: 1.5 } }]) });
 }
 function drawDrift() {
-  const c = look(), only = $("drift-layers").value;
+  const c = look(), only = $("drift-layers").value, show = $("drift-show").value, { lags, chance } = report.drift;
   const colors = [c.delta, c.sparse, c.third, "#b07cd8", "#d86a8a", "#8a9a3f"];
   const places = layers.map((_, i) => i).filter((i) => only === "all" || plan.roles[i] === "delta");
-  const traces = places.map((place, i) => ({ x: report.drift.lags, y: report.drift.layers[layers[place]],
+  const traces = places.map((place, i) => ({ x: lags, y: report.drift[show][layers[place]],
     mode: "lines", name: `layer ${layers[place]}`, line: { color: only === "all" ? colorOf(place) : colors[i % colors.length],
       width: plan.roles[place] === "delta" ? 2.5 : 1 }, opacity: plan.roles[place] === "delta" ? 1 : 0.55,
-    hovertemplate: `layer ${layers[place]} (${roleOf(place)})<br>%{x} steps apart: %{y:.1%} in common<extra></extra>` }));
-  draw("drift", traces, { showlegend: only !== "all" || places.length <= 12, xaxis: { title: { text: "decode steps apart" } },
-    yaxis: { title: { text: "pages in common" }, tickformat: ".0%", range: [0, 1.02] } });
+    hovertemplate: `layer ${layers[place]} (${roleOf(place)})<br>after %{x} steps: <b>%{y:.1%}</b> ${show === "held" ? "held" : "in common"}<extra></extra>` }));
+  if (show === "overlap" && chance !== null) {
+    traces.push({ x: [lags[0], lags[lags.length - 1]], y: [chance, chance], mode: "lines", name: "by chance",
+      line: { color: c.soft, width: 1.5, dash: "dot" }, hovertemplate: `two random choices: ${percent(chance)}<extra></extra>` });
+  }
+  draw("drift", traces, { showlegend: only !== "all" || places.length <= 12, xaxis: { title: { text: "age of the choice, decode steps" } },
+    yaxis: { title: { text: show === "held" ? "share of the layer's attention" : "pages in common" }, tickformat: ".0%", range: [0, 1.02] } });
 }
 
 /* ---- page map ---- */
@@ -220,7 +224,7 @@ function drawSinks() {
   ];
   draw("hidden", series.map(([key, name, color, text]) => ({ x, y: hidden.map((h) => h[key]), mode: "lines+markers", name, text,
     line: { color, width: 2 }, marker: { size: 5 }, hovertemplate: `layer %{x}, %{text}<br>${name}: <b>%{y:.2f} ×</b><extra></extra>` })),
-  { xaxis: layerAxis("layer"), yaxis: { type: "log", title: { text: "÷ median" } } });
+  { xaxis: layerAxis("layer"), yaxis: { type: "log", dtick: 1, title: { text: "÷ median" } } });
 }
 function drawRemoval() {
   const c = look(), rows = [...report.removal.treatments].reverse(), count = report.removal.pages;
@@ -248,7 +252,7 @@ function drawAll() {
   document.documentElement.dataset.theme = isDark() ? "dark" : "light";
   drawShift();
   drawRecall();
-  drawMatrix("captured", report.captured, "captured", "the pages of layer %{y} hold of layer %{x}'s attention");
+  drawMatrix("captured", report.captured, "captured", "pages of layer %{y} hold of layer %{x}'s attention");
   drawMatrix("overlap", report.overlap, "overlap", "layers %{y} and %{x} have in common");
   drawDrift();
   drawMap();
@@ -264,6 +268,7 @@ drawAll();
 $("theme").addEventListener("change", drawAll);
 system.addEventListener("change", drawAll);
 $("drift-layers").addEventListener("change", drawDrift);
+$("drift-show").addEventListener("change", drawDrift);
 $("map-slider").addEventListener("input", drawMap);
 $("map-show").addEventListener("change", drawMap);
 $("map-axis").addEventListener("change", () => { $("map-slider").value = 0; drawMap(); });
