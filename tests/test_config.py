@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltadecode.architecture import attention_layers
-from deltadecode.config import DeltaConfig
+from deltadecode.config import DeltaConfig, load_meta
 from deltadecode.errors import DeltaConfigError, DeltaDecodeError, UnsupportedModelError
 from deltadecode.profiles import find_profile, profiles
 
@@ -271,6 +272,22 @@ def test_one_fact_that_differs_is_another_model():
         other = (*shape[:place], value, *shape[place + 1 :])
         plans.append(DeltaConfig.for_model(model(*other)).delta_layers)
     assert plans == [(2, 6, 42), (2, 20, 31)] + [(2, 24, 37)] * 4
+
+
+def test_the_embedded_models_plans_are_those_of_the_calibration_on_file():
+    results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    measured = json.loads((results / "calibration-20261124-embedded.json").read_text())["plans"]
+    for name, plan in profiles()["deltadecode-chain"]["meta"]["plans"].items():
+        assert plan == {key: measured[name][key] for key in ("dense_layers", "delta_layers")}, name
+
+
+def test_meta_is_kept_in_the_file_and_out_of_the_configuration(tmp_path):
+    cfg = DeltaConfig(delta_layers=(2, 5))
+    cfg.save(tmp_path / "plan.json", meta={"model": "Δ", "expected": {"recall": 0.5}})
+    assert DeltaConfig.load(tmp_path / "plan.json") == cfg
+    assert load_meta(tmp_path / "plan.json") == {"model": "Δ", "expected": {"recall": 0.5}}
+    cfg.save(tmp_path / "plain.json")
+    assert load_meta(tmp_path / "plain.json") == {}
 
 
 def test_every_profile_is_a_config_that_fits_its_model():

@@ -5,6 +5,8 @@ Works on any object with the attribute names of a Hugging Face configuration; no
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from deltadecode.errors import UnsupportedModelError
@@ -123,6 +125,37 @@ def signature(model_or_config: Any) -> dict[str, object]:
         "num_attention_heads": heads,
         "num_key_value_heads": heads if kv_heads is None else kv_heads,
     }
+
+
+def config_hash(model_or_config: Any) -> str:
+    """Hash of what decides a model's shape, by which a calibrated plan knows its model.
+
+    Weights play no part, and neither does anything that a version of a library may add to a
+    configuration: models of one shape have one hash.
+
+    Parameters
+    ----------
+    model_or_config
+        A model or its configuration.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+
+    Raises
+    ------
+    UnsupportedModelError
+        As :func:`attention_layers`.
+    """
+    config = text_config(model_or_config)
+    facts = {
+        **signature(model_or_config),
+        "attention_layers": attention_layers(model_or_config),
+        "intermediate_size": getattr(config, "intermediate_size", None),
+        "vocab_size": getattr(config, "vocab_size", None),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _slides(config: Any) -> bool:

@@ -249,15 +249,19 @@ class DeltaConfig:
             for name, value in asdict(self).items()
         }
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | PathLike[str], *, meta: Mapping[str, object] | None = None) -> None:
         """Write the configuration as JSON; :meth:`load` gives an equal one.
 
         Parameters
         ----------
         path : path-like
             File to write; replaced if it exists.
+        meta : mapping, optional
+            Where the plan comes from, under the key ``meta``; anything that JSON can hold. It is
+            no part of the configuration: :meth:`load` leaves it out, :func:`load_meta` reads it.
         """
-        text = json.dumps(self.to_dict(), indent=2)
+        values = self.to_dict() if meta is None else {**self.to_dict(), "meta": dict(meta)}
+        text = json.dumps(values, indent=2, ensure_ascii=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -278,22 +282,49 @@ class DeltaConfig:
         DeltaConfigError
             When the file cannot be read, is not a JSON object, or breaks a rule.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DeltaConfigError(
-                f"cannot read a DeltaConfig from {str(path)!r}: {error.strerror or error}"
-            ) from error
-        except ValueError as error:
-            raise DeltaConfigError(f"{str(path)!r} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise DeltaConfigError(
-                f"{str(path)!r} must hold one JSON object, got {type(values).__name__}"
-            )
+        values = _read(path)
         try:
             return cls.from_dict(values)
         except DeltaConfigError as error:
             raise DeltaConfigError(f"{str(path)!r}: {error}") from error
+
+
+def load_meta(path: str | PathLike[str]) -> dict[str, Any]:
+    """Read where a plan comes from, as :meth:`DeltaConfig.save` wrote it.
+
+    Parameters
+    ----------
+    path : path-like
+        File of a plan.
+
+    Returns
+    -------
+    dict
+        Empty where the file says nothing of it.
+
+    Raises
+    ------
+    DeltaConfigError
+        When the file cannot be read, or is not a JSON object.
+    """
+    meta = _read(path).get("meta")
+    return meta if isinstance(meta, dict) else {}
+
+
+def _read(path: str | PathLike[str]) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DeltaConfigError(
+            f"cannot read a DeltaConfig from {str(path)!r}: {error.strerror or error}"
+        ) from error
+    except ValueError as error:
+        raise DeltaConfigError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DeltaConfigError(
+            f"{str(path)!r} must hold one JSON object, got {type(values).__name__}"
+        )
+    return values
 
 
 def default_config(attention_layers: Sequence[int]) -> DeltaConfig:

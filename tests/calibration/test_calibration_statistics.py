@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_cases import Tokenizer, captured, eager_steps, shift, tiny_model, token_ids
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from deltadecode.calibration.observe import Prompt, observe, observed_steps
 from deltadecode.calibration.statistics import Captured, Setting, Shift
@@ -101,7 +102,7 @@ def test_nothing_of_a_step_is_held_after_it(model, prompts):
             alive.append(weakref.ref(step.probabilities))
 
     observe(model, Tokenizer(), prompts[:2], [Refs(), Captured(2, 5, SETTINGS, SIZE)],
-            page_size=SIZE, new_tokens=NEW, stride=1)  # fmt: skip
+            page_size=SIZE, new_tokens=NEW, stride=1, batch=2)  # fmt: skip
     gc.collect()
     assert len(alive) == 5 * observed_steps(NEW, 1) and not any(ref() for ref in alive)
 
@@ -121,3 +122,26 @@ def test_numbers_that_cannot_be(model, prompts, options, message):
         measure(model, prompts, **options)
     with pytest.raises(CalibrationError, match="no prompts"):
         measure(model, [])
+
+
+def test_learned_sinks_are_no_tokens():
+    """With sinks a head's weights sum to less than 1; shares are of what lies on tokens."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=3, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        layer_types=["full_attention"] * 3, max_position_embeddings=256, initializer_range=0.15,
+        pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(3.0)
+    ids = token_ids(30, 0)
+    kept = Captured(1, 3, [Setting(4, 1)], SIZE)
+    observe(model, Tokenizer(), [Prompt(0, ids)], [kept], page_size=SIZE, new_tokens=4, stride=1)
+    steps = eager_steps(model, ids, 4)
+    assert all(step.sum(axis=2).min() < 0.9 for step in steps)
+    shares = [step / step.mean(axis=1, keepdims=True).sum(axis=2, keepdims=True) for step in steps]
+    expected, count = captured(shares, SIZE, 4, 1, 0, stride=1)
+    assert count == kept.steps(Setting(4, 1))
+    np.testing.assert_allclose(kept.matrix(Setting(4, 1)), expected, atol=1e-5)

@@ -79,6 +79,23 @@ def test_an_ablation_starts_from_the_plan(name):
     assert any(getattr(policy, "cfg", None) == plan for policy in made)
 
 
+def test_plans_have_one_size_and_one_budget():
+    plan = DeltaConfig.for_model(MODEL)
+    layers = range(MODEL.num_hidden_layers)
+    count = len(plan.dense_layers) + len(plan.delta_layers)
+    with pytest.raises(EvaluationError, match="needs the plans of a calibration"):
+        cells_of("plans", plan, layers)
+    ours = {"dense_layers": [0], "delta_layers": list(range(1, 2 * count - 2, 2))}
+    cells = cells_of("plans", plan, layers, {"calibrated": {**ours, "recent_pages": 3}})
+    assert cells[0] == Cell("full", 0) and len(cells) >= 8
+    made = [cell.make(MODEL) for cell in cells[1:]]
+    assert made[0].cfg.delta_layers == tuple(ours["delta_layers"])
+    assert plan.delta_layers in [policy.cfg.delta_layers for policy in made]
+    for policy in made:
+        assert len(policy.cfg.dense_layers) + len(policy.cfg.delta_layers) == count
+        assert (policy.cfg.recent_pages, policy.budget) == (3, cells[1].budget)
+
+
 def test_an_unknown_ablation_lists_the_known():
     with pytest.raises(EvaluationError, match="there are layers, recent, page-size"):
         cells_of("depth", DeltaConfig())

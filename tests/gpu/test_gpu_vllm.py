@@ -21,7 +21,7 @@ pytestmark = [
 ]
 WORKER = Path(__file__).parents[1] / "vllm" / "vllm_worker.py"
 # Sequences cross the 80 pages of 8 tokens while they decode, all in one captured graph.
-CONFIG = {"budget_pages": 80, "recent_pages": 4}
+CONFIG = {"page_size": 8, "budget_pages": 80, "recent_pages": 4}
 PROBLEMS = [make_problem(seed, steps=20 + seed % 12, distractors=28) for seed in range(21)]
 ENGINE = {"dtype": "bfloat16", "enforce_eager": False, "gpu_memory_utilization": 0.3}
 
@@ -80,6 +80,21 @@ def test_mixed_batches_chunks_and_prefix_hits(work, graphs):
     first, again = work(config=CONFIG, engine=engine, rounds=[requests, requests])
     assert agreeing(graphs, first) >= 20
     assert agreeing(graphs, again) >= 20
+
+
+def test_the_last_token_of_a_prompt_is_prefill_when_it_comes_alone(work):
+    """After a prefix hit it is a row of a captured graph; few pages would show."""
+    lone = {
+        "prompt": [5 + (7 * place) % 500 for place in range(897)],
+        "params": {"logprobs": 5, "max_tokens": 1},
+    }
+    config = {"page_size": 8, "budget_pages": 12, "recent_pages": 2}
+    whole, again = work(config=config, rounds=[[lone], [lone]])
+    whole, again = whole[0]["logprobs"][0], again[0]["logprobs"][0]
+    assert max(whole, key=whole.get) == max(again, key=again.get)
+    both = whole.keys() & again.keys()
+    assert len(both) >= 4
+    assert {t: again[t] for t in both} == pytest.approx({t: whole[t] for t in both}, abs=0.1)
 
 
 def test_with_every_page_in_the_budget_it_is_stock_vllm(work):

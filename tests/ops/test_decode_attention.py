@@ -125,6 +125,23 @@ def test_rule5_what_lies_past_the_count_is_no_page(backend, poison):
     close(out, expected, torch.float32)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lengths", [[23, 70, 0, 41], [41, 41]])
+def test_rule1_a_row_that_counts_minus_one_attends_to_everything(backend, lengths, layout):
+    case = make_case(7, lengths, pages_per_block=2, layout=layout, sinks=True)
+    pages = [[1, 5], [0, 3], [], [2, 10]][: len(lengths)]
+    expected, _ = case.attend(pages)
+    everything, _ = case.attend()
+    ids, counts = pack(pages, 3)
+    for row in (1, len(lengths) - 1):
+        ids[row], counts[row] = -1, -1
+        expected[row] = everything[row]
+    out = ops.decode_attention(
+        *case.arguments, **case.options, page_ids=ids, page_counts=counts, backend=backend
+    )
+    close(out, expected, torch.float32)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9])
 def test_rule5_the_last_page_may_be_partial(backend, n):
     case = make_case(n, [n], pages_per_block=3)

@@ -9,6 +9,11 @@ CONFIG = {"budget_pages": 32, "recent_pages": 4}
 PROBLEMS = [make_problem(seed, steps=8 + seed % 4, distractors=12) for seed in range(6)]
 ALONE = 3  # of them also run one after the other, which takes longest
 REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
+# Of 321 tokens: in chunks of 64, and after 10 cached blocks of 32, the last one is left alone.
+LONE = {
+    "prompt": [5 + (7 * place) % 500 for place in range(321)],
+    "params": {"logprobs": 5, "max_tokens": 3},
+}  # fmt: skip
 OTHERS = [
     {"prompt": PROBLEMS[0].prompt, "params": {"temperature": 0.9, "top_p": 0.8, "max_tokens": 60}},
     # What facts there may be, the model does not know: its completions differ.
@@ -22,17 +27,17 @@ OTHERS = [
 def alone(work):
     """Each request in an engine that runs one at a time, its prompt in one piece."""
     job = {
-        "side": "vllm", "config": CONFIG, "rounds": [REQUESTS[:ALONE]],
+        "side": "vllm", "config": CONFIG, "rounds": [REQUESTS[:ALONE], [LONE]],
         "engine": {"max_num_seqs": 1, "enable_prefix_caching": False},
     }  # fmt: skip
-    return tokens(work(job)["rounds"][0])
+    return work(job)["rounds"]
 
 
 @pytest.fixture(scope="module")
 def crowded(work):
     """All together, in chunks of 64 tokens, with a cache that holds few of them."""
     job = {
-        "side": "vllm", "config": CONFIG, "rounds": [REQUESTS + OTHERS, REQUESTS],
+        "side": "vllm", "config": CONFIG, "rounds": [REQUESTS + OTHERS, REQUESTS, [LONE], [LONE]],
         "engine": {
             "max_num_batched_tokens": 64, "max_num_seqs": 8, "block_size": 32,
             "num_gpu_blocks_override": 40, "enable_prefix_caching": True,
@@ -48,14 +53,24 @@ def tokens(round_):
 
 def test_mixed_batches_chunks_and_preemption(alone, crowded):
     assert crowded["preempted"] > 0
-    assert tokens(crowded["rounds"][0][:ALONE]) == alone
+    assert tokens(crowded["rounds"][0][:ALONE]) == tokens(alone[0])
 
 
 def test_prefix_hits(alone, crowded):
     again = crowded["rounds"][1]
     assert sum(request["cached"] for request in again) > 0
-    assert tokens(again)[:ALONE] == alone
+    assert tokens(again)[:ALONE] == tokens(alone[0])
     assert tokens(again) == tokens(crowded["rounds"][0][: len(REQUESTS)])
+
+
+@pytest.mark.parametrize("round_", [2, 3])
+def test_the_last_token_of_a_prompt_is_prefill_when_it_comes_alone(alone, crowded, round_):
+    got = crowded["rounds"][round_][0]
+    assert got["cached"] == (0 if round_ == 2 else 320)
+    for step, expected in zip(
+        got["completions"][0]["logprobs"], alone[1][0]["completions"][0]["logprobs"], strict=True
+    ):
+        assert step == pytest.approx(expected, abs=2e-3)
 
 
 def test_sampling_of_each_request_is_its_own(crowded):

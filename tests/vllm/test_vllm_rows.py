@@ -8,7 +8,14 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from deltadecode.integrations.vllm import versions
 from deltadecode.integrations.vllm.cpu import causal
-from deltadecode.integrations.vllm.step import Rows, count_decode_rows, narrow_table, pad_rows
+from deltadecode.integrations.vllm.step import (
+    PromptRows,
+    Rows,
+    count_decode_rows,
+    most_rows,
+    narrow_table,
+    pad_rows,
+)
 
 
 def batch(query_lens, seq_lens, blocks=4):
@@ -66,6 +73,29 @@ def test_decode_rows_of_mixed_batches_are_rounded_up_to_captured_sizes(count, si
         return
     assert rows.block_table.shape == (size, 3)
     assert rows.seq_lens.tolist() == [9] * count + [0] * (size - count)
+
+
+def test_rows_of_prompts_are_found_in_one_place_and_forgotten():
+    prompts = PromptRows(6, torch.device("cpu"))
+    common = batch([1, 1, 1, 5], [9, 8, 7, 6])
+    first = prompts.update(common, 3)
+    assert first.tolist() == [False] * 6
+    flagged = common.replace(is_prefilling=torch.tensor([False, True, False, True]))
+    again = prompts.update(flagged, 3)
+    assert again.data_ptr() == first.data_ptr()
+    assert again.tolist() == [False, True, False, False, False, False]
+    assert prompts.update(common, 3).tolist() == [False] * 6
+    none = common.replace(is_prefilling=torch.zeros(4, dtype=torch.bool))
+    assert prompts.update(none, 3).tolist() == [False] * 6
+
+
+@pytest.mark.parametrize(("seqs", "captured", "rows"), [(32, 0, 32), (5, None, 8), (200, 257, 272)])
+def test_most_rows_hold_every_padded_batch(seqs, captured, rows):
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=captured),
+        scheduler_config=SimpleNamespace(max_num_seqs=seqs),
+    )
+    assert most_rows(config) == rows
 
 
 def test_too_few_tokens_to_stand_in_for_padding_rows():

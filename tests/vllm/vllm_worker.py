@@ -1,7 +1,8 @@
 """One engine's work in one process: ``python vllm_worker.py JOB OUT``, both of JSON.
 
 A job has ``side`` ("vllm" or "transformers"), ``engine`` (arguments of ``vllm.LLM``), ``config``
-(of DELTA), and ``rounds``: lists of requests, each with a ``prompt`` and sampling ``params``.
+(of DELTA), and ``rounds``: lists of requests, each with a ``prompt``, in text or token ids, and
+sampling ``params``.
 """
 
 import json
@@ -35,7 +36,7 @@ def run_vllm(job):
     rounds = []
     for requests in job["rounds"]:
         outputs = llm.generate(
-            [request["prompt"] for request in requests],
+            [prompt(request["prompt"]) for request in requests],
             [params(request.get("params", {})) for request in requests],
             use_tqdm=False,
         )
@@ -59,6 +60,10 @@ def run_vllm(job):
             ]
         )
     return {"rounds": rounds, "preempted": preempted(llm)}
+
+
+def prompt(given):
+    return given if isinstance(given, str) else {"prompt_token_ids": given}
 
 
 def preempted(llm):

@@ -82,10 +82,16 @@ def main() -> None:
     fill_cache(cache, config, task["context"], dtype)
     for _ in range(_STEPS):
         decode_step(model, cache)
-    print(_high_water_mib())
+    print(high_water_mib())
 
 
-def _high_water_mib() -> float:
+def high_water_mib() -> float:
+    """High-water mark of this process's resident set, in MiB.
+
+    Returns
+    -------
+    float
+    """
     # VmHWM belongs to this program alone; what getrusage reports on Linux starts at the size of
     # the process that started it.
     status = Path("/proc/self/status")

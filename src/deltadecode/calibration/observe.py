@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from deltadecode.policies.pages import page_sums
 # A prime: with a divisor or a multiple of the page size, or of the length of a line, every step
 # that is looked at would stand at the same place of its page, or of its line.
 STRIDE = 7
-NEW_TOKENS = 256
+# Alone, a text needs no padding, which makes its prefill twice as fast on a CPU.
+BATCH = 1
+NEW_TOKENS = 192
 # Told the share of the work that is done, and the seconds left (None: not known yet).
 Progress = Callable[[float, "float | None"], None]
 
@@ -100,6 +102,48 @@ class Watcher(Protocol):
         ----------
         seen : LayerStep
             Valid during the call; tensors that are kept must not be changed.
+        """
+
+
+@dataclass(eq=False)
+class Batch:
+    """What a batch has come to when its generation is over.
+
+    Attributes
+    ----------
+    problems : Tensor
+        [B] int64, :attr:`Prompt.number` of each row.
+    ids : Tensor
+        [B, slots] int64, prompts and what was written; the cache lacks the last one.
+    mask : Tensor
+        [B, slots] int64, 0 in the padding on the left.
+    ended : Tensor
+        [B, slots] bool, what comes after a row's end.
+    width : int
+        Slots of the prompts.
+    cache : DeltaCache
+        Keys and values; may be cut or overwritten.
+    """
+
+    problems: Tensor
+    ids: Tensor
+    mask: Tensor
+    ended: Tensor
+    width: int
+    cache: DeltaCache
+
+
+@runtime_checkable
+class BatchWatcher(Watcher, Protocol):
+    """Looks at whole batches too."""
+
+    def end_batch(self, batch: Batch) -> None:
+        """Look at a batch when its generation is over.
+
+        Parameters
+        ----------
+        batch : Batch
+            Valid during the call.
         """
 
 
@@ -198,7 +242,7 @@ def observe(
     page_size: int,
     new_tokens: int = NEW_TOKENS,
     stride: int = STRIDE,
-    batch: int = 4,
+    batch: int = BATCH,
     progress: Progress = lambda done, left: None,
 ) -> None:
     """Continue prompts greedily with full attention, and let watchers see every so many steps.
@@ -239,7 +283,9 @@ def observe(
         )
     policy = Observed(Facts.of(model), watchers, page_size, stride)
     ordered = sorted(prompts, key=lambda each: (len(each.ids), each.number))
-    clock = _Clock([len(each.ids) for each in ordered], new_tokens, batch, progress)
+    looks_back = any(isinstance(watcher, BatchWatcher) for watcher in watchers)
+    lengths = [len(each.ids) for each in ordered]
+    clock = _Clock(lengths, new_tokens, batch, progress, looks_back)
     with policy.decoding(model), torch.inference_mode():
         for first in range(0, len(ordered), batch):
             _generate(model, tokenizer, policy, ordered[first : first + batch], new_tokens, clock)
@@ -262,39 +308,66 @@ def _generate(
     own = model.generation_config.eos_token_id
     ends += own if isinstance(own, list) else [] if own is None else [own]
     watch = _Ends(policy, torch.tensor(ends, device=model.device), clock)
-    model.generate(
+    cache = DeltaCache(model.config)
+    output = model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
         pad_token_id=pad,
-        past_key_values=DeltaCache(model.config),
+        past_key_values=cache,
         stopping_criteria=StoppingCriteriaList([watch]),
     )
+    width = ids.shape[1]
+    is_end = torch.isin(output, watch.ends)
+    is_end[:, :width] = False  # a prompt may hold such tokens
+    found = Batch(
+        policy.problems,
+        output,
+        torch.nn.functional.pad(mask, (0, output.shape[1] - width), value=1),
+        is_end.cumsum(dim=1) > 0,
+        width,
+        cache,
+    )
+    for watcher in policy.watchers:
+        if isinstance(watcher, BatchWatcher):
+            watcher.end_batch(found)
 
 
 class _Ends(StoppingCriteria):
     """Stops nothing; notes which rows have ended, and tells of every step."""
 
     def __init__(self, policy: Observed, ends: Tensor, clock: _Clock) -> None:
-        self._policy, self._ends, self._clock = policy, ends, clock
+        self._policy, self.ends, self._clock = policy, ends, clock
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ended = torch.isin(input_ids[:, -1], self._ends)
+        ended = torch.isin(input_ids[:, -1], self.ends)
         self._policy.active = self._policy.active & ~ended.to(self._policy.active.device)
         self._clock.step()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class _Clock:
-    """Work done and seconds left. A prompt's work is put at half a step for 16 of its tokens."""
+    """Work done and seconds left.
 
-    def __init__(self, prompts: Sequence[int], steps: int, batch: int, progress: Progress) -> None:
+    As was seen on a CPU, 32 tokens of a prompt take about as long as a decode step, and a look back
+    at a whole batch as half of its steps.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[int],
+        steps: int,
+        batch: int,
+        progress: Progress,
+        looks_back: bool,
+    ) -> None:
         self._progress, self._steps, self._start = progress, steps, time.monotonic()
         widths = [max(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
         self._prefill = [width / 32 for width in widths]
-        self._total = sum(self._prefill) + steps * len(widths)
+        self._after = steps // 2 if looks_back else 0
+        self._total = sum(self._prefill) + (steps + self._after) * len(widths)
         self._done, self._batch, self._step = 0.0, 0, 0
 
     def step(self) -> None:
@@ -302,7 +375,7 @@ class _Clock:
         self._tell(self._done + self._prefill[self._batch] + self._step)
 
     def end_batch(self) -> None:
-        self._done += self._prefill[self._batch] + self._steps
+        self._done += self._prefill[self._batch] + self._steps + self._after
         self._batch, self._step = self._batch + 1, 0
         self._tell(self._done)
 

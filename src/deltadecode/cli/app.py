@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from deltadecode.cli.bench import bench
+from deltadecode.cli.calibrate import calibrate
 from deltadecode.cli.demo import demo
 from deltadecode.cli.eval import eval_command
 from deltadecode.cli.generate import generate
@@ -28,6 +29,7 @@ app.command()(demo)
 app.command()(generate)
 app.command(context_settings=SETTINGS)(serve)
 app.command()(info)
+app.command()(calibrate)
 app.command("eval")(eval_command)
 app.command()(inspect)
 app.add_typer(bench, name="bench")

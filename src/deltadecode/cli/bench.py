@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from deltadecode.cli.output import (
     BadInput,
@@ -14,6 +17,7 @@ from deltadecode.cli.output import (
     progress_bar,
     quiet_libraries,
     stdout,
+    teller,
 )
 
 bench = typer.Typer(pretty_exceptions_enable=False)
@@ -200,6 +204,55 @@ def e2e(
         print_json(found)
     else:
         stdout().print(e2e_table(found))
+
+
+@bench.command()
+def calibration(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write calibration-<date>[-tag].json and its figure, .png, to."
+        ),
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Last part of the files' names.")] = None,
+) -> None:
+    """Calibrate the embedded model on 16 problems: seconds, memory, and its plan among all others.
+
+    The plan is compared with the paper's rule, hand-picked and random plans, and, by what it keeps
+    of the attention to the other half of the problems, with every plan of its size.
+    """
+    quiet_libraries()
+    from deltadecode.benchmark.calibration import run
+    from deltadecode.benchmark.results import check_tag, write_with_figure
+
+    try:
+        check_tag(tag)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    _check_folder(out)
+    with progress_bar("calibration", 1.0) as (bar, shown):
+        tell = teller(bar, shown)
+        command = shlex.join(["deltadecode", *sys.argv[1:]])
+        found = run(command, lambda done, left: tell("calibration", done, left))
+    if out is not None:
+
+        def figure(path: Path) -> None:
+            from deltadecode.calibration.figures import draw
+
+            draw(found, path)
+
+        write_with_figure(found, out, tag, figure, note)
+    if as_json:
+        print_json(found)
+        return
+    shown_rows = Table(title=f"{found['seconds']:.0f} s, {found['peak_mib']} MiB")
+    for name in ("plan", "share lost", "ours", "ratio"):
+        shown_rows.add_column(name)
+    for line in found["rows"]:
+        values = f"{line['theirs']:.4f}", f"{line['ours']:.4f}", f"{line['ratio']:.2f}×"
+        shown_rows.add_row(line["peer"], *values)
+    stdout().print(shown_rows)
 
 
 def _check_folder(out: Path | None) -> None:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from deltadecode.cli.loading import (
+    EMBEDDED,
+    check_model_path,
+    checked_dtype,
+    find_device,
+    load_model,
+    load_tokenizer,
+    make_plan,
+    model_folder,
+)
 from deltadecode.cli.output import (
     BadInput,
     note,
@@ -20,11 +29,10 @@ from deltadecode.cli.output import (
     progress_bar,
     quiet_libraries,
     stdout,
+    teller,
 )
 
-EMBEDDED = "embedded"
 _POLICIES = "full,delta,quest,quest-kv,tidal,tidal-kv,streaming,h2o,oracle,random"
-_NOTE_SECONDS = 15  # between progress notes where no bar can be drawn
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class _Request:
     budgets: list[int]
     fractions: list[float]
     ablation: list[str]
+    plan: Path | None
     overhead: bool
 
 
@@ -65,7 +74,12 @@ def eval_command(
     ] = False,
     ablation: Annotated[
         list[str] | None,
-        typer.Option(help="layers, recent, page-size, heads, reuse, sinks or refresh; repeatable."),
+        typer.Option(
+            help="layers, recent, page-size, heads, reuse, sinks, refresh or plans; repeatable."
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="For --ablation plans: file of deltadecode calibrate.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Problems.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the first problem.")] = 3_000_000_000,
@@ -113,9 +127,12 @@ def eval_command(
         return
     if model is None:
         raise BadInput("Missing argument 'MODEL': a folder, a hub name, or 'embedded'")
+    if plan is not None and "plans" not in (ablation or []):
+        raise BadInput("--plan goes with --ablation plans only")
     request = _Request(
         _names(policies), _numbers("--budgets", budgets, int),
-        _numbers("--attended-fraction", attended_fraction, float), ablation or [], count_overhead,
+        _numbers("--attended-fraction", attended_fraction, float), ablation or [], plan,
+        count_overhead,
     )  # fmt: skip
     loaded, tokenizer = _load(model, dtype, device)
     if lm_eval is not None:
@@ -133,7 +150,7 @@ def eval_command(
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out must be a folder, got {str(out)!r}")
     with progress_bar("evaluation", 1.0) as (bar, shown):
-        found = evaluation.run(cells, out, _teller(bar, shown))
+        found = evaluation.run(cells, out, teller(bar, shown))
     if any(cell.policy == "full" for cell in cells) and can_report():
         _report([each.path for each in found], results, tag, docs, as_json)
     else:
@@ -141,27 +158,33 @@ def eval_command(
 
 
 def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
-    from deltadecode.cli.loading import check_model_path, find_device, load_model, load_tokenizer
-    from deltadecode.tasks import model_path
-
-    if model == EMBEDDED:
-        model = str(model_path())
-    if dtype not in ("float32", "bfloat16", "float16", "auto"):
-        raise BadInput(f"--dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
+    model = model_folder(model)
+    dtype = checked_dtype(dtype)
     check_model_path(model)
     tokenizer = load_tokenizer(model)
     return load_model(model, dtype, find_device(device)), tokenizer
 
 
 def _cells(evaluation: Any, request: _Request) -> list[Any]:
-    from deltadecode.config import DeltaConfig
+    from deltadecode.architecture import attention_layers, signature
+    from deltadecode.config import DeltaConfig, load_meta
     from deltadecode.evaluation.ablations import cells_of
     from deltadecode.evaluation.cells import check_cells, make_cells
+    from deltadecode.profiles import find_profile
 
     trace = evaluation.trace()
     if request.ablation:
-        plan = DeltaConfig.for_model(evaluation.model)
-        cells = [cell for name in request.ablation for cell in cells_of(name, plan)]
+        config = evaluation.model.config
+        plan, layers = DeltaConfig.for_model(config), attention_layers(config)
+        if request.plan is not None:
+            make_plan(config, request.plan, {})  # says so if it is of another model
+            meta = load_meta(request.plan)
+        else:
+            meta = (find_profile(signature(config)) or {}).get("meta", {})
+        measured = meta.get("plans", {})
+        cells = [
+            cell for name in request.ablation for cell in cells_of(name, plan, layers, measured)
+        ]
         return check_cells(cells, evaluation.model, trace)
     return make_cells(
         request.policies, request.budgets, request.fractions, evaluation.model, trace,
@@ -238,20 +261,6 @@ def _harness(
             stdout().print(
                 f"{each['policy']} {each['budget']}: {name}: {shown_values}", markup=False
             )
-
-
-def _teller(bar: Any, shown: Any) -> Callable[[str, float, float | None], None]:
-    last = time.monotonic()
-
-    def tell(label: str, done: float, left: float | None) -> None:
-        nonlocal last
-        remaining = "" if left is None else f", {left / 60:.1f} min left"
-        bar.update(shown, completed=done, description=label + remaining)
-        if bar.disable and time.monotonic() - last >= _NOTE_SECONDS:
-            last = time.monotonic()
-            note(f"{done:4.0%} {label}{remaining}")
-
-    return tell
 
 
 def _made_by() -> dict[str, Any]:

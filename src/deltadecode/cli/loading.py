@@ -8,15 +8,60 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from deltadecode.architecture import attention_layers, text_config
-from deltadecode.cli.output import BadInput, one_line, stderr
-from deltadecode.config import DeltaConfig
+from deltadecode.architecture import attention_layers, config_hash, text_config
+from deltadecode.cli.output import BadInput, note, one_line, stderr
+from deltadecode.config import DeltaConfig, load_meta
+from deltadecode.errors import DeltaConfigError
 
 if TYPE_CHECKING:
     import torch
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _Loaded = TypeVar("_Loaded")
+
+
+EMBEDDED = "embedded"
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def model_folder(model: str) -> str:
+    """Folder of a model: that of the package's own for ``embedded``, else what was typed.
+
+    Parameters
+    ----------
+    model : str
+        What was typed.
+
+    Returns
+    -------
+    str
+    """
+    from deltadecode.tasks import model_path
+
+    return str(model_path()) if model == EMBEDDED else model
+
+
+def checked_dtype(dtype: str) -> str:
+    """Refuse a dtype that is none.
+
+    Parameters
+    ----------
+    dtype : str
+        What was typed.
+
+    Returns
+    -------
+    str
+        The same.
+
+    Raises
+    ------
+    BadInput
+        Naming those that are.
+    """
+    if dtype not in _DTYPES:
+        raise BadInput(f"--dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
+    return dtype
 
 
 def check_model_path(model: str) -> None:
@@ -208,8 +253,26 @@ def make_plan(config: Any, plan_file: Path | None, given: dict[str, Any]) -> Del
     layers = attention_layers(config)
     base = DeltaConfig.for_model(config) if plan_file is None else DeltaConfig.load(plan_file)
     cfg = replace(base, **{name: value for name, value in given.items() if value is not None})
-    cfg.layer_plan(text_config(config).num_hidden_layers, layers)
+    foreign = None if plan_file is None else _foreign(plan_file, config)
+    try:
+        cfg.layer_plan(text_config(config).num_hidden_layers, layers)
+    except DeltaConfigError as error:
+        raise DeltaConfigError(f"{foreign}: {error}" if foreign else str(error)) from error
+    if foreign:
+        note(f"warning: {foreign}")
     return cfg
+
+
+def _foreign(plan_file: Path, config: Any) -> str | None:
+    """What to say of a plan that was calibrated for a model of another shape; None: nothing."""
+    meta = load_meta(plan_file)
+    made_for, here = meta.get("config_hash"), config_hash(config)
+    if made_for is None or made_for == here:
+        return None
+    return (
+        f"plan {str(plan_file)!r} was calibrated for {meta.get('model')} (config hash {made_for}), "
+        f"and this model's hash is {here}"
+    )
 
 
 def _loaded(what: str, model: str, load: Callable[[], _Loaded]) -> _Loaded:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from deltadecode.errors import DeltaDecodeError
+
+_NOTE_SECONDS = 15  # between progress notes where no bar can be drawn
 
 
 class BadInput(DeltaDecodeError):
@@ -136,3 +139,31 @@ def progress_bar(name: str, total: float) -> Iterator[tuple[Progress, Any]]:
         redirect_stderr=False,
     ) as bar:
         yield bar, bar.add_task(name, total=total)
+
+
+def teller(bar: Progress, shown: Any) -> Callable[[str, float, float | None], None]:
+    """Make a function that shows progress: in the bar, or as notes where none can be drawn.
+
+    Parameters
+    ----------
+    bar : rich.progress.Progress
+        See :func:`progress_bar`.
+    shown
+        Its task, of 1 unit of work.
+
+    Returns
+    -------
+    callable
+        Takes what runs, the share of the work that is done, and the seconds left or None.
+    """
+    last = time.monotonic()
+
+    def tell(label: str, done: float, left: float | None) -> None:
+        nonlocal last
+        remaining = "" if left is None else f", {left / 60:.1f} min left"
+        bar.update(shown, completed=done, description=label + remaining)
+        if bar.disable and time.monotonic() - last >= _NOTE_SECONDS:
+            last = time.monotonic()
+            note(f"{done:4.0%} {label}{remaining}")
+
+    return tell

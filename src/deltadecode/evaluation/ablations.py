@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from deltadecode.calibration.plans import dense_and_delta, hand_picked, random_plans
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import EvaluationError
 from deltadecode.evaluation.cells import Cell
 
+RANDOM_PLANS = 5
+_PAGES = ("page_size", "recent_pages", "sink_pages")
 
-def cells_of(name: str, plan: DeltaConfig) -> list[Cell]:
+
+def cells_of(
+    name: str,
+    plan: DeltaConfig,
+    layers: Sequence[int] = (),
+    measured: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Cell]:
     """The cells of an ablation, full attention first.
 
     Parameters
@@ -18,6 +28,11 @@ def cells_of(name: str, plan: DeltaConfig) -> list[Cell]:
         One of :data:`ABLATIONS`.
     plan : DeltaConfig
         The model's own plan, which everything not under test keeps.
+    layers : sequence of int
+        Numbers of the model's full-attention layers, for ``plans``.
+    measured : mapping, optional
+        For ``plans``: what a calibration found, by name, ours first; each with ``dense_layers``
+        and ``delta_layers``, and with page settings where they are not the model's own.
 
     Returns
     -------
@@ -26,10 +41,13 @@ def cells_of(name: str, plan: DeltaConfig) -> list[Cell]:
     Raises
     ------
     EvaluationError
-        For an unknown name; the message lists the known.
+        For an unknown name; the message lists the known. For ``plans`` without a calibration.
     """
+    if name == PLANS:
+        return [Cell("full", 0), *_plans(plan, layers, measured or {})]
     if name not in ABLATIONS:
-        raise EvaluationError(f"unknown ablation {name!r}; there are {', '.join(ABLATIONS)}")
+        known = ", ".join([*ABLATIONS, PLANS])
+        raise EvaluationError(f"unknown ablation {name!r}; there are {known}")
     return [Cell("full", 0), *ABLATIONS[name](plan)]
 
 
@@ -41,9 +59,46 @@ def _layers(plan: DeltaConfig) -> list[Cell]:
     """The first 1, 2, ... of the plan's Δ-layers; sparse layers after them read less and older."""
     found = []
     for count in range(1, len(plan.delta_layers) + 1):
-        layers = "+".join(map(str, plan.delta_layers[:count])) + ("+" if count == 1 else "")
+        layers = _layer_list(plan.delta_layers[:count])
         found.append(Cell(f"delta:delta_layers={layers}", _budget(plan)))
     return found
+
+
+def _plans(
+    plan: DeltaConfig, layers: Sequence[int], measured: Mapping[str, Mapping[str, Any]]
+) -> list[Cell]:
+    """Measured plans, the model's own, hand-picked and random ones: one size, K and L for all."""
+    if not measured:
+        raise EvaluationError(
+            "ablation 'plans' needs the plans of a calibration; give the file that deltadecode "
+            "calibrate -o wrote with --plan"
+        )
+    first = next(iter(measured.values()))
+    pages = {key: first.get(key, getattr(plan, key)) for key in (*_PAGES, "budget_pages")}
+    changed = "".join(f"{k}={pages[k]}:" for k in _PAGES if pages[k] != getattr(plan, k))
+    chosen = [
+        (tuple(each["dense_layers"]), tuple(each["delta_layers"])) for each in measured.values()
+    ]
+    dense, count = len(chosen[0][0]), len(chosen[0][0]) + len(chosen[0][1])
+    own = tuple(plan.dense_layers), tuple(plan.delta_layers)
+    if len(own[0]) + len(own[1]) == count:
+        chosen.append(own)
+    for full in (
+        *hand_picked(len(layers), count, dense).values(),
+        *random_plans(len(layers), count, dense, RANDOM_PLANS),
+    ):
+        chosen.append(dense_and_delta(full, layers, dense))
+    budget = pages["budget_pages"] * pages["page_size"]
+    return [
+        Cell(f"delta:{changed}{'' if a == own[0] else f'dense_layers={_layer_list(a)}:'}"
+             f"delta_layers={_layer_list(b)}", budget)
+        for a, b in chosen
+    ]  # fmt: skip
+
+
+def _layer_list(layers: Sequence[int]) -> str:
+    """As :func:`deltadecode.policies.parse_policy` reads it."""
+    return "+".join(map(str, layers)) + ("+" if len(layers) < 2 else "")
 
 
 def _recent(plan: DeltaConfig) -> list[Cell]:
@@ -83,6 +138,7 @@ def _variants(option: str, *values: object) -> Callable[[DeltaConfig], list[Cell
     return cells
 
 
+PLANS = "plans"
 ABLATIONS: dict[str, Callable[[DeltaConfig], list[Cell]]] = {
     "layers": _layers,
     "recent": _recent,

@@ -154,7 +154,8 @@ def decode_attention(
         [B, K] int32, the selected pages, ascending and below ⌈n / P⌉, as :func:`select_pages` gives
         them; only the first ``page_counts`` of a row count.
     page_counts : Tensor, optional
-        [B] int32; with ``page_ids`` only, and required with them.
+        [B] int32; with ``page_ids`` only, and required with them. A row with -1 attends to all its
+        tokens, whatever its page ids: a sparse layer's batch can hold the end of a prompt.
     sinks : Tensor, optional
         [Hq] float, a logit per head that enters the softmax denominator and is no token.
     softcap : float, optional

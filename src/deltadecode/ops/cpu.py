@@ -122,8 +122,8 @@ def _attended(page_ids: Tensor, counts: list[int], lengths: list[int], page_size
     """Tokens on the selected pages of each row; only the last page can be partial."""
     tokens = []
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-        if count == 0 or length == 0:
-            tokens.append(0)
+        if count <= 0 or length == 0:
+            tokens.append(length if count < 0 else 0)
             continue
         beyond = (int(page_ids[row, count - 1]) + 1) * page_size - length
         tokens.append(count * page_size - max(0, beyond))

@@ -64,7 +64,7 @@ def decode_attention(
     page_scores = q.new_zeros((q.shape[0], pages), dtype=dtype)
 
     for row, length in enumerate(seq_lens.tolist()):
-        if page_ids is None or page_counts is None:
+        if page_ids is None or page_counts is None or page_counts[row] < 0:
             tokens = torch.arange(length, device=q.device)
         else:
             selected = page_ids[row, : int(page_counts[row])].long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Scores held at a time. Larger pieces bring no speed on a CPU, and a GPU is busy well below it.
 _SCORE_BYTES = 64 * 2**20
+# Bytes of an additive mask over all heads, which PyTorch makes on a GPU where the number of tokens
+# is no multiple of 16: 11 GiB at 200 padded rows of 2,000 tokens and 4 heads.
+_MASK_BYTES = 2**29
 
 
 def full_attention(
@@ -54,10 +58,12 @@ def full_attention(
     if sinks is None and softcap is None:
         if query.shape[2] == 1 and query.is_cpu and dropout == 0.0:
             return _one_query(query, key, value, mask, scaling)
-        stock: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return stock[0]
+        rows = rows_at_once(query, mask)
+        outputs = [
+            sdpa_attention_forward(module, *part, dropout=dropout, scaling=scaling, **kwargs)[0]
+            for part in _by_rows(rows, query, key, value, mask)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     causal = kwargs.get("is_causal")
     return blockwise_attention(
         query,
@@ -70,6 +76,40 @@ def full_attention(
         softcap=softcap,
         dropout=dropout,
     )
+
+
+def rows_at_once(query: Tensor, mask: Tensor | None) -> int:
+    """Rows of a batch that go through ``sdpa`` together, so that its memory stays bounded.
+
+    Parameters
+    ----------
+    query : Tensor
+        [B, Hq, Q, D].
+    mask : Tensor or None
+        [B or 1, Hq or 1, Q, T].
+
+    Returns
+    -------
+    int
+        All of them without a mask or on a CPU.
+    """
+    rows, heads = query.shape[:2]
+    if mask is None or query.is_cpu or rows == 0:
+        return rows
+    return max(1, _MASK_BYTES // (heads * mask.shape[2] * mask.shape[3] * query.element_size()))
+
+
+def _by_rows(
+    rows: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The arguments of attention, some rows of the batch at a time."""
+    if rows >= query.shape[0]:
+        yield query, key, value, mask
+        return
+    for first in range(0, query.shape[0], rows):
+        part = slice(first, first + rows)
+        own = mask if mask is None or mask.shape[0] == 1 else mask[part]
+        yield query[part], key[part], value[part], own
 
 
 def _one_query(

@@ -17,9 +17,11 @@ from deltadecode.integrations.vllm.checks import CACHE_DTYPES
 from deltadecode.integrations.vllm.settings import BACKEND, KEY, Settings, resolve
 from deltadecode.integrations.vllm.step import (
     Cache,
+    PromptRows,
     Rows,
     attend,
     count_decode_rows,
+    most_rows,
     narrow_table,
     pad_rows,
 )
@@ -131,6 +133,7 @@ class DeltaBuilder:
         super().__init__(*args, **kwargs)
         # vLLM then puts the rows of one new token first.
         self._init_reorder_batch_threshold(1)  # type: ignore[attr-defined]
+        self._prompts = PromptRows(most_rows(self.vllm_config), self.device)  # type: ignore[attr-defined]
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -182,6 +185,7 @@ class DeltaBuilder:
         stock = super().build  # type: ignore[misc]
         metadata = stock(0, common_attn_metadata, fast_build, **kwargs)
         rows = Rows(count_decode_rows(common_attn_metadata))
+        rows.prompts = self._prompts.update(common_attn_metadata, rows.decode)
         if self.splits and 0 < rows.decode < common_attn_metadata.num_reqs:
             # The builder may keep its schedule in one buffer, which the second build overwrites.
             schedule = getattr(metadata, "scheduler_metadata", None)
@@ -316,6 +320,7 @@ class DeltaImpl:
             # Tokens of other rows stand in for those of padding rows: nothing is attended to.
             query[: lengths.shape[0]],
             Cache(k_cache, v_cache, table, lengths),
+            rows.prompts,
             scale=self.scale,
             sinks=self.sinks,
             softcap=self.logits_soft_cap or None,

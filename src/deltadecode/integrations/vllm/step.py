@@ -33,12 +33,16 @@ class Rows:
     prefill : object or None
         Stock metadata of the other rows; None when the stock metadata of the whole batch is theirs,
         or there are none.
+    prompts : Tensor or None
+        Boolean, at least as many as there are decode rows: those whose token is the last of a
+        prompt, which a chunk or a prefix hit has left alone. They are prefill (R1).
     block_table, seq_lens : Tensor or None
         Of the decode rows with padding rows of no tokens after them; None when there are none.
     """
 
     decode: int
     prefill: Any = None
+    prompts: Tensor | None = None
     block_table: Tensor | None = None
     seq_lens: Tensor | None = None
 
@@ -51,6 +55,84 @@ class Cache:
     v: Tensor
     block_table: Tensor
     seq_lens: Tensor
+
+
+def most_rows(vllm_config: Any) -> int:
+    """Most decode rows of a batch, padding rows included.
+
+    Parameters
+    ----------
+    vllm_config : vllm.config.VllmConfig
+        Of the engine.
+
+    Returns
+    -------
+    int
+    """
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return padded(max(vllm_config.scheduler_config.max_num_seqs, captured))
+
+
+def padded(count: int) -> int:
+    """Rows that a number of rows of a mixed batch is rounded up to.
+
+    Parameters
+    ----------
+    count : int
+        At least 1.
+
+    Returns
+    -------
+    int
+        Among the sizes that CUDA graphs are captured for.
+    """
+    if count <= 4:
+        return 1 << (count - 1).bit_length()
+    step = 8 if count <= 256 else 16
+    return -(-count // step) * step
+
+
+class PromptRows:
+    """Which rows of one new token belong to prompts, where a captured graph finds it.
+
+    Parameters
+    ----------
+    rows : int
+        Most rows of a batch, padding included.
+    device : torch.device
+        Of the batch.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._flags = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._any = False
+
+    def update(self, common: Any, count: int) -> Tensor:
+        """Flags of a batch; nothing is sent to the device where no row is flagged, as usual.
+
+        Parameters
+        ----------
+        common : CommonAttentionMetadata
+            Of the batch.
+        count : int
+            Its decode rows.
+
+        Returns
+        -------
+        Tensor
+            [rows] bool, always the same memory.
+        """
+        found = getattr(common, "is_prefilling", None)
+        found = None if found is None else found[:count]
+        some = found is not None and bool(found.any())
+        if some or self._any:
+            # From memory that is not pinned: it is read before the call returns.
+            flags = torch.zeros(self._flags.shape, dtype=torch.bool)
+            if found is not None:
+                flags[:count] = found
+            self._flags.copy_(flags)
+        self._any = some
+        return self._flags
 
 
 def count_decode_rows(common: Any) -> int:
@@ -109,8 +191,7 @@ def pad_rows(rows: Rows, metadata: Any) -> None:
         Stock metadata of the batch.
     """
     count = rows.decode
-    size = 1 << (count - 1).bit_length() if count <= 4 else -(-count // 8) * 8
-    size = size if size <= 256 else -(-size // 16) * 16
+    size = padded(count)
     if size > metadata.num_actual_tokens or size == count:
         return
     more = size - count
@@ -123,6 +204,7 @@ def attend(
     layer: int,
     q: Tensor,
     cache: Cache,
+    prompts: Tensor | None,
     *,
     scale: float,
     sinks: Tensor | None,
@@ -140,6 +222,8 @@ def attend(
         [B, Hq, D].
     cache : Cache
         Of the layer.
+    prompts : Tensor or None
+        See :class:`Rows`.
     scale, sinks, softcap
         See :func:`deltadecode.ops.decode_attention`.
 
@@ -174,7 +258,10 @@ def attend(
     out, scores = operation(page_size=unit, return_page_scores=True)
     if settings.sync_heads:
         scores = _over_all_ranks(scores).unflatten(1, (-1, page_size)).sum(-1)
-    pages[layer] = select_pages(scores, cache.seq_lens, settings.config)
+    ids, counts = select_pages(scores, cache.seq_lens, settings.config)
+    if prompts is not None:
+        counts.masked_fill_(prompts[: counts.shape[0]], -1)  # every page
+    pages[layer] = ids, counts
     return out
 
 

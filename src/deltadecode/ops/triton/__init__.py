@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.triton import attention, selection
-from deltadecode.ops.triton.launch import attention_shape
+from deltadecode.ops.triton.launch import attention_shape, finish_shape
 
 # Read when Triton defines the kernels, and not again.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,8 +33,6 @@ _FEW_PAGES = 4096
 # Logits of a Δ-layer that may exist at a time. Engines capture batches of hundreds of rows, each as
 # long as the model allows: those go some rows at a time.
 _LOGITS_BYTES = 2**29
-# Logits that a thread block turns into scores.
-_SCORED = 8192
 
 
 def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
@@ -198,13 +196,12 @@ def _launch(
     if parts > 1 or return_page_scores:
         page_pad = triton.next_power_of_2(page_size)
         heads_pad = triton.next_power_of_2(heads)
-        at_once = max(1, _SCORED // (heads_pad * page_pad))
-        programs = triton.cdiv(pages, at_once) if return_page_scores else heads
-        attention.finish[(programs, rows)](
+        programs, at_once, warps = finish_shape(heads_pad * page_pad, pages, rows, parts, q.device)
+        attention.finish[(programs if return_page_scores else heads, rows)](
             part, lse, q if sinks is None else sinks, logits, seq_lens, out, scores,
             reach, pages, v_scale,
             HEADS_PAD=heads_pad, PAGE_PAD=page_pad, PAGES=at_once,
-            SPLITS_PAD=triton.next_power_of_2(parts), **common,
+            SPLITS_PAD=triton.next_power_of_2(parts), num_warps=warps, **common,
         )  # fmt: skip
 
 

@@ -38,6 +38,50 @@ def _logits(scores, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _tiles(
+    q, highest, total, acc, first, last, length, n, pages, blocks, table_ptr, k_ptr, v_ptr,
+    logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head, real, dim, in_head,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr,
+    SCORES: tl.constexpr, SOFTCAP: tl.constexpr, OPERAND: tl.constexpr, BUDGET_PAD: tl.constexpr,
+):  # fmt: skip
+    """Attend to the tokens ``first`` to ``last``, of a row or of its selected pages."""
+    for start in range(first, last, TILE):
+        index = start + tl.arange(0, TILE)
+        valid = index < length
+        token = index
+        if SPARSE:
+            place = tl.minimum(index // PAGE, BUDGET_PAD - 1)
+            token = tl.gather(pages, place, 0) * PAGE + index % PAGE
+            valid = valid & (token < n)
+            block = tl.gather(blocks, place, 0).to(tl.int64)
+        else:
+            block = tl.load(table_ptr + token // BLOCK, mask=valid, other=0).to(tl.int64)
+        slot = (token % BLOCK).to(tl.int64)
+        held = valid[:, None] & in_head[None, :]
+        k_at = block * k_block + slot * k_slot
+        k = tl.load(k_ptr + k_at[:, None] + dim[None, :], mask=held, other=0.0)
+        scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee")
+        scores = _logits(scores, scale, softcap, SOFTCAP)
+        if SCORES:
+            at = head.to(tl.int64)[:, None] * width + token[None, :]
+            tl.store(logits_ptr + at, scores, mask=real[:, None] & valid[None, :])
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        # A tile can hold the missing end of a partial page and nothing else.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(highest - base)
+        total = total * shrink + tl.sum(weights, 1)
+        v_at = block * v_block + slot * v_slot
+        v = tl.load(v_ptr + v_at[:, None] + dim[None, :], mask=held, other=0.0)
+        acc = tl.dot(
+            weights.to(OPERAND), v.to(OPERAND), acc * shrink[:, None], input_precision="ieee"
+        )
+        highest = higher
+    return highest, total, acc
+
+
+@triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, ids_ptr, counts_ptr, sinks_ptr,
     out_ptr, part_ptr, lse_ptr, logits_ptr,
@@ -57,7 +101,8 @@ def attend(
     table_ptr += row * table_row
     if SPARSE:
         count = tl.load(counts_ptr + row)
-        length = count * PAGE
+        # Fewer than no pages stands for all of them.
+        length = tl.where(count < 0, n, count * PAGE)
         pages, blocks = _selected_blocks(
             table_ptr, ids_ptr + row * ids_row, count, PAGE, BLOCK, BUDGET_PAD
         )
@@ -82,39 +127,26 @@ def attend(
     per_split = tl.cdiv(tl.cdiv(length, TILE), SPLITS)
     first = split * per_split * TILE
     last = tl.minimum(first + per_split * TILE, length)
-    for start in range(first, last, TILE):
-        index = start + tl.arange(0, TILE)
-        valid = index < length
-        token = index
-        if SPARSE:
-            place = tl.minimum(index // PAGE, BUDGET_PAD - 1)
-            token = tl.gather(pages, place, 0) * PAGE + index % PAGE
-            valid = valid & (token < n)
-            block = tl.gather(blocks, place, 0).to(tl.int64)
+    logits_ptr += row * HEADS * width
+    if SPARSE:
+        if count >= 0:
+            highest, total, acc = _tiles(
+                q, highest, total, acc, first, last, length, n, pages, blocks, table_ptr, k_ptr,
+                v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head,
+                real, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, BUDGET_PAD,
+            )  # fmt: skip
         else:
-            block = tl.load(table_ptr + token // BLOCK, mask=valid, other=0).to(tl.int64)
-        slot = (token % BLOCK).to(tl.int64)
-        held = valid[:, None] & in_head[None, :]
-        k_at = block * k_block + slot * k_slot
-        k = tl.load(k_ptr + k_at[:, None] + dim[None, :], mask=held, other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee")
-        scores = _logits(scores, scale, softcap, SOFTCAP)
-        if SCORES:
-            at = (row * HEADS + head)[:, None] * width + token[None, :]
-            tl.store(logits_ptr + at, scores, mask=real[:, None] & valid[None, :])
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        # A tile can hold the missing end of a partial page and nothing else.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
-        v_at = block * v_block + slot * v_slot
-        v = tl.load(v_ptr + v_at[:, None] + dim[None, :], mask=held, other=0.0)
-        acc = tl.dot(
-            weights.to(OPERAND), v.to(OPERAND), acc * shrink[:, None], input_precision="ieee"
-        )
-        highest = higher
+            highest, total, acc = _tiles(
+                q, highest, total, acc, first, last, length, n, 0, 0, table_ptr, k_ptr,
+                v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head,
+                real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, BUDGET_PAD,
+            )  # fmt: skip
+    else:
+        highest, total, acc = _tiles(
+            q, highest, total, acc, first, last, length, n, 0, 0, table_ptr, k_ptr,
+            v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head,
+            real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, BUDGET_PAD,
+        )  # fmt: skip
 
     if SPLITS > 1 or SCORES:
         lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(total))
@@ -197,39 +229,53 @@ def finish(
     PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr, SCORES: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of some heads; score PAGES pages (R2); grid (chunks or Hq, B)."""
-    chunk = tl.program_id(0)
+    """Merge the splits of some heads; score pages, PAGES at a time (R2); grid (programs, B)."""
+    first = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     if SPLITS > 1:
-        for head in range(chunk, HEADS, tl.num_programs(0)):
+        for head in range(first, HEADS, tl.num_programs(0)):
             _merge(
                 part_ptr, lse_ptr, sinks_ptr, out_ptr, row, head, v_scale,
                 HEADS, DIM, DIM_PAD, SPLITS, SPLITS_PAD, SINKS,
             )  # fmt: skip
     if SCORES:
         n = tl.load(lens_ptr + row)
-        page = chunk * PAGES + tl.arange(0, PAGES)
-        score = tl.zeros([PAGES], tl.float32)
-        if chunk * PAGES * PAGE < n:
-            place = tl.arange(0, PAGES * PAGE_PAD)
-            token = (chunk * PAGES + place // PAGE_PAD) * PAGE + place % PAGE_PAD
-            valid = (place % PAGE_PAD < PAGE) & (token < n)
-            heads = tl.arange(0, HEADS_PAD)
-            _, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
-            real = heads < HEADS
-            # All heads at once: nothing waits for anything but its own load.
-            logits = tl.load(
-                logits_ptr + (row * HEADS + heads)[:, None] * width + token[None, :],
-                mask=real[:, None] & valid[None, :],
-                other=float("-inf"),
-            )
-            # A head that is none has no weight; -inf - -inf would be NaN.
-            whole = tl.where(real, whole, 0.0)
-            best = _highest(logits - whole[:, None])
-            # exp2 is monotonic: one for the largest instead of one per head.
-            weight = tl.where(valid, tl.exp2(best), 0.0)
-            score = tl.sum(tl.reshape(weight, [PAGES, PAGE_PAD]), 1)
-        tl.store(scores_ptr + row * pages + page, score, mask=page < pages)
+        heads = tl.arange(0, HEADS_PAD)
+        _, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
+        # A head that is none has no weight; -inf - -inf would be NaN.
+        whole = tl.where(heads < HEADS, whole, 0.0)
+        logits_ptr += row * HEADS * width
+        # What is left of the table beyond a row's own pages is zeros: not worth a loop of its own.
+        for start in range(first * PAGES, pages, tl.num_programs(0) * PAGES):
+            score = tl.zeros([PAGES], tl.float32)
+            if start * PAGE < n:
+                score = _scores_of(
+                    logits_ptr, whole, start, n, width, HEADS, HEADS_PAD, PAGE, PAGE_PAD, PAGES
+                )
+            page = start + tl.arange(0, PAGES)
+            tl.store(scores_ptr + row * pages + page, score, mask=page < pages)
+
+
+@triton.jit
+def _scores_of(
+    logits_ptr, whole, start, n, width, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """S_u of PAGES pages of a row, from page ``start`` on."""
+    place = tl.arange(0, PAGES * PAGE_PAD)
+    token = (start + place // PAGE_PAD) * PAGE + place % PAGE_PAD
+    valid = (place % PAGE_PAD < PAGE) & (token < n)
+    heads = tl.arange(0, HEADS_PAD)
+    # All heads at once: nothing waits for anything but its own load.
+    logits = tl.load(
+        logits_ptr + heads.to(tl.int64)[:, None] * width + token[None, :],
+        mask=(heads < HEADS)[:, None] & valid[None, :],
+        other=float("-inf"),
+    )
+    best = _highest(logits - whole[:, None])
+    # exp2 is monotonic: one for the largest instead of one per head.
+    weight = tl.where(valid, tl.exp2(best), 0.0)
+    return tl.sum(tl.reshape(weight, [PAGES, PAGE_PAD]), 1)
 
 
 @triton.jit

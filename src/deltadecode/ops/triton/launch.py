@@ -15,6 +15,13 @@ import torch
 # Below this many tokens a split does not earn its share of the merge.
 _LEAST_TOKENS = 64
 _MOST_SPLITS = 128
+# Logits that a thread block turns into scores at a time, and its warps, by sweeps on an H200. Many
+# heads are read quicker in small bites, unless each bite has to add up many splits first.
+_LARGE, _SMALL = (8192, 4), (2048, 2)
+_SMALL_FROM, _SMALL_PARTS = 512, 8
+# Such blocks to a multiprocessor. Where a table is far wider than its rows, a block for every few
+# pages that may come would take a Δ-layer 1.2 to 1.3 times as long.
+_FINISHING = 16
 # What a split costs, as a part of a row's time: it is written, and read once more.
 _SPLIT = 0.02
 
@@ -111,6 +118,40 @@ def _time(tile: Tile, parts: int, programs: int, sms: int) -> float:
     if rest:
         time += tile.rounds[math.ceil(rest / sms) - 1]
     return time / parts * (1 + _SPLIT * parts)
+
+
+def finish_shape(
+    page_logits: int, pages: int, rows: int, parts: int, device: torch.device
+) -> tuple[int, int, int]:
+    """Shape of the kernel that merges splits and scores pages.
+
+    Parameters
+    ----------
+    page_logits : int
+        Logits of a page, over all query heads, both padded to powers of two.
+    pages : int
+        Most pages that a row can have.
+    rows : int
+        Rows of the launch.
+    parts : int
+        Parts that each row's attention was split into.
+    device : torch.device
+        Where it runs.
+
+    Returns
+    -------
+    programs : int
+        Thread blocks of each row; together they fill the device, whatever a row may grow to.
+    pages_at_once : int
+        Pages that a thread block scores in one step of its loop.
+    warps : int
+        Warps of a thread block.
+    """
+    small = page_logits >= _SMALL_FROM and parts <= _SMALL_PARTS
+    scored, warps = _SMALL if small else _LARGE
+    at_once = max(1, scored // page_logits)
+    programs = math.ceil(multiprocessors(device) * _FINISHING / rows)
+    return max(1, min(math.ceil(pages / at_once), programs)), at_once, warps
 
 
 @functools.cache
