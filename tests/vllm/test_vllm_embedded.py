@@ -6,7 +6,7 @@ from deltadecode.tasks import is_correct, make_problem
 
 # Prompts of 340 to 380 tokens and solutions of 270 to 380: sequences cross the 56 pages of 8 tokens
 # while they decode, and end with up to two fifths of their pages left out.
-CONFIG = {"budget_pages": 56, "recent_pages": 4}
+CONFIG = {"page_size": 8, "budget_pages": 56, "recent_pages": 4}
 PROBLEMS = [make_problem(seed, steps=14 + seed % 6, distractors=28) for seed in range(20)]
 REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
 

@@ -4,7 +4,7 @@ import pytest
 
 from deltadecode.tasks import is_correct, make_problem
 
-CONFIG = {"budget_pages": 32, "recent_pages": 4}
+CONFIG = {"page_size": 8, "budget_pages": 32, "recent_pages": 4}
 PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(4)]
 REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
 

@@ -19,7 +19,7 @@ from deltadecode.integrations.vllm import attended_tokens, resolve
 from deltadecode.tasks import is_correct, make_problem, model_path
 
 NAME = "chain"
-SETTINGS = {"budget_pages": 20, "recent_pages": 4}
+SETTINGS = {"page_size": 8, "budget_pages": 20, "recent_pages": 4}
 FINISH = 300
 SHORT = make_problem(1, steps=8, distractors=12)
 
@@ -60,7 +60,7 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
         str(Path(sys.executable).with_name("deltadecode")), "serve", str(model_path()),
-        "--budget-pages", "20", "--recent-pages", "4",
+        "--page-size", "8", "--budget-pages", "20", "--recent-pages", "4",
         "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager",
     ]  # fmt: skip

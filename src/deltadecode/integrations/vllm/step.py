@@ -124,6 +124,11 @@ class PromptRows:
         """
         found = getattr(common, "is_prefilling", None)
         found = None if found is None else found[:count]
+        if found is not None and not found.is_cpu:
+            # Some versions may keep it on the device; asking it would wait for the device.
+            self._flags.zero_()
+            self._flags[:count] = found
+            return self._flags
         some = found is not None and bool(found.any())
         if some or self._any:
             # From memory that is not pinned: it is read before the call returns.
