@@ -14,15 +14,16 @@ from typing import Annotated, Any
 
 import typer
 
-from deltadecode.cli.eval import EMBEDDED
 from deltadecode.cli.generate import Dtype, encode, fit, read_prompt
 from deltadecode.cli.loading import (
+    EMBEDDED,
     check_model_path,
     find_device,
     load_config,
     load_model,
     load_tokenizer,
     make_plan,
+    model_folder,
     parse_layers,
 )
 from deltadecode.cli.output import (
@@ -32,6 +33,7 @@ from deltadecode.cli.output import (
     progress_bar,
     quiet_libraries,
     stdout,
+    teller,
 )
 from deltadecode.cli.plan_options import (
     BudgetPages,
@@ -127,13 +129,12 @@ def inspect(
     quiet_libraries()
     from deltadecode.benchmark.results import check_tag
     from deltadecode.inspection.run import inspect_text
-    from deltadecode.tasks import model_path
 
     try:
         check_tag(tag)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    folder = str(model_path()) if model == EMBEDDED else model
+    folder = model_folder(model)
     check_model_path(folder)
     place = find_device(device)
     config = load_config(folder)
@@ -149,9 +150,10 @@ def inspect(
     cfg = _budget(cfg, count, steps, free=plan is None and budget_pages is None)
     loaded = load_model(folder, dtype.value, place)
     with progress_bar("inspection", 1.0) as (bar, shown):
+        tell = teller(bar, shown)
         found = inspect_text(
             loaded, tokenizer, text.ids[0].tolist(), cfg, steps=steps, removal_steps=removal_tokens,
-            tell=lambda what, done: bar.update(shown, completed=done, description=what),
+            tell=lambda what, done: tell(what, done, None),
         )  # fmt: skip
     made_by = _made_by(model, loaded, text)
     report = _write(found, tokenizer, made_by, epsilon, least_queries, out)
