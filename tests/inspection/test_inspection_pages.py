@@ -1,5 +1,7 @@
 """Page maps, overlaps, drift and entropy, against eager maps and by hand."""
 
+import base64
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from inspection_models import eager_maps, full_layers, make, prompt
 
 from deltadecode import DeltaConfig
 from deltadecode.errors import InspectionError
+from deltadecode.inspection.page import drawn_map
 from deltadecode.inspection.pages import PageMap, PageMaps
 from deltadecode.inspection.run import fit_config, inspect_text, stride_for
 
@@ -139,3 +142,17 @@ def test_a_short_text_gets_a_budget_that_leaves_something_to_select():
 @pytest.mark.parametrize(("steps", "page", "stride"), [(50, 8, 1), (512, 8, 7), (576, 7, 6)])
 def test_strides_share_no_divisor_with_pages(steps, page, stride):
     assert stride_for(steps, page) == stride
+
+
+def test_neighbours_are_put_together_in_a_map_that_is_too_wide_to_draw():
+    pages = 2501  # three by three, the last one with a neighbour only
+    mass = np.zeros((1, 1, pages), dtype=np.float32)
+    mass[0, 0, [3, 4, 2500]] = 0.25, 0.25, 0.5
+    selected = mass > 0.4
+    found = drawn_map(PageMap(4, np.array([0]), np.array([4 * pages]), mass, selected, selected))
+    assert found["shape"] == [1, 1, 834] and found["pooled"] == 3
+    levels = np.frombuffer(base64.b64decode(found["levels"]), np.uint8)
+    assert np.flatnonzero(levels).tolist() == [1, 833]
+    np.testing.assert_allclose(10 ** (-5 * (1 - levels[[1, 833]] / 250)), 0.5, rtol=0.03)
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(found["selected"]), np.uint8))
+    assert np.flatnonzero(bits).tolist() == [833]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from deltadecode.inspection.pages import PageMap
 
 _HERE = Path(__file__).resolve().parent / "assets"
-_WIDEST = 512  # pages of the drawn map; more would be finer than a screen
+_WIDEST = 1024  # pages of the drawn map; more would be finer than a screen
 _FLOOR = -5.0  # log10 of the least attention mass that is told from none
 
 
@@ -26,14 +26,14 @@ def write_page(report: dict[str, Any], pages: PageMap, path: Path) -> None:
     report : dict
         See :func:`deltadecode.inspection.report.make_report`.
     pages : PageMap
-        Drawn as an image of bytes: log10 of the mass from 1e-5 to 1 in 250 steps. Beyond 512 pages,
-        neighbours are put together: masses add up, and one selected page marks the whole.
+        Drawn as an image of bytes: log10 of the mass from 1e-5 to 1 in 250 steps. Beyond 1,024
+        pages, neighbours are put together: masses add up, and one selected page marks the whole.
     path : Path
         File to write.
     """
     from plotly.offline import get_plotlyjs
 
-    data = {"report": report, "map": _map(pages)}
+    data = {"report": report, "map": drawn_map(pages)}
     name = report["model"]["name"]
     parts = {
         "{{title}}": html.escape(f"{name}: what its attention does"),
@@ -51,7 +51,21 @@ def write_page(report: dict[str, Any], pages: PageMap, path: Path) -> None:
     path.write_text("".join([*written, text]), encoding="utf-8")
 
 
-def _map(pages: PageMap) -> dict[str, Any]:
+def drawn_map(pages: PageMap) -> dict[str, Any]:
+    """The page map as the page holds it.
+
+    Parameters
+    ----------
+    pages : PageMap
+        Of one generation.
+
+    Returns
+    -------
+    dict
+        ``shape`` [steps, layers, drawn pages]; ``pooled`` pages of one drawn one; ``floor``, the
+        log10 of level 0, level 250 being 0; ``steps`` and ``lengths``; and in base64 ``levels``, a
+        byte each, and ``selected``, a bit each.
+    """
     pooled = -(-pages.mass.shape[2] // _WIDEST)
     mass = _pool(pages.mass, pooled).sum(axis=3)
     levels = np.log10(np.maximum(mass, 1e-30))

@@ -144,15 +144,15 @@ function drawMap() {
   const y = byLayer ? map.steps : layers.map(String);
   $("map-label").textContent = byLayer ? `layer ${layers[now]} (${roleOf(now)})` : `decode step ${map.steps[now]}`;
   const size = plan.page_size * map.pooled;
-  const prompt = (tokens.prompt / size) - 0.5;
-  draw("map", [{ type: "heatmap", z: rows, y, x: Array.from({ length: PAGES }, (_, i) => i), zmin: map.floor, zmax: 0,
+  const prompt = tokens.prompt / plan.page_size - 0.5;
+  draw("map", [{ type: "heatmap", z: rows, y, x: Array.from({ length: PAGES }, (_, i) => i * map.pooled), zmin: map.floor, zmax: 0,
     colorscale: c.scale, hoverongaps: false, customdata: rows.map((row) => row.map((z, i) =>
       [z === null ? 0 : Math.pow(10, z), i * size, (i + 1) * size - 1])),
     colorbar: { thickness: 10, outlinewidth: 0, tickvals: [-5, -4, -3, -2, -1, 0],
       ticktext: ["≤ 0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"], title: { text: "" } },
     hovertemplate: (byLayer ? "step %{y}" : "layer %{y}") +
       ", page %{x} (tokens %{customdata[1]}–%{customdata[2]})<br>attention <b>%{customdata[0]:.3%}</b><extra></extra>" }],
-  { plot_bgcolor: c.empty, xaxis: { title: { text: map.pooled > 1 ? `${map.pooled} pages together` : "page" }, showgrid: false },
+  { plot_bgcolor: c.empty, xaxis: { title: { text: map.pooled > 1 ? `page, ${map.pooled} put together` : "page" }, showgrid: false },
     yaxis: { title: { text: byLayer ? "decode step" : "layer" }, autorange: "reversed", showgrid: false,
       type: byLayer ? "linear" : "category" },
     shapes: [{ type: "line", x0: prompt, x1: prompt, y0: 0, y1: 1, yref: "paper", line: { color: c.delta, width: 1.5, dash: "dot" } }],
