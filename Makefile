@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lm-eval lint format types contracts pytest bench-cpu clean
+.PHONY: help demo test test-browser test-vllm lm-eval lint format types contracts pytest bench-cpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -20,6 +20,10 @@ demo: $(VENV)/.runtime ## install, then solve one long problem with full attenti
 	$(BIN)/deltadecode demo $(ARGS)
 
 test: lint types contracts pytest ## install, then lint, types, import contracts and tests
+
+test-browser: $(VENV)/.dev ## the report of inspect in headless Chromium, which CHROMIUM names or the path has
+	$(INSTALL) playwright
+	$(BIN)/python -m pytest -m browser tests/inspection $(ARGS)
 
 test-vllm: $(VLLM)/.ready ## the tests of vLLM, in an environment of its own (Python >= 3.11, Linux x86-64)
 	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -W ignore -m vllm \

@@ -27,3 +27,7 @@ class EvaluationError(DeltaDecodeError):
 
 class CalibrationError(DeltaDecodeError):
     """A calibration that cannot be run as asked, or data that it cannot read."""
+
+
+class InspectionError(DeltaDecodeError):
+    """A model or text that cannot be inspected as asked."""

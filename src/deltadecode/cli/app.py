@@ -14,6 +14,7 @@ from deltadecode.cli.demo import demo
 from deltadecode.cli.eval import eval_command
 from deltadecode.cli.generate import generate
 from deltadecode.cli.info import info
+from deltadecode.cli.inspect import inspect
 from deltadecode.cli.output import complain, one_line
 from deltadecode.cli.serve import SETTINGS, serve
 from deltadecode.errors import DeltaDecodeError
@@ -30,6 +31,7 @@ app.command(context_settings=SETTINGS)(serve)
 app.command()(info)
 app.command()(calibrate)
 app.command("eval")(eval_command)
+app.command()(inspect)
 app.add_typer(bench, name="bench")
 
 INTERRUPTED = 130
