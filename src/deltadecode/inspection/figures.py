@@ -129,6 +129,7 @@ def _entropy(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
     axes = figure.subplots()
     image = axes.imshow(_array(report["entropy_bits"]).T, cmap="Blues", aspect="auto")
     _ticks(axes.set_xticks, report["layers"])
+    _ticks(axes.set_yticks, list(range(len(report["entropy_bits"][0]))))
     axes.set(xlabel="layer", ylabel="head", title="Entropy of each head's attention, in bits")
     figure.colorbar(image, ax=axes)
 
@@ -140,6 +141,7 @@ def _sinks(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
     top = _array([each["top_mean"] for each in sinks["layers"]])
     image = heads.imshow(top.T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     _ticks(heads.set_xticks, report["layers"])
+    _ticks(heads.set_yticks, list(range(top.shape[1])))
     heads.set(xlabel="layer", ylabel="head",
               title=f"Largest mean attention to one token; {sinks['rate']:.1%} of heads above "
               f"{sinks['epsilon']:g}")  # fmt: skip
