@@ -3,6 +3,8 @@
 import pytest
 import torch
 from inspection_models import NAMES, eager_maps, full_layers, make, prompt
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deltadecode.errors import InspectionError, UnsupportedModelError
 from deltadecode.inspection.measure import HiddenMeasure, LayerMeasure, Measure, measure
@@ -144,6 +146,38 @@ def test_no_copy_of_a_block_is_larger_than_stated(monkeypatch):
     model = make("llama")
     measure(model, prompt(model, 300), block_bytes=50_000)
     assert len(sizes) > 4 * 20 and max(sizes) <= 50_000
+
+
+class Sizes(TorchDispatchMode):
+    """Notes every tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.seen += [(leaf.numel(), leaf.dtype, tuple(leaf.shape)) for leaf in leaves]
+        return out
+
+
+@pytest.mark.parametrize("name", ["llama", "learned", "off-by-one", "gated"])
+def test_no_map_is_ever_whole(monkeypatch, name):
+    """Whatever makes it, in any layer; only the mask of gpt-oss has T² entries, a byte each."""
+    from deltadecode.integrations.transformers import prefill
+
+    tokens = 500
+    monkeypatch.setattr(prefill, "_SCORE_BYTES", 50_000)  # what layers that are not measured hold
+    model = make(name)
+    with Sizes() as sizes:
+        measure(model, prompt(model, tokens), block_bytes=50_000)
+    assert len(sizes.seen) > 1000
+    whole = {found for found in sizes.seen if found[0] >= tokens**2}
+    has_mask = name in ("learned", "off-by-one")
+    assert {found[1:] for found in whole} == (
+        {(torch.bool, (1, 1, tokens, tokens))} if has_mask else set()
+    )
 
 
 def synthetic():

@@ -3,7 +3,9 @@
 No map of a layer is ever whole: the weights of a block of queries are added up by token and thrown
 away. A block takes at most 4 MiB per copy (or one query of all heads, if that is more), and about
 three copies are alive at once; what stays is ``4 · T · (Hq + Hkv + 1)`` bytes per layer, for T
-tokens.
+tokens. A model with sliding-window layers adds the mask that Transformers makes for them, T² bytes,
+and with learned sinks in those layers their own blocks of 64 MiB
+(:func:`deltadecode.integrations.transformers.prefill.blockwise_attention`).
 """
 
 from __future__ import annotations
