@@ -107,6 +107,21 @@ def test_the_gate_is_what_lies_between_attention_and_its_projection(case):
         torch.testing.assert_close(each.gate, expected, rtol=0, atol=1e-4)
 
 
+def test_value_norms_are_those_of_the_value_projection(case):
+    _, model, ids, found, _ = case
+    for each in found.attention:
+        seen = []
+        projection = model.model.layers[each.layer].self_attn.v_proj
+        hook = projection.register_forward_hook(
+            lambda module, inputs, out, seen=seen: seen.append(out)
+        )
+        eager_maps(model, ids)
+        hook.remove()
+        values = seen[0].view(TOKENS, model.config.num_key_value_heads, -1)
+        expected = values.pow(2).sum(dim=2).sqrt().T
+        torch.testing.assert_close(each.value_norm, expected, rtol=0, atol=1e-4)
+
+
 def test_hidden_states_are_the_model_s_own(case):
     _, model, _, found, output = case
     assert len(found.hidden) == model.config.num_hidden_layers
