@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from deltadecode.architecture import text_config
 from deltadecode.calibration.observe import Batch, LayerStep
 from deltadecode.integrations.transformers import DeltaCache
 from deltadecode.integrations.transformers.cache import DeltaLayer
 from deltadecode.integrations.transformers.prefill import full_attention
+from deltadecode.integrations.transformers.swap import attending
 
 NAME = "deltadecode_limited"
 TOKENS = 32
@@ -73,7 +72,7 @@ class Need:
         if total - first < 2 or not bool(used.any()):
             return
         limit = self._visible(batch, first, total)
-        with _limited(self._model) as run:
+        with attending(self._model, NAME, _RUNS, _Run()) as run:
             logits = self._forward(batch, first, total)
             full = logits()
             size = torch.linalg.vector_norm(full, dim=2)
@@ -138,26 +137,13 @@ class Need:
 
 
 class _Run:
-    """Which layer is limited now, and to what."""
+    """Which layer is limited now, and to what; all others attend fully."""
 
     layer: int | None = None
     mask: Tensor | None = None
 
 
 _RUNS: dict[int, _Run] = {}
-
-
-@contextmanager
-def _limited(model: Any) -> Iterator[_Run]:
-    """While it lasts, the model attends fully but in the layer that is named."""
-    config, previous = text_config(model), model.config._attn_implementation
-    run = _RUNS[id(config)] = _Run()
-    model.set_attn_implementation(NAME)
-    try:
-        yield run
-    finally:
-        model.set_attn_implementation(previous)
-        del _RUNS[id(config)]
 
 
 def limited_attention(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from deltadecode.errors import CalibrationError
-from deltadecode.evaluation.generation import eos_ids, pad_left
+from deltadecode.evaluation.generation import end_ids, pad_id, pad_left
 from deltadecode.integrations.transformers import DeltaCache
 from deltadecode.policies.base import Facts, Floats, View
 from deltadecode.policies.masked import Look, MaskedPolicy
@@ -300,14 +299,11 @@ def _generate(
     new_tokens: int,
     clock: _Clock,
 ) -> None:
-    ends = eos_ids(tokenizer)
-    pad = tokenizer.pad_token_id
-    pad = (ends or [0])[0] if pad is None else int(pad)
+    pad = pad_id(tokenizer)
     ids, mask = pad_left([each.ids for each in rows], pad, model.device)
     policy.begin_batch(torch.tensor([each.number for each in rows], device=model.device))
-    own = model.generation_config.eos_token_id
-    ends += own if isinstance(own, list) else [] if own is None else [own]
-    watch = _Ends(policy, torch.tensor(ends, device=model.device), clock)
+    ends = torch.tensor(sorted(end_ids(model, tokenizer)), device=model.device)
+    watch = _Ends(policy, ends, clock)
     cache = DeltaCache(model.config)
     output = model.generate(
         ids,
@@ -394,8 +390,3 @@ def _unseen(look: Look, value: Tensor, view: View) -> Tensor:
     mask = view.exists[:, None, None] if view.padded else None
     out = scaled_dot_product_attention(packed, look.key, value, mask, scale=scores.scale)
     return out.reshape(rows, heads, out.shape[-1])
-
-
-def observed_steps(new_tokens: int, stride: int) -> int:
-    """Decode steps that are observed for a prompt; the first new token comes from the prompt."""
-    return math.ceil((new_tokens - 1) / stride)

@@ -12,7 +12,7 @@ from deltadecode.calibration.fit import Candidate, Measurement, described, fitte
 from deltadecode.collect_env import versions
 from deltadecode.config import DeltaConfig
 
-CALIBRATED, PAPER = "calibrated", "cosine-shift"
+CALIBRATED = "calibrated"
 RANDOM_PLANS = 8
 _EXHAUSTIVE = 200_000  # plans that are counted out in seconds
 

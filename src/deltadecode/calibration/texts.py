@@ -12,7 +12,7 @@ from deltadecode.calibration.observe import Prompt
 from deltadecode.errors import CalibrationError
 from deltadecode.evaluation.generation import encode
 from deltadecode.integrations.transformers.state import longest_prompt
-from deltadecode.tasks.sample import Sample, Task, Verdict
+from deltadecode.tasks.sample import Sample, Task, no_verdict
 
 FORMAT = 'one JSON object a line, {"prompt": "...", "completion": "..."}, the completion optional'
 # Apart from those of evaluations, which start at 3,000,000,000.
@@ -50,7 +50,7 @@ def read_texts(path: Path, count: int | None = None) -> list[Sample]:
     for number, line in enumerate(lines, 1):
         if line.strip() and (count is None or len(found) < count):
             prompt, completion = _parsed(line, f"line {number} of the data {str(path)!r}")
-            found.append(Sample(len(found), prompt, completion, 0, _unchecked))
+            found.append(Sample(len(found), prompt, completion, 0, no_verdict))
     if not found:
         raise CalibrationError(f"the data {str(path)!r} is empty; it must hold {FORMAT}")
     return found
@@ -69,10 +69,6 @@ def _parsed(line: str, where: str) -> tuple[str, str]:
     if not isinstance(completion, str):
         raise CalibrationError(f"{where} has a completion that is no text; the format is {FORMAT}")
     return prompt, completion
-
-
-def _unchecked(text: str) -> Verdict:
-    return Verdict(0.0, None)
 
 
 def task_texts(task: Task, tokenizer: Any, count: int, seed: int = FIRST_SEED) -> list[Sample]:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from deltadecode.cli.output import (
     BadInput,
+    check_tag,
     note,
     print_json,
     progress_bar,
@@ -45,12 +46,9 @@ def cpu(
     """
     quiet_libraries()
     from deltadecode.benchmark.cpu import run
-    from deltadecode.benchmark.results import check_tag, table, write_result
+    from deltadecode.benchmark.results import table, write_result
 
-    try:
-        check_tag(tag)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+    check_tag(tag)
     _check_folder(out)
     with progress_bar("benchmark", 1.0) as (bar, task):
         found = run(progress=lambda case, done: bar.update(task, completed=done, description=case))
@@ -97,7 +95,6 @@ def kernels(
     from deltadecode.benchmark.kernel_cases import grid, parse_heads
     from deltadecode.benchmark.kernel_rows import kernel_table
     from deltadecode.benchmark.kernels import command_line, run, write_kernels
-    from deltadecode.benchmark.results import check_tag
 
     heads, batch, context = heads or [], batch or [], context or []
     try:
@@ -170,7 +167,6 @@ def e2e(
     quiet_libraries()
     from deltadecode.benchmark.e2e import finish, has_vllm, make_setup, run
     from deltadecode.benchmark.e2e_rows import e2e_table
-    from deltadecode.benchmark.results import check_tag
 
     try:
         check_tag(tag)
@@ -224,12 +220,9 @@ def calibration(
     """
     quiet_libraries()
     from deltadecode.benchmark.calibration import run
-    from deltadecode.benchmark.results import check_tag, write_with_figure
+    from deltadecode.benchmark.results import write_with_figure
 
-    try:
-        check_tag(tag)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+    check_tag(tag)
     _check_folder(out)
     with progress_bar("calibration", 1.0) as (bar, shown):
         tell = teller(bar, shown)

@@ -24,6 +24,7 @@ from deltadecode.cli.loading import (
 )
 from deltadecode.cli.output import (
     BadInput,
+    check_tag,
     note,
     print_json,
     progress_bar,
@@ -116,12 +117,8 @@ def eval_command(
     end, or with --report, a table compares every policy with full attention, sample by sample.
     """
     quiet_libraries()
-    from deltadecode.benchmark.results import check_tag
 
-    try:
-        check_tag(tag)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+    check_tag(tag)
     if report:
         _report(report, results, tag, docs, as_json)
         return

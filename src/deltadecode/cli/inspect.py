@@ -28,6 +28,7 @@ from deltadecode.cli.loading import (
 )
 from deltadecode.cli.output import (
     BadInput,
+    check_tag,
     note,
     print_json,
     progress_bar,
@@ -127,13 +128,9 @@ def inspect(
     check_folder(out)
     source = _source(model, prompt, prompt_file, task)
     quiet_libraries()
-    from deltadecode.benchmark.results import check_tag
     from deltadecode.inspection.run import inspect_text
 
-    try:
-        check_tag(tag)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+    check_tag(tag)
     folder = model_folder(model)
     check_model_path(folder)
     place = find_device(device)

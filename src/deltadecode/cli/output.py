@@ -23,6 +23,27 @@ class BadInput(DeltaDecodeError):
     """What was asked for cannot be done: exit code 2."""
 
 
+def check_tag(tag: str | None) -> None:
+    """Refuse a tag that cannot be a part of a result's name.
+
+    Parameters
+    ----------
+    tag : str or None
+        What was typed.
+
+    Raises
+    ------
+    BadInput
+        Naming what may be in it.
+    """
+    from deltadecode.benchmark import results
+
+    try:
+        results.check_tag(tag)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
 def stdout() -> Console:
     """Console of results; made anew, since stdout may have been replaced.
 

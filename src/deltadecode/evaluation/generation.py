@@ -21,7 +21,7 @@ from deltadecode.errors import EvaluationError
 from deltadecode.integrations.transformers import DeltaCache
 from deltadecode.policies import Policy
 from deltadecode.policies.delta import Delta
-from deltadecode.tasks.sample import Sample
+from deltadecode.tasks.sample import Sample, no_verdict
 
 OnStep = Callable[[int], None]  # told the number of new tokens
 _ROOM = 0.05  # new tokens beyond the reference, as a share of it: enough to see that it went on
@@ -91,9 +91,27 @@ def encode(samples: Sequence[Sample], tokenizer: Any, *, chat: bool) -> list[Enc
     return found
 
 
+def unchecked(prompt: Sequence[int], room: int) -> Encoded:
+    """A prompt that is only continued, by so many tokens at most; no answer is expected of it."""
+    return Encoded(Sample(0, "", "", 0, no_verdict), list(prompt), [], room)
+
+
 def eos_ids(tokenizer: Any) -> list[int]:
     """The token that ends a text, if there is one."""
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text, by the tokenizer and by the model."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
+    return {*eos_ids(tokenizer), *map(int, ends)}
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills rows up: the tokenizer's own, else the one that ends a text, else 0."""
+    pad = tokenizer.pad_token_id
+    return (eos_ids(tokenizer) or [0])[0] if pad is None else int(pad)
 
 
 def pad_left(
@@ -146,8 +164,7 @@ def new_tokens(
     leader: _Leader | None = None,
 ) -> Tensor:
     """Greedy continuation of a batch; [B, steps] or shorter, on the CPU."""
-    pad = tokenizer.pad_token_id
-    pad = (eos_ids(tokenizer) or [0])[0] if pad is None else int(pad)
+    pad = pad_id(tokenizer)
     ids, mask = pad_left([each.prompt for each in batch], pad, model.device)
     # DELTA makes the same cache itself. The others' policies need one that appends in place too.
     cache: dict[str, Any] = {}
@@ -198,7 +215,7 @@ def solve_batch(
     steps = max(each.room for each in batch)
     output = new_tokens(model, tokenizer, policy, batch, steps, on_step)
     counts = policy.counts([len(each.prompt) for each in batch], output.shape[1] - 1)
-    ends = _ends(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     records = []
     for row, each in enumerate(batch):
         new = output[row, : each.room].tolist()
@@ -252,7 +269,7 @@ def lead_batch(
     counts = policy.counts([len(each.prompt) for each in batch], steps - 1)
     log_probs = torch.stack(leader.log_probs, dim=1).double().cpu()
     agrees = (torch.stack(leader.best, dim=1).cpu() == continuation)[:, 1:]
-    ends = _ends(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     records = []
     for row, each in enumerate(batch):
         tokens = continuation[row].tolist()
@@ -311,10 +328,3 @@ def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | N
         if place >= len(tokens) or tokens[place] != expected:
             return place
     return None if len(tokens) == len(reference) else len(reference)
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a text, by the tokenizer and by the model."""
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
-    return {*eos_ids(tokenizer), *map(int, ends)}

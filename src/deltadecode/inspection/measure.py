@@ -23,6 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 from deltadecode.architecture import text_config
 from deltadecode.errors import InspectionError
 from deltadecode.integrations.transformers.prefill import full_attention
+from deltadecode.integrations.transformers.swap import attending
 from deltadecode.policies.base import Facts, Scores
 
 NAME = "deltadecode_measure"
@@ -181,8 +182,6 @@ _RUNS: dict[int, _Run] = {}
 
 @contextmanager
 def _measuring(model: Any, run: _Run, on_layer: Callable[[int], None]) -> Iterator[None]:
-    config = text_config(model)
-    previous = model.config._attn_implementation
     layers = decoder_layers(model)
 
     def see_hidden(place: int) -> Callable[..., None]:
@@ -196,9 +195,7 @@ def _measuring(model: Any, run: _Run, on_layer: Callable[[int], None]) -> Iterat
     def see_projected(place: int) -> Callable[..., None]:
         return lambda module, inputs: run.see_gated(place, inputs[0])
 
-    _RUNS[id(config)] = run
     with ExitStack() as stack:
-        stack.callback(_RUNS.pop, id(config))
         for place, layer in enumerate(layers):
             stack.callback(layer.register_forward_hook(see_hidden(place)).remove)
             for part in layer.modules():
@@ -206,8 +203,7 @@ def _measuring(model: Any, run: _Run, on_layer: Callable[[int], None]) -> Iterat
                 if getattr(part, "layer_idx", None) == place and isinstance(projection, nn.Module):
                     hook = projection.register_forward_pre_hook(see_projected(place))
                     stack.callback(hook.remove)
-        stack.callback(model.set_attn_implementation, previous)
-        model.set_attn_implementation(NAME)
+        stack.enter_context(attending(model, NAME, _RUNS, run))
         yield
 
 

@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig, LayerPlan
-from deltadecode.evaluation.generation import Encoded, lead_batch
+from deltadecode.evaluation.generation import lead_batch, unchecked
 from deltadecode.policies.base import Facts, Floats, Policy, View
 from deltadecode.policies.delta import Delta
 from deltadecode.policies.delta_variants import DeltaVariant
 from deltadecode.policies.full import Full
 from deltadecode.policies.masked import Look, MaskedPolicy
 from deltadecode.policies.pages import choose_pages, page_numbers, page_sums
-from deltadecode.tasks.sample import Sample, Verdict
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,7 @@ def remove(
     Removal
         One after the other.
     """
-    sample = Sample(0, "", "", 0, lambda text: Verdict(0.0, None))
-    encoded = Encoded(sample, list(prompt), [], continuation.shape[1])
+    encoded = unchecked(prompt, continuation.shape[1])
     for place, (name, policy) in enumerate(policies):
         before = place * continuation.shape[1]
         (record,) = lead_batch(

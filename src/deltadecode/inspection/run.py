@@ -14,12 +14,11 @@ from deltadecode.calibration.observe import Observed
 from deltadecode.calibration.statistics import Captured, Setting, Shift
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.errors import InspectionError
-from deltadecode.evaluation.generation import Encoded, new_tokens
+from deltadecode.evaluation.generation import new_tokens, unchecked
 from deltadecode.inspection.measure import Measure, measure
 from deltadecode.inspection.pages import Entropy, PageMap, PageMaps
 from deltadecode.inspection.removal import Removal, remove, treatments
 from deltadecode.policies.base import Facts
-from deltadecode.tasks.sample import Sample, Verdict
 
 NEW_TOKENS = 512
 REMOVAL_TOKENS = 192
@@ -188,10 +187,8 @@ def inspect_text(
     # In tokens; a step that is led along masks is about as dear as one that is watched.
     share = _Shares(tell, [steps, max(steps // 4, 1), removal_steps * len(policies)])
 
-    sample = Sample(0, "", "", 0, lambda text: Verdict(0.0, None))
-    encoded = Encoded(sample, list(prompt), [], steps)
     told = share.part(0, "full attention, watched")
-    written = new_tokens(model, tokenizer, watched, [encoded], steps, told)
+    written = new_tokens(model, tokenizer, watched, [unchecked(prompt, steps)], steps, told)
     ids = [*prompt, *written[0].tolist()]
     page_map = maps.finish()
     told = share.part(1, "attention sinks")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from deltadecode.architecture import text_config
 from deltadecode.errors import PolicyError
 from deltadecode.integrations.transformers.prefill import full_attention
+from deltadecode.integrations.transformers.swap import attending
 from deltadecode.policies.base import Counts, Facts, Policy, Scores, View
 
 NAME = "deltadecode_policy"
@@ -133,15 +133,10 @@ class MaskedPolicy(Policy):
     @contextmanager
     def decoding(self, model: Any) -> Iterator[None]:
         """While it lasts, ``model.generate`` decodes with this policy."""
-        config = text_config(model)
-        previous = model.config._attn_implementation
-        _POLICIES[id(config)] = self
-        model.set_attn_implementation(NAME)
         try:
-            yield
+            with attending(model, NAME, _POLICIES, self):
+                yield
         finally:
-            model.set_attn_implementation(previous)
-            del _POLICIES[id(config)]
             self._view = None
 
     def counts(self, prompts: Sequence[int], steps: int) -> Counts:

@@ -24,6 +24,11 @@ class Verdict:
     answer: str | None
 
 
+def no_verdict(text: str) -> Verdict:
+    """The checker of texts that nothing is expected of."""
+    return Verdict(0.0, None)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One problem.
