@@ -1,5 +1,7 @@
 """Budgets that are solved for a fraction of reads, and what is refused before anything runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from transformers import LlamaConfig
@@ -76,7 +78,14 @@ def test_an_ablation_starts_from_the_plan(name):
     for cell in cells:
         cell.make(MODEL)
     made = [cell.make(MODEL) for cell in cells[1:]]
-    assert any(getattr(policy, "cfg", None) == plan for policy in made)
+    unchanged = [
+        cell.policy
+        for cell, policy in zip(cells[1:], made, strict=True)
+        if replace(policy.cfg, budget_pages=plan.budget_pages) == plan
+        and (getattr(policy, "heads", "max"), getattr(policy, "per_layer", 0)) == ("max", 0)
+        and getattr(policy, "refresh", 1) == 1
+    ]
+    assert unchanged and set(unchanged) == {"delta"}, "one name, so that samples are shared"
 
 
 def test_plans_have_one_size_and_one_budget():

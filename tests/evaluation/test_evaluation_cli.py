@@ -68,7 +68,7 @@ def test_an_ablation_runs_by_name(run, model, tmp_path):
     policies = [(row["policy"], row["budget"]) for row in json.loads(out)["rows"]]
     assert code == 0
     assert policies == [
-        ("full", 0), ("delta:sink_pages=0", 512), ("delta:sink_pages=0", 1024),
+        ("full", 0), ("delta", 512), ("delta", 1024),
         ("delta:sink_pages=1", 512), ("delta:sink_pages=1", 1024),
     ]  # fmt: skip
 

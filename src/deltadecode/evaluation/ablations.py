@@ -9,9 +9,12 @@ from deltadecode.calibration.plans import dense_and_delta, hand_picked, random_p
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import EvaluationError
 from deltadecode.evaluation.cells import Cell
+from deltadecode.policies import parse_policy
 
 RANDOM_PLANS = 5
 _PAGES = ("page_size", "recent_pages", "sink_pages")
+# What options of ``delta-variant`` are in DELTA.
+_UNCHANGED = {"heads": "max", "per_layer": 0, "refresh": 1}
 
 
 def cells_of(
@@ -48,7 +51,15 @@ def cells_of(
     if name not in ABLATIONS:
         known = ", ".join([*ABLATIONS, PLANS])
         raise EvaluationError(f"unknown ablation {name!r}; there are {known}")
-    return [Cell("full", 0), *ABLATIONS[name](plan)]
+    return [Cell("full", 0), *(_plain(cell, plan) for cell in ABLATIONS[name](plan))]
+
+
+def _plain(cell: Cell, plan: DeltaConfig) -> Cell:
+    """``delta`` in place of a cell that changes nothing, so that ablations share its samples."""
+    options = parse_policy(cell.policy)[1]
+    if all(value == getattr(plan, key, _UNCHANGED.get(key)) for key, value in options.items()):
+        return Cell("delta", cell.budget)
+    return cell
 
 
 def _budget(plan: DeltaConfig) -> int:
@@ -89,11 +100,12 @@ def _plans(
     ):
         chosen.append(dense_and_delta(full, layers, dense))
     budget = pages["budget_pages"] * pages["page_size"]
-    return [
+    cells = [
         Cell(f"delta:{changed}{'' if a == own[0] else f'dense_layers={_layer_list(a)}:'}"
              f"delta_layers={_layer_list(b)}", budget)
         for a, b in chosen
     ]  # fmt: skip
+    return [_plain(cell, plan) for cell in cells]
 
 
 def _layer_list(layers: Sequence[int]) -> str:
