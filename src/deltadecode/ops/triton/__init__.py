@@ -189,9 +189,10 @@ def _launch(
         reach, scale, softcap or 1.0, v_scale,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         BLOCK=block_size if table.shape[1] > 1 else _WHOLE_ROW, TILE=shape.tokens,
+        BUDGET=ids.shape[1] if sparse else 0,
         BUDGET_PAD=triton.next_power_of_2(max(ids.shape[1], 16)) if sparse else 16,
-        SPARSE=sparse, SOFTCAP=softcap is not None,
-        OPERAND=_operand(q), num_warps=shape.warps, num_stages=shape.stages, **common,
+        SPARSE=sparse, SOFTCAP=softcap is not None, OPERAND=_operand(q), num_warps=shape.warps,
+        num_stages=shape.stages, **common,
     )  # fmt: skip
     if parts > 1 or return_page_scores:
         page_pad = triton.next_power_of_2(page_size)

@@ -15,14 +15,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _selected_blocks(table_ptr, ids_ptr, count, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-                     BUDGET_PAD: tl.constexpr):  # fmt: skip
+                     BUDGET: tl.constexpr, BUDGET_PAD: tl.constexpr):  # fmt: skip
     """Selected pages [BUDGET_PAD] of a row and the blocks they lie in.
 
     Both are loaded once, before the loop over tokens: two loads, one behind the other, would have
     to come before every tile of keys, which then could not be fetched so far ahead.
     """
     place = tl.arange(0, BUDGET_PAD)
-    page = tl.load(ids_ptr + place, mask=place < count, other=0)
+    # Does not wait for the count; what lies beyond it is no page.
+    page = tl.load(ids_ptr + place, mask=place < BUDGET, other=0)
+    page = tl.where(place < count, page, 0)
     block = tl.load(table_ptr + page * PAGE // BLOCK, mask=place < count, other=0)
     return page, block
 
@@ -90,7 +92,8 @@ def attend(
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, SCORES: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, BUDGET_PAD: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, BUDGET: tl.constexpr,
+    BUDGET_PAD: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B)."""
     kv_head = tl.program_id(0)
@@ -104,7 +107,7 @@ def attend(
         # Fewer than no pages stands for all of them.
         length = tl.where(count < 0, n, count * PAGE)
         pages, blocks = _selected_blocks(
-            table_ptr, ids_ptr + row * ids_row, count, PAGE, BLOCK, BUDGET_PAD
+            table_ptr, ids_ptr + row * ids_row, count, PAGE, BLOCK, BUDGET, BUDGET_PAD
         )
     k_ptr += kv_head.to(tl.int64) * k_head
     v_ptr += kv_head.to(tl.int64) * v_head

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,8 @@ _SMALL_FROM, _SMALL_PARTS = 512, 8
 _FINISHING = 16
 # What a split costs, as a part of a row's time: it is written, and read once more.
 _SPLIT = 0.02
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ _SPARSE = (
     (512, (Tile(64, 4, 3, (1,)),)),
     (1024, (Tile(32, 4, 3, (1,)),)),
 )
+# The same, of so few rows that they are split: a tile is then most of what a thread block reads.
+_SPARSE_SPLIT = (
+    (256, Tile(64, 4, 4, (1,))),
+    (512, Tile(32, 4, 4, (1,))),
+    (1024, Tile(16, 4, 3, (1,))),
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -91,17 +100,19 @@ def attention_shape(
     parts : int
         At least 1.
     """
-    sms = multiprocessors(device)
+    sms, key_bytes = multiprocessors(device), dim * itemsize
     # A power of two, so that a growing cache compiles a kernel a few times, not at every length.
     most = min(_MOST_SPLITS, 1 << max(1, tokens // _LEAST_TOKENS).bit_length() - 1)
-    if sparse and 5 * programs >= 2 * sms:
-        # So few tokens are split only where half of the device would have nothing to do.
-        most = min(most, 1 if 4 * programs >= 3 * sms else 2)
-        return _quickest(_by_bytes(_SPARSE, dim * itemsize), programs, most, sms)
-    return _quickest(_by_bytes(_FULL, dim * itemsize), programs, most, sms)
+    if sparse and 4 * programs >= 3 * sms:
+        return _quickest(_by_bytes(_SPARSE, key_bytes), programs, 1, sms)
+    if sparse:
+        # Two thread blocks to a multiprocessor, whether they are there at once or in turn.
+        parts = 1 << max(1, 2 * sms // programs).bit_length() - 1
+        return _by_bytes(_SPARSE_SPLIT, key_bytes), min(most, parts)
+    return _quickest(_by_bytes(_FULL, key_bytes), programs, most, sms)
 
 
-def _by_bytes(tiles: tuple[tuple[int, tuple[Tile, ...]], ...], key_bytes: int) -> tuple[Tile, ...]:
+def _by_bytes(tiles: tuple[tuple[int, Found], ...], key_bytes: int) -> Found:
     return next(tile for most, tile in tiles if key_bytes <= most)
 
 
