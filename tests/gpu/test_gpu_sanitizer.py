@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.gpu
-HERE = Path(__file__).parent
+KERNELS = Path(__file__).parent / "every_kernel.py"
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -17,8 +17,7 @@ def test_every_kernel_is_clean(tool):
     sanitizer = shutil.which("compute-sanitizer")
     assert sanitizer, "compute-sanitizer is part of the CUDA toolkit"
     done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "every_kernel.py"],
-        cwd=HERE,
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(KERNELS)],
         # Every allocation by itself, so that one past its end is seen.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,

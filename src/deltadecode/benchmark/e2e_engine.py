@@ -177,11 +177,14 @@ class Engine:
             return summarize(trace, steps)
 
     def _drop(self) -> dict[str, Any]:
-        self._engine.abort_request(self._ids)
+        # vLLM hands out its own names of requests, and takes the caller's unless told.
+        self._engine.abort_request(self._ids, internal=True)
         self._ids = []
         # Steps that were under way when their sequences went away, with asynchronous scheduling.
         for _ in range(2):
             self._engine.step()
+        if self._scheduler.requests:
+            raise RuntimeError(f"{len(self._scheduler.requests)} sequences are still in the cache")
         return {}
 
     def _enqueue(self, batch: int, prompt: int, new_tokens: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from deltadecode.benchmark.e2e_processes import WORKER, Process
 from deltadecode.benchmark.e2e_rows import make_row
 from deltadecode.benchmark.e2e_shapes import ModelShape
-from deltadecode.benchmark.e2e_workloads import Workload, needs
+from deltadecode.benchmark.e2e_workloads import BLOCK, Workload, needs
 from deltadecode.benchmark.results import result
 from deltadecode.config import DeltaConfig
 
@@ -82,7 +82,8 @@ class Setup:
         }
 
     def _kv_bytes(self) -> int:
-        return self.shape.kv_bytes * max(one.kv_tokens for one in self.workloads)
+        # vLLM keeps a block to itself.
+        return self.shape.kv_bytes * (BLOCK + max(one.kv_tokens for one in self.workloads))
 
 
 @dataclass

@@ -22,7 +22,7 @@ _DEFAULTS = {
 # while the others are read, so they need this much more room.
 _CHUNK = 2048
 _SPARE = 16
-_BLOCK = 128  # tokens, at most, of a block of an engine's cache
+BLOCK = 128  # tokens, at most, of a block of an engine's cache
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Workload:
     @property
     def kv_tokens(self) -> int:
         """Tokens that the KV cache has to hold at once, with a block's rest for each sequence."""
-        return self.batch * (self.longest + _BLOCK)
+        return self.batch * (self.longest + BLOCK)
 
     @property
     def holds(self) -> bool:
