@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import deltadecode
 from deltadecode.tasks import is_correct, make_problem
@@ -19,6 +20,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
+BLOCK = 16
+MODEL = Path(deltadecode.__file__).parent / "tasks" / "model"
 WORKER = Path(__file__).parents[1] / "vllm" / "vllm_worker.py"
 # Sequences cross the 80 pages of 8 tokens while they decode, all in one captured graph.
 CONFIG = {"page_size": 8, "budget_pages": 80, "recent_pages": 4}
@@ -48,15 +51,19 @@ def work(tmp_path_factory):
     def run(**job):
         job = {"side": "vllm", "rounds": [[{"prompt": p.prompt} for p in PROBLEMS]], **job}
         job["engine"] = {**ENGINE, **job.get("engine", {})}
-        out = folder / "found.json"
+        out, given = folder / "found.json", folder / "job.json"
+        given.write_text(json.dumps(job))
         done = subprocess.run(
-            [sys.executable, str(WORKER), json.dumps(job), str(out)],
+            [sys.executable, str(WORKER), str(given), str(out)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
             env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "WARNING"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
         rounds = json.loads(out.read_text())["rounds"]
-        return [[request["completions"][0] for request in round_] for round_ in rounds]
+        return [
+            [{**request["completions"][0], "cached": request["cached"]} for request in round_]
+            for round_ in rounds
+        ]
 
     return run
 
@@ -88,19 +95,33 @@ def test_mixed_batches_chunks_and_prefix_hits(work, graphs):
     assert agreeing(graphs, again) >= 20
 
 
+def first_part(problem, tokenizer):
+    """Token ids of a problem and most of its solution, one more than a number of whole blocks."""
+    prompt, solution = (
+        tokenizer(text, add_special_tokens=False).input_ids
+        for text in (problem.prompt, problem.solution)
+    )
+    length = len(prompt) + len(solution) * 3 // 4
+    return (prompt + solution)[: length - (length - 1) % BLOCK]
+
+
 def test_the_last_token_of_a_prompt_is_prefill_when_it_comes_alone(work):
-    """After a prefix hit it is a row of a captured graph; few pages would show."""
-    lone = {
-        "prompt": [5 + (7 * place) % 500 for place in range(897)],
-        "params": {"logprobs": 5, "max_tokens": 1},
-    }
-    config = {"page_size": 8, "budget_pages": 12, "recent_pages": 2}
-    whole, again = work(config=config, rounds=[[lone], [lone]])
-    whole, again = whole[0]["logprobs"][0], again[0]["logprobs"][0]
-    assert max(whole, key=whole.get) == max(again, key=again.get)
-    both = whole.keys() & again.keys()
-    assert len(both) >= 4
-    assert {t: again[t] for t in both} == pytest.approx({t: whole[t] for t in both}, abs=0.1)
+    """After a prefix hit it is a row of a captured graph, and must still read every page."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    parts = [first_part(problem, tokenizer) for problem in PROBLEMS]
+    one = [{"prompt": part, "params": {"max_tokens": 1}} for part in parts]
+    # The same token again, now as one that was generated: a step of DELTA, starved of pages.
+    two = [{"prompt": part[:-1], "params": {"max_tokens": 2}} for part in parts]
+    config = {"page_size": 8, "budget_pages": 2, "recent_pages": 1, "delta_layers": [0]}
+    whole, again, starved = work(
+        config=config, engine={"block_size": BLOCK}, rounds=[one, one, two]
+    )
+    assert [each["cached"] for each in again] == [len(part) - 1 for part in parts]
+    assert agreeing(whole, again) >= 20
+    same_last = [each["tokens"][0] == part[-1] for each, part in zip(starved, parts, strict=True)]
+    assert sum(same_last) >= 20
+    right = [w["tokens"][0] == s["tokens"][1] for w, s in zip(whole, starved, strict=True)]
+    assert sum(right) < 17, "a step that reads two pages has to show, or this test shows nothing"
 
 
 def test_with_every_page_in_the_budget_it_is_stock_vllm(work):

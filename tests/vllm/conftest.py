@@ -47,9 +47,10 @@ def work(tmp_path_factory):
     def run(job, timeout=900, **more):
         folder = tmp_path_factory.mktemp("vllm")
         out = folder / "found.json"
+        (folder / "job.json").write_text(json.dumps(job))
         with (folder / "log").open("w") as log:
             done = subprocess.run(
-                [sys.executable, str(HERE / "vllm_worker.py"), json.dumps(job), str(out)],
+                [sys.executable, str(HERE / "vllm_worker.py"), str(folder / "job.json"), str(out)],
                 stdout=log, stderr=subprocess.STDOUT, timeout=timeout, env=environment(**more),
                 check=False,
             )  # fmt: skip

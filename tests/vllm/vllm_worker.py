@@ -1,4 +1,4 @@
-"""One engine's work in one process: ``python vllm_worker.py JOB OUT``, both of JSON.
+"""One engine's work in one process: ``python vllm_worker.py JOB OUT``, both files of JSON.
 
 A job has ``side`` ("vllm" or "transformers"), ``engine`` (arguments of ``vllm.LLM``), ``config``
 (of DELTA), and ``rounds``: lists of requests, each with a ``prompt``, in text or token ids, and
@@ -94,6 +94,6 @@ def run_transformers(job):
 
 
 if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
+    job = json.loads(Path(sys.argv[1]).read_text())
     found = run_transformers(job) if job["side"] == "transformers" else run_vllm(job)
     Path(sys.argv[2]).write_text(json.dumps(found))
