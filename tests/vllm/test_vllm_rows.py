@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -87,6 +88,35 @@ def test_rows_of_prompts_are_found_in_one_place_and_forgotten():
     assert prompts.update(common, 3).tolist() == [False] * 6
     none = common.replace(is_prefilling=torch.zeros(4, dtype=torch.bool))
     assert prompts.update(none, 3).tolist() == [False] * 6
+
+
+def test_rows_of_prompts_are_those_of_the_runner_where_it_is_asked():
+    prompts = PromptRows(6, torch.device("cpu"))
+    # A captured batch of 4 rows, two of them padding, that the runner leaves out.
+    common = batch([1, 1, 1, 1], [9, 8, 0, 0])
+    told = numpy.array([False, True])
+    assert prompts.update(common, 4, told).tolist() == [False, True, False, False, False, False]
+    short = common.replace(is_prefilling=torch.tensor([True, False]))
+    assert prompts.update(short, 4).tolist() == [True, False, False, False, False, False]
+    assert prompts.update(short, 4, numpy.zeros(2, dtype=bool)).tolist() == [False] * 6
+
+
+def test_a_model_state_passes_on_which_rows_belong_to_prompts():
+    class State:
+        def prepare_attn(self, input_batch, mode, tables, slots, attn_groups, config, **more):
+            return self, mode, [builder.__dict__ for builder in builders], more
+
+    builders = [SimpleNamespace(told=None), SimpleNamespace()]
+    groups = [
+        [SimpleNamespace(get_metadata_builder=lambda _, builder=builder: builder)]
+        for builder in builders
+    ]
+    versions.pass_on_prompts(State)
+    versions.pass_on_prompts(State)
+    batch = SimpleNamespace(is_prefilling_np=numpy.array([True]))
+    state = State()
+    found = state.prepare_attn(batch, "full", (), None, attn_groups=groups, config=None, more=1)
+    assert found == (state, "full", [{"told": batch.is_prefilling_np}, {}], {"more": 1})
 
 
 @pytest.mark.parametrize(("seqs", "captured", "rows"), [(32, 0, 32), (5, None, 8), (200, 257, 272)])

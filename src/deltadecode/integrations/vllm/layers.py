@@ -133,7 +133,11 @@ class DeltaBuilder:
         super().__init__(*args, **kwargs)
         # vLLM then puts the rows of one new token first.
         self._init_reorder_batch_threshold(1)  # type: ignore[attr-defined]
-        self._prompts = PromptRows(most_rows(self.vllm_config), self.device)  # type: ignore[attr-defined]
+        config, device = self.vllm_config, self.device  # type: ignore[attr-defined]
+        self._prompts = PromptRows(most_rows(config), device)
+        # Which rows of the batch to come belong to prompts, where its metadata may not say so.
+        self.told: Any = None
+        versions.tell_builders_of_prompts(config)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -185,7 +189,8 @@ class DeltaBuilder:
         stock = super().build  # type: ignore[misc]
         metadata = stock(0, common_attn_metadata, fast_build, **kwargs)
         rows = Rows(count_decode_rows(common_attn_metadata))
-        rows.prompts = self._prompts.update(common_attn_metadata, rows.decode)
+        told, self.told = self.told, None
+        rows.prompts = self._prompts.update(common_attn_metadata, rows.decode, told)
         if self.splits and 0 < rows.decode < common_attn_metadata.num_reqs:
             # The builder may keep its schedule in one buffer, which the second build overwrites.
             schedule = getattr(metadata, "scheduler_metadata", None)

@@ -107,7 +107,7 @@ class PromptRows:
         self._flags = torch.zeros(rows, dtype=torch.bool, device=device)
         self._any = False
 
-    def update(self, common: Any, count: int) -> Tensor:
+    def update(self, common: Any, count: int, told: Any = None) -> Tensor:
         """Flags of a batch; nothing is sent to the device where no row is flagged, as usual.
 
         Parameters
@@ -116,25 +116,27 @@ class PromptRows:
             Of the batch.
         count : int
             Its decode rows.
+        told : ndarray, optional
+            [requests] bool, in place of what the metadata says.
 
         Returns
         -------
         Tensor
             [rows] bool, always the same memory.
         """
-        found = getattr(common, "is_prefilling", None)
-        found = None if found is None else found[:count]
-        if found is not None and not found.is_cpu:
+        found = getattr(common, "is_prefilling", None) if told is None else torch.from_numpy(told)
+        # Padding rows may be left out of it.
+        found = torch.zeros(0, dtype=torch.bool) if found is None else found[:count]
+        if not found.is_cpu:
             # Some versions may keep it on the device; asking it would wait for the device.
             self._flags.zero_()
-            self._flags[:count] = found
+            self._flags[: len(found)] = found
             return self._flags
-        some = found is not None and bool(found.any())
+        some = bool(found.any())
         if some or self._any:
             # From memory that is not pinned: it is read before the call returns.
             flags = torch.zeros(self._flags.shape, dtype=torch.bool)
-            if found is not None:
-                flags[:count] = found
+            flags[: len(found)] = found
             self._flags.copy_(flags)
         self._any = some
         return self._flags

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -145,3 +147,46 @@ def rows_after(common: Any, first: int) -> Any:
 
     rest = UBatchSlice(slice(first, common.num_reqs), slice(first, common.num_actual_tokens))
     return split_attn_metadata([rest], common)[0]
+
+
+def tell_builders_of_prompts(vllm_config: Any) -> None:
+    """Let metadata builders know which rows belong to prompts.
+
+    The second model runner of vLLM 0.24 (its default for Llama, Mistral, Qwen3 and a few more on
+    GPUs) knows it, and leaves it out of what it hands to builders.
+
+    Parameters
+    ----------
+    vllm_config : vllm.config.VllmConfig
+        Of the engine.
+    """
+    if getattr(vllm_config, "use_v2_model_runner", False):
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        pass_on_prompts(DefaultModelState)
+
+
+def pass_on_prompts(state: Any) -> None:
+    """Have a model state set the attribute ``told`` of each builder that has one.
+
+    Parameters
+    ----------
+    state : type
+        A vLLM ModelState; its ``prepare_attn`` takes ``input_batch`` and ``attn_groups``.
+    """
+    prepare = state.prepare_attn
+    if hasattr(prepare, "_deltadecode"):
+        return
+    signature = inspect.signature(prepare)
+
+    @functools.wraps(prepare)
+    def prepare_attn(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for group in chain.from_iterable(given["attn_groups"]):
+            builder = group.get_metadata_builder(0)
+            if hasattr(builder, "told"):
+                builder.told = given["input_batch"].is_prefilling_np
+        return prepare(*args, **kwargs)
+
+    prepare_attn._deltadecode = True  # type: ignore[attr-defined]
+    state.prepare_attn = prepare_attn
