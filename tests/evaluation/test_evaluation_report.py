@@ -103,6 +103,11 @@ def test_a_peer_that_wins_is_named(folder):
     assert "oracle" not in line and "tidal" not in line
 
 
+def test_without_peers_there_is_no_verdict(folder):
+    rows = summarize(load([folder]))
+    assert verdicts([row for row in rows if row["policy"] in ("full", "delta", "oracle")]) == []
+
+
 def test_a_cell_that_lacks_samples_is_refused(folder):
     write_cell(folder, "random", 40, [0] * 12, 25)
     with pytest.raises(EvaluationError, match="lacks 8 of 20 samples; run it again to its end"):

@@ -5,4 +5,5 @@ import sys
 from deltadecode.cli import main
 
 if __name__ == "__main__":
-    main(["eval", *sys.argv[1:]])
+    sys.argv.insert(1, "eval")  # results name the command that made them
+    main(sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from matplotlib.figure import Figure
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown",
            "tab:pink", "tab:olive", "tab:cyan", "black")  # fmt: skip
 _MARKERS = "osD^v<>PX*"
+# Inches of a legend: what a column has beside its text, a letter, and a line.
+_KEY, _LETTER, _LINE = 0.7, 0.075, 0.19
+_APART = 1.12  # of neighbouring numbers on a logarithmic axis, lest they overlap
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
@@ -40,7 +44,8 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
     for kind, panel in (("budget", _over_budget), ("reads", _over_reads), ("first-wrong", _wrong)):
         if kind == "first-wrong" and not any(line["wrong_somewhere"] for line in rows):
             continue
-        figure = Figure(figsize=(1 + 7 * len(tasks), 6), layout="constrained")
+        width = 1 + 7 * len(tasks)
+        figure = Figure(figsize=(width, 6), layout="constrained")
         panels = figure.subplots(1, len(tasks), squeeze=False)[0]
         for axes, (task, lines) in zip(panels, tasks.items(), strict=True):
             panel(axes, lines)
@@ -51,7 +56,12 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
             for axes in panels
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        longest = max(map(len, handles), default=1)
+        columns = max(1, int(width / (_KEY + _LETTER * longest)))
+        figure.set_figheight(6 + _LINE * ceil(len(handles) / columns))
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8
+        )
         path = folder / f"{name}-{kind}.png"
         figure.savefig(path, dpi=100)
         written.append(path)
@@ -67,7 +77,8 @@ def _series(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _style(place: int) -> dict[str, Any]:
-    return {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
+    color, again = place % len(_COLORS), place // len(_COLORS)
+    return {"color": _COLORS[color], "marker": _MARKERS[(color + 3 * again) % len(_MARKERS)]}
 
 
 def _accuracy(axes: Any, lines: Sequence[dict[str, Any]], key: str, factor: float) -> None:
@@ -88,6 +99,11 @@ def _accuracy(axes: Any, lines: Sequence[dict[str, Any]], key: str, factor: floa
 def _over_budget(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
     _accuracy(axes, lines, "budget", 1.0)
     axes.set_xscale("log", base=2)
+    shown: list[int] = []
+    for budget in sorted({line["budget"] for line in lines if line["budget"]}):
+        if not shown or budget >= _APART * shown[-1]:
+            shown.append(budget)
+    axes.set_xticks(shown, [f"{budget:,}" for budget in shown], minor=False)
     axes.set_xlabel("budget of a sparse layer, tokens")
 
 

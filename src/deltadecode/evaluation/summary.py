@@ -262,14 +262,14 @@ def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
     Returns
     -------
     list of str
-        One line for each cell of DELTA. Ahead or level are peers that read the same or less,
-        behind are those that read the same or more; the oracle is no peer.
+        One line for each cell of DELTA, where there are peers. Ahead or level are peers that read
+        the same or less, behind are those that read the same or more; the oracle is no peer.
     """
     found = []
     for name, lines in _parts(rows).items():
         kinds = [(line["policy"].split(":")[0], line) for line in lines]
         peers = [x for kind, x in kinds if kind not in ("full", "oracle", "delta", "delta-variant")]
-        for delta in (x for kind, x in kinds if kind == "delta"):
+        for delta in (x for kind, x in kinds if kind == "delta" and peers):
             reads, score = delta["reads"], delta["score"]
             no_more = [x for x in peers if x["reads"] <= reads + within]
             no_less = [x for x in peers if x["reads"] >= reads - within]
