@@ -212,8 +212,11 @@ def calibration(
         ),
     ] = None,
     tag: Annotated[str | None, typer.Option(help="Last part of the files' names.")] = None,
+    problems: Annotated[
+        int, typer.Option(min=2, help="Half of them are fitted, half held out.")
+    ] = 16,
 ) -> None:
-    """Calibrate the embedded model on 16 problems: seconds, memory, and its plan among all others.
+    """Calibrate the embedded model: seconds, memory, and its plan among all others.
 
     The plan is compared with the paper's rule, hand-picked and random plans, and, by what it keeps
     of the attention to the other half of the problems, with every plan of its size.
@@ -227,7 +230,7 @@ def calibration(
     with progress_bar("calibration", 1.0) as (bar, shown):
         tell = teller(bar, shown)
         command = shlex.join(["deltadecode", *sys.argv[1:]])
-        found = run(command, lambda done, left: tell("calibration", done, left))
+        found = run(command, lambda done, left: tell("calibration", done, left), problems)
     if out is not None:
 
         def figure(path: Path) -> None:
