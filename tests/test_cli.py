@@ -10,11 +10,12 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import DeepseekV3Config as MlaConfig
 
 from deltadecode import DeltaConfig
-from deltadecode.cli import main
+from deltadecode.cli import demo_workers, main
 from deltadecode.cli.decoding import Decoded
 from deltadecode.cli.generate import encode
 from deltadecode.cli.info import ranges
@@ -499,6 +500,28 @@ def test_demo_whose_step_cannot_be_timed_says_so(run, small_demo, monkeypatch, t
     assert (code, out) == (1, "")
     last = err.splitlines()[-1]
     assert last.startswith("deltadecode: error: RuntimeError: timing a step failed: DeltaConfigErr")
+
+
+def test_a_failure_is_told_though_the_other_side_is_still_decoding(monkeypatch):
+    side = """if 1:
+        import json, sys, time
+        delta = json.loads(sys.argv[-1])["delta"]
+        say = lambda **message: print(json.dumps(message), flush=True)
+        say(ready=1)
+        sys.stdin.readline()
+        if not delta:
+            time.sleep(60)
+        say(done={})
+        say(error="ValueError: too small")
+    """
+    popen = subprocess.Popen
+
+    def start(command, **options):
+        return popen([sys.executable, "-c", side, command[-1]], **options)
+
+    monkeypatch.setattr(demo_workers.subprocess, "Popen", start)
+    with pytest.raises(RuntimeError, match="timing a step failed: ValueError: too small"):
+        demo_workers.run({}, {"pairs": 1}, Console(stderr=True))
 
 
 # bench

@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack
 from threading import Thread
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -113,10 +113,23 @@ class Worker:
             When it has ended without.
         """
         if key not in self.told:
-            work = "timing a step" if "done" in self.told else f"decoding with {self.name}"
-            reason = self.told.get("error", f"exit code {self._process.wait()}")
-            raise RuntimeError(f"{work} failed: {reason}")
+            self._fail(self.told.get("error") or f"exit code {self._process.wait()}")
         return self.told[key]
+
+    def check(self) -> None:
+        """Raise what it told of a failure, of whatever it was at.
+
+        Raises
+        ------
+        RuntimeError
+            When it has failed.
+        """
+        if "error" in self.told:
+            self._fail(self.told["error"])
+
+    def _fail(self, reason: str) -> NoReturn:
+        work = "timing a step" if "done" in self.told else f"decoding with {self.name}"
+        raise RuntimeError(f"{work} failed: {reason}")
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -160,8 +173,9 @@ def run(
             worker.result("ready")
             worker.proceed()
         _watch(workers, console)
-        # The one that has failed speaks first.
-        workers.sort(key=lambda worker: "error" not in worker.told)
+        # The one that has failed speaks first: the other one may not have been waited for.
+        for worker in workers:
+            worker.check()
         for worker in workers:
             worker.result("done")
         delta.proceed()
