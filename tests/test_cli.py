@@ -502,25 +502,35 @@ def test_demo_whose_step_cannot_be_timed_says_so(run, small_demo, monkeypatch, t
     assert last.startswith("deltadecode: error: RuntimeError: timing a step failed: DeltaConfigErr")
 
 
-def test_a_failure_is_told_though_the_other_side_is_still_decoding(monkeypatch):
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ("ready", "decoding with DELTA failed: ValueError: too small"),
+        ("done", "timing a step failed: ValueError: too small"),
+    ],
+)
+def test_a_failure_is_told_though_the_other_side_is_not_so_far(monkeypatch, last, message):
     side = """if 1:
         import json, sys, time
-        delta = json.loads(sys.argv[-1])["delta"]
+        last, delta = sys.argv[1], json.loads(sys.argv[2])["delta"]
         say = lambda **message: print(json.dumps(message), flush=True)
-        say(ready=1)
-        sys.stdin.readline()
-        if not delta:
-            time.sleep(60)
-        say(done={})
+        for part in ("ready", "done"):
+            if part == last and not delta:
+                time.sleep(60)
+            if part == last == "ready":
+                break
+            say(**{part: 1})
+            if part != last:
+                sys.stdin.readline()
         say(error="ValueError: too small")
     """
     popen = subprocess.Popen
 
     def start(command, **options):
-        return popen([sys.executable, "-c", side, command[-1]], **options)
+        return popen([sys.executable, "-c", side, last, command[-1]], **options)
 
     monkeypatch.setattr(demo_workers.subprocess, "Popen", start)
-    with pytest.raises(RuntimeError, match="timing a step failed: ValueError: too small"):
+    with pytest.raises(RuntimeError, match=message):
         demo_workers.run({}, {"pairs": 1}, Console(stderr=True))
 
 

@@ -169,21 +169,26 @@ def run(
         with console.status("loading the model"):
             while _going(workers, "ready"):
                 time.sleep(_REFRESH)
+        _results(workers, "ready")
         for worker in workers:
-            worker.result("ready")
             worker.proceed()
         _watch(workers, console)
-        # The one that has failed speaks first: the other one may not have been waited for.
-        for worker in workers:
-            worker.check()
-        for worker in workers:
-            worker.result("done")
+        _results(workers, "done")
         delta.proceed()
         with progress_bar("a larger model", larger["pairs"]) as (bar, shown):
             while delta.waits_for("step"):
                 bar.update(shown, completed=delta.told["pairs"])
                 time.sleep(_REFRESH)
         return full.result("done"), delta.result("done"), delta.result("step")
+
+
+def _results(workers: list[Worker], key: str) -> None:
+    """Raise unless every worker has told it."""
+    # The one that has failed speaks first: the other one was not waited for.
+    for worker in workers:
+        worker.check()
+    for worker in workers:
+        worker.result(key)
 
 
 def _going(workers: list[Worker], key: str) -> bool:

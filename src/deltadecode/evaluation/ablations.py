@@ -47,11 +47,13 @@ def cells_of(
         For an unknown name; the message lists the known. For ``plans`` without a calibration.
     """
     if name == PLANS:
-        return [Cell("full", 0), *_plans(plan, layers, measured or {})]
-    if name not in ABLATIONS:
+        cells = _plans(plan, layers, measured or {})
+    elif name in ABLATIONS:
+        cells = ABLATIONS[name](plan)
+    else:
         known = ", ".join([*ABLATIONS, PLANS])
         raise EvaluationError(f"unknown ablation {name!r}; there are {known}")
-    return [Cell("full", 0), *(_plain(cell, plan) for cell in ABLATIONS[name](plan))]
+    return [Cell("full", 0), *(_plain(cell, plan) for cell in cells)]
 
 
 def _plain(cell: Cell, plan: DeltaConfig) -> Cell:
@@ -100,12 +102,11 @@ def _plans(
     ):
         chosen.append(dense_and_delta(full, layers, dense))
     budget = pages["budget_pages"] * pages["page_size"]
-    cells = [
+    return [
         Cell(f"delta:{changed}{'' if a == own[0] else f'dense_layers={_layer_list(a)}:'}"
              f"delta_layers={_layer_list(b)}", budget)
         for a, b in chosen
     ]  # fmt: skip
-    return [_plain(cell, plan) for cell in cells]
 
 
 def _layer_list(layers: Sequence[int]) -> str:

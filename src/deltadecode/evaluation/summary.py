@@ -269,7 +269,9 @@ def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
     for name, lines in _parts(rows).items():
         kinds = [(line["policy"].split(":")[0], line) for line in lines]
         peers = [x for kind, x in kinds if kind not in ("full", "oracle", "delta", "delta-variant")]
-        for delta in (x for kind, x in kinds if kind == "delta" and peers):
+        if not peers:
+            continue
+        for delta in (x for kind, x in kinds if kind == "delta"):
             reads, score = delta["reads"], delta["score"]
             no_more = [x for x in peers if x["reads"] <= reads + within]
             no_less = [x for x in peers if x["reads"] >= reads - within]
