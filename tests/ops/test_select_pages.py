@@ -124,20 +124,47 @@ def test_no_rows_and_no_pages(backend):
     assert run([[], []], [0, 0], config(), backend) == [[], []]
 
 
+def ranked(scores, pages, cfg):
+    """Pages that R4 selects from one row [width] of scores, by a stable sort."""
+    if pages <= cfg.budget_pages:
+        return list(range(pages))
+    forced = {*range(cfg.sink_pages), *range(pages - cfg.recent_pages, pages)}
+    order = scores[:pages].nan_to_num(-1.0).sort(descending=True, stable=True).indices
+    others = [page for page in order.tolist() if page not in forced]
+    return sorted({*forced, *others[: cfg.budget_pages - len(forced)]})
+
+
+@pytest.mark.parametrize("budget", [40, 300, 2050, 4200])
 @pytest.mark.parametrize("pages", [4095, 4096, 4097, 9000])
-def test_rows_longer_than_a_chunk(backend, pages):
+def test_rows_longer_than_a_chunk(backend, pages, budget):
     generator = torch.Generator().manual_seed(pages)
     scores = torch.rand(3, pages, generator=generator)
     scores[1] = (scores[1] * 4).floor()
     scores[2, ::2] = NAN
-    cfg = DeltaConfig(page_size=1, budget_pages=40, recent_pages=3, sink_pages=2)
+    cfg = DeltaConfig(page_size=1, budget_pages=budget, recent_pages=3, sink_pages=2)
     lengths = [pages, pages - 1, pages]
     found = run(scores.tolist(), lengths, cfg, backend)
-    for row, (length, chosen) in enumerate(zip(lengths, found, strict=True)):
-        forced = {0, 1, length - 3, length - 2, length - 1}
-        ranked = scores[row, :length].nan_to_num(-1.0).sort(descending=True, stable=True).indices
-        others = [page for page in ranked.tolist() if page not in forced][:35]
-        assert chosen == sorted({*forced, *others})
+    assert found == [ranked(*row, cfg) for row in zip(scores, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("recent,sinks", [(0, 0), (3, 0), (0, 2), (30, 9)])
+def test_rows_of_all_lengths_in_a_wide_table(backend, recent, sinks):
+    """A long row may be selected from in pieces; each edge of a piece, and each kind of row."""
+    generator = torch.Generator().manual_seed(1)
+    cfg = DeltaConfig(page_size=1, budget_pages=40, recent_pages=recent, sink_pages=sinks)
+    lengths = [0, 1, 40, 41, 512, 1024, 1025, 2047, 2048, 2049, 2050, 3072, 3073, 3111, 3112, 3113]
+    lengths += [3140, 4096, 5001]
+    for levels in (0, 3):
+        scores = torch.rand(len(lengths), 5001, generator=generator)
+        if levels:  # so that ties lie in several pieces
+            scores = (scores * levels).floor()
+        found = run(scores.tolist(), lengths, cfg, backend)
+        assert found == [ranked(*row, cfg) for row in zip(scores, lengths, strict=True)]
+    # All of the best in one piece, the last; and all of one kind everywhere.
+    rising = torch.arange(5001.0).expand(2, 5001).clone()
+    rising[1] = 7.0
+    found = run(rising.tolist(), [5001, 5000], cfg, backend)
+    assert found == [ranked(rising[0], 5001, cfg), ranked(rising[1], 5000, cfg)]
 
 
 number = st.one_of(

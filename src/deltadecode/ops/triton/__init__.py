@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.triton import attention, selection
-from deltadecode.ops.triton.launch import attention_shape, finish_shape
+from deltadecode.ops.triton.launch import attention_shape, finish_shape, selection_shape
 
 # Read when Triton defines the kernels, and not again.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,11 +25,6 @@ MOST_HEAD_DIM = 256
 MOST_GROUP = 32
 # Block size where one block is the whole row: a cache that grows compiles nothing anew.
 _WHOLE_ROW = 1 << 30
-# Fewest and most pages that the selection has code for; it reads longer rows in pieces.
-_LEAST_PAGES, _MOST_PAGES = 512, 8192
-# Beyond, twice the warps: their code is half as long, and comes from a cache that the attention
-# before has just swept (9 µs less at 8,192 pages on an H200, as much as the search itself takes).
-_FEW_PAGES = 4096
 # Logits of a Δ-layer that may exist at a time. Engines capture batches of hundreds of rows, each as
 # long as the model allows: those go some rows at a time.
 _LOGITS_BYTES = 2**29
@@ -85,14 +80,15 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     page_counts = torch.empty_like(seq_lens)
     if rows == 0:
         return page_ids, page_counts
-    most = min(_MOST_PAGES, triton.next_power_of_2(max(width, _LEAST_PAGES)))
-    selection.select[(rows,)](
-        page_scores, seq_lens, page_ids, page_counts,
-        page_scores.stride(0), width, cfg.recent_pages, cfg.sink_pages,
-        BUDGET=budget, BUDGET_PAD=triton.next_power_of_2(budget), PAGE=cfg.page_size,
-        LEAST=_LEAST_PAGES, SIZES=(most // _LEAST_PAGES).bit_length(),
-        num_warps=16 if most > _FEW_PAGES else 8,
-    )  # fmt: skip
+    shape = selection_shape(width, budget)
+    found = page_ids.new_empty((rows, shape.pieces * budget)) if shape.pieces > 1 else page_ids
+    for last in range(1 + (shape.pieces > 1)):
+        selection.select[(1 if last else shape.pieces, rows)](
+            page_scores, seq_lens, page_ids, page_counts, found,
+            page_scores.stride(0), found.stride(0), width, cfg.recent_pages, cfg.sink_pages, last,
+            BUDGET=budget, BUDGET_PAD=triton.next_power_of_2(budget), PAGE=cfg.page_size,
+            LEAST=shape.least, SIZES=shape.sizes, PIECE=shape.piece, num_warps=shape.warps,
+        )  # fmt: skip
     return page_ids, page_counts
 
 
@@ -175,7 +171,6 @@ def _launch(
     common = {
         "HEADS": heads,
         "DIM": dim,
-        "DIM_PAD": dim_pad,
         "PAGE": page_size,
         "SPLITS": parts,
         "SCORES": return_page_scores,
@@ -191,18 +186,22 @@ def _launch(
         BLOCK=block_size if table.shape[1] > 1 else _WHOLE_ROW, TILE=shape.tokens,
         BUDGET=ids.shape[1] if sparse else 0,
         BUDGET_PAD=triton.next_power_of_2(max(ids.shape[1], 16)) if sparse else 16,
-        SPARSE=sparse, SOFTCAP=softcap is not None, OPERAND=_operand(q), num_warps=shape.warps,
-        num_stages=shape.stages, **common,
+        SPARSE=sparse, SOFTCAP=softcap is not None, OPERAND=_operand(q), DIM_PAD=dim_pad,
+        num_warps=shape.warps, num_stages=shape.stages, **common,
     )  # fmt: skip
     if parts > 1 or return_page_scores:
         page_pad = triton.next_power_of_2(page_size)
         heads_pad = triton.next_power_of_2(heads)
-        programs, at_once, warps = finish_shape(heads_pad * page_pad, pages, rows, parts, q.device)
-        attention.finish[(programs if return_page_scores else heads, rows)](
+        programs, at_once, warps, dims = finish_shape(
+            heads_pad * page_pad, pages, rows, parts, dim_pad, q.device
+        )
+        merges = heads * (dim_pad // dims) if parts > 1 else 0
+        attention.finish[(rows, (programs if return_page_scores else 0) + merges)](
             part, lse, q if sinks is None else sinks, logits, seq_lens, out, scores,
             reach, pages, v_scale,
             HEADS_PAD=heads_pad, PAGE_PAD=page_pad, PAGES=at_once,
-            SPLITS_PAD=triton.next_power_of_2(parts), num_warps=warps, **common,
+            SPLITS_PAD=triton.next_power_of_2(parts), DIMS=dims, MERGES=merges,
+            num_warps=warps, **common,
         )  # fmt: skip
 
 

@@ -201,13 +201,13 @@ def _load_lse(lse_ptr, sinks_ptr, row, head, HEADS: tl.constexpr, SPLITS: tl.con
 
 @triton.jit
 def _merge(
-    part_ptr, lse_ptr, sinks_ptr, out_ptr, row, head, v_scale,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLITS: tl.constexpr,
+    part_ptr, lse_ptr, sinks_ptr, out_ptr, row, head, first, v_scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Output of one head from its splits."""
+    """Output of one head from its splits, DIMS of its numbers from ``first`` on."""
     split = tl.arange(0, SPLITS_PAD)
-    dim = tl.arange(0, DIM_PAD)
+    dim = first + tl.arange(0, DIMS)
     heads = head + tl.arange(0, 1)
     lse, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
     # A split without tokens has written nothing. NaN is not written off as one.
@@ -228,20 +228,27 @@ def _merge(
 @triton.jit
 def finish(
     part_ptr, lse_ptr, sinks_ptr, logits_ptr, lens_ptr, out_ptr, scores_ptr, width, pages, v_scale,
-    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr, SCORES: tl.constexpr, SINKS: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+    MERGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, PAGES: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, SCORES: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of some heads; score pages, PAGES at a time (R2); grid (programs, B)."""
-    first = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    if SPLITS > 1:
-        for head in range(first, HEADS, tl.num_programs(0)):
+    """Score pages, PAGES at a time (R2), or merge splits; grid (B, scoring + MERGES).
+
+    The last MERGES programs of a row merge DIMS numbers of one head each. They come after all
+    others, since what they do is the least.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1)
+    scoring = tl.num_programs(1) - MERGES
+    if first >= scoring:
+        if MERGES > 0:
+            merge = first - scoring
+            parts: tl.constexpr = MERGES // HEADS
             _merge(
-                part_ptr, lse_ptr, sinks_ptr, out_ptr, row, head, v_scale,
-                HEADS, DIM, DIM_PAD, SPLITS, SPLITS_PAD, SINKS,
+                part_ptr, lse_ptr, sinks_ptr, out_ptr, row, merge // parts, merge % parts * DIMS,
+                v_scale, HEADS, DIM, DIMS, SPLITS, SPLITS_PAD, SINKS,
             )  # fmt: skip
-    if SCORES:
+    elif SCORES:
         n = tl.load(lens_ptr + row)
         heads = tl.arange(0, HEADS_PAD)
         _, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
@@ -249,7 +256,7 @@ def finish(
         whole = tl.where(heads < HEADS, whole, 0.0)
         logits_ptr += row * HEADS * width
         # What is left of the table beyond a row's own pages is zeros: not worth a loop of its own.
-        for start in range(first * PAGES, pages, tl.num_programs(0) * PAGES):
+        for start in range(first * PAGES, pages, scoring * PAGES):
             score = tl.zeros([PAGES], tl.float32)
             if start * PAGE < n:
                 score = _scores_of(

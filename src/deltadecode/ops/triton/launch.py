@@ -23,6 +23,16 @@ _SMALL_FROM, _SMALL_PARTS = 512, 8
 # Such blocks to a multiprocessor. Where a table is far wider than its rows, a block for every few
 # pages that may come would take a Δ-layer 1.2 to 1.3 times as long.
 _FINISHING = 16
+# Numbers that a thread block merges, over all splits: a head of 128 splits is too much for one.
+_MERGED = 4096
+# Pages of the shortest row that the selection has code for, and of the longest that one thread
+# block selects from while several could.
+_LEAST_PAGES, _WHOLE_PAGES = 512, 2048
+# Pages that a thread block selects from; the first size that fits.
+_PIECES = (1024, 2048, 4096, 8192)
+# Beyond, twice the warps: their code is half as long, and comes from a cache that the attention
+# before has just swept.
+_FEW_PAGES = 2048
 # What a split costs, as a part of a row's time: it is written, and read once more.
 _SPLIT = 0.02
 
@@ -132,8 +142,8 @@ def _time(tile: Tile, parts: int, programs: int, sms: int) -> float:
 
 
 def finish_shape(
-    page_logits: int, pages: int, rows: int, parts: int, device: torch.device
-) -> tuple[int, int, int]:
+    page_logits: int, pages: int, rows: int, parts: int, dim: int, device: torch.device
+) -> tuple[int, int, int, int]:
     """Shape of the kernel that merges splits and scores pages.
 
     Parameters
@@ -146,23 +156,82 @@ def finish_shape(
         Rows of the launch.
     parts : int
         Parts that each row's attention was split into.
+    dim : int
+        Head size, padded to a power of two.
     device : torch.device
         Where it runs.
 
     Returns
     -------
     programs : int
-        Thread blocks of each row; together they fill the device, whatever a row may grow to.
+        Thread blocks of each row that score; together they fill the device, whatever a row may
+        grow to.
     pages_at_once : int
         Pages that a thread block scores in one step of its loop.
     warps : int
         Warps of a thread block.
+    dims : int
+        Numbers of a head that a thread block merges.
     """
     small = page_logits >= _SMALL_FROM and parts <= _SMALL_PARTS
     scored, warps = _SMALL if small else _LARGE
     at_once = max(1, scored // page_logits)
     programs = math.ceil(multiprocessors(device) * _FINISHING / rows)
-    return max(1, min(math.ceil(pages / at_once), programs)), at_once, warps
+    dims = max(16, min(dim, _MERGED // (1 << (parts - 1).bit_length())))
+    return max(1, min(math.ceil(pages / at_once), programs)), at_once, warps, dims
+
+
+@dataclass(frozen=True)
+class SelectionShape:
+    """Compile-time shape of the selection, and its launches.
+
+    Attributes
+    ----------
+    least, sizes : int
+        Rows of up to ``least`` pages, of twice as many, and so on have code of their own, for so
+        many sizes.
+    pieces, piece : int
+        Thread blocks of a row, and the pages that each selects from when the row is longer than
+        the largest size; then a second launch selects from what they found. 1 and 0 where one
+        block reads a longer row in turns.
+    warps : int
+        Warps of a thread block.
+    """
+
+    least: int
+    sizes: int
+    pieces: int
+    piece: int
+    warps: int
+
+
+@functools.lru_cache(maxsize=4096)
+def selection_shape(width: int, budget: int) -> SelectionShape:
+    """Shape of the selection.
+
+    Parameters
+    ----------
+    width : int
+        Most pages that a row can have.
+    budget : int
+        Pages to select, K.
+
+    Returns
+    -------
+    SelectionShape
+    """
+    piece = 0
+    if width > _WHOLE_PAGES:
+        # What all pieces of a row find has to fit in one.
+        fitting = (size for size in _PIECES if -(-width // size) * budget <= size < width)
+        piece = next(fitting, 0)
+    if piece:
+        most = max(_WHOLE_PAGES, piece)
+    else:
+        most = min(_PIECES[-1], max(_LEAST_PAGES, 1 << max(0, width - 1).bit_length()))
+    pieces = -(-width // piece) if piece else 1
+    warps = 8 if (piece or most) <= _FEW_PAGES else 16
+    return SelectionShape(_LEAST_PAGES, (most // _LEAST_PAGES).bit_length(), pieces, piece, warps)
 
 
 @functools.cache

@@ -16,12 +16,11 @@ _NEAR, _MIDDLE, _FAR = tl.constexpr(1 << 18), tl.constexpr(1 << 22), tl.constexp
 
 
 @triton.jit
-def _keys(scores_ptr, page, pages, recent_from, sinks):
-    """Unsigned keys in the order of R4, and which pages exist.
+def _keys(scores_ptr, page, exists, recent_from, sinks):
+    """Unsigned keys in the order of R4.
 
     NaN is the lowest key and a forced page the highest; no number has either.
     """
-    exists = page < pages
     score = tl.load(scores_ptr + page, mask=exists, other=0.0).to(tl.float32)
     # -0.0 equals 0.0, but its bits do not.
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
@@ -29,7 +28,7 @@ def _keys(scores_ptr, page, pages, recent_from, sinks):
     key = key.to(tl.uint32, bitcast=True) ^ 0x80000000
     key = tl.where(score == score, key, 0)
     forced = (page >= recent_from) | (page < sinks)
-    return tl.where(forced, _HIGHEST, key), exists
+    return tl.where(forced, _HIGHEST, key)
 
 
 @triton.jit
@@ -112,17 +111,20 @@ def _place(key, exists, page, threshold, ties, above_before, equal_before, ids_p
 
 @triton.jit
 def _select_at_once(
-    scores_ptr, ids_ptr, pages, recent, sinks, BUDGET: tl.constexpr, CHUNK: tl.constexpr
+    scores_ptr, ids_ptr, page, exists, pages, recent_from, sinks, forced, BUDGET: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Select from a row of up to CHUNK pages, whose keys stay in registers."""
+    """Select from ``pages`` of CHUNK ascending pages, ``forced`` of them in any case.
+
+    There are more of them than BUDGET, and no more than CHUNK: their keys stay in registers.
+    """
     bits: tl.constexpr = 10 if CHUNK < 1024 else 21
-    page = tl.arange(0, CHUNK)
-    key, exists = _keys(scores_ptr, page, pages, pages - recent, sinks)
+    key = _keys(scores_ptr, page, exists, recent_from, sinks)
     low = tl.zeros([], tl.uint32)
     first, second, third = _start(tl.max(tl.where(exists & (key != _HIGHEST), key, 0), 0))
     fields = _count(key, exists, first, second, third, bits)
     low, above, reaching, number = _narrow(
-        fields, low, first, second, third, recent + sinks, pages, BUDGET, bits
+        fields, low, first, second, third, forced, pages, BUDGET, bits
     )
     step = _first_step(number, reaching, BUDGET)
     while step > 0:
@@ -144,7 +146,8 @@ def _count_chunks(
     fields = tl.zeros([], tl.int64)
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
-        key, exists = _keys(scores_ptr, page, pages, recent_from, sinks)
+        exists = page < pages
+        key = _keys(scores_ptr, page, exists, recent_from, sinks)
         fields += _count(key, exists, first, second, third, 21)
     return fields
 
@@ -158,7 +161,8 @@ def _select_by_chunks(
     highest = tl.zeros([], tl.uint32)
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
-        key, exists = _keys(scores_ptr, page, pages, recent_from, sinks)
+        exists = page < pages
+        key = _keys(scores_ptr, page, exists, recent_from, sinks)
         here = tl.max(tl.where(exists & (key != _HIGHEST), key, 0), 0)
         highest = tl.where(here > highest, here, highest)
     low = tl.zeros([], tl.uint32)
@@ -180,28 +184,23 @@ def _select_by_chunks(
     equal_before = tl.zeros([], tl.int32)
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
-        key, exists = _keys(scores_ptr, page, pages, recent_from, sinks)
+        exists = page < pages
+        key = _keys(scores_ptr, page, exists, recent_from, sinks)
         above_before, equal_before = _place(
             key, exists, page, threshold, ties, above_before, equal_before, ids_ptr
         )
 
 
 @triton.jit
-def select(
-    scores_ptr, lens_ptr, ids_ptr, counts_ptr, scores_row, width, recent, sinks,
-    BUDGET: tl.constexpr, BUDGET_PAD: tl.constexpr, PAGE: tl.constexpr, LEAST: tl.constexpr,
-    SIZES: tl.constexpr,
+def _select_row(
+    scores_ptr, ids_ptr, pages, recent, sinks, BUDGET: tl.constexpr, BUDGET_PAD: tl.constexpr,
+    LEAST: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
-    """Select the pages of one row (R3, R4); grid (B,).
+    """Select from a whole row.
 
     Rows of up to LEAST pages, twice as many, and so on for SIZES sizes have code of their own: what
     a short row costs does not hang on how long a row may become.
     """
-    row = tl.program_id(0).to(tl.int64)
-    scores_ptr += row * scores_row
-    ids_ptr += row * BUDGET
-    pages = tl.minimum(tl.cdiv(tl.load(lens_ptr + row), PAGE), width)
-    tl.store(counts_ptr + row, tl.minimum(pages, BUDGET))
     if pages <= BUDGET:
         slot = tl.arange(0, BUDGET_PAD)
         tl.store(ids_ptr + slot, tl.where(slot < pages, slot, -1), mask=slot < BUDGET)
@@ -213,4 +212,72 @@ def select(
             if size > 0:
                 fits = fits & (pages > LEAST << (size - 1))
             if fits:
-                _select_at_once(scores_ptr, ids_ptr, pages, recent, sinks, BUDGET, LEAST << size)
+                page = tl.arange(0, LEAST << size)
+                _select_at_once(
+                    scores_ptr, ids_ptr, page, page < pages, pages, pages - recent, sinks,
+                    recent + sinks, BUDGET, LEAST << size,
+                )  # fmt: skip
+
+
+@triton.jit
+def _select_piece(
+    scores_ptr, ids_ptr, found_ptr, piece, pages, recent, sinks, last, BUDGET: tl.constexpr,
+    BUDGET_PAD: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Select from PIECE pages of a row; with ``last``, from those that all its pieces found.
+
+    A page that is not among the BUDGET best of its piece is not among those of its row, and what
+    the pieces found, one behind the other, ascends. One code for both: when the second launch
+    needs it, it has just been fetched.
+    """
+    recent_from = pages - recent
+    place = tl.arange(0, PIECE)
+    start = piece * PIECE
+    end = tl.minimum(start + PIECE, pages)
+    if last:
+        count = pages // PIECE * BUDGET + tl.minimum(pages % PIECE, BUDGET)
+        page = tl.load(found_ptr + place, mask=place < count, other=0)
+        forced = recent + sinks
+    else:
+        count = end - start
+        page = start + place
+        forced = tl.maximum(0, end - tl.maximum(start, recent_from))
+        forced += tl.maximum(0, tl.minimum(sinks, end) - start)
+        ids_ptr = found_ptr + piece * BUDGET
+    if count > BUDGET:
+        _select_at_once(
+            scores_ptr, ids_ptr, page, place < count, count, recent_from, sinks, forced, BUDGET,
+            PIECE,
+        )  # fmt: skip
+    else:
+        # The end of a row. Never the last launch: it has more than BUDGET to select from.
+        slot = tl.arange(0, BUDGET_PAD)
+        tl.store(ids_ptr + slot, start + slot, mask=slot < count)
+
+
+@triton.jit(do_not_specialize=["last"])
+def select(
+    scores_ptr, lens_ptr, ids_ptr, counts_ptr, found_ptr, scores_row, found_row, width, recent,
+    sinks, last,
+    BUDGET: tl.constexpr, BUDGET_PAD: tl.constexpr, PAGE: tl.constexpr, LEAST: tl.constexpr,
+    SIZES: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Select the pages of a row (R3, R4); grid (pieces, B), and (1, B) with ``last``."""
+    piece = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    scores_ptr += row * scores_row
+    ids_ptr += row * BUDGET
+    pages = tl.minimum(tl.cdiv(tl.load(lens_ptr + row), PAGE), width)
+    in_pieces = False
+    if PIECE > 0:
+        in_pieces = pages > LEAST << (SIZES - 1)
+    if in_pieces:
+        if PIECE > 0:
+            _select_piece(
+                scores_ptr, ids_ptr, found_ptr + row * found_row, piece, pages, recent, sinks, last,
+                BUDGET, BUDGET_PAD, PIECE,
+            )  # fmt: skip
+    elif (piece == 0) & (last == 0):
+        _select_row(scores_ptr, ids_ptr, pages, recent, sinks, BUDGET, BUDGET_PAD, LEAST, SIZES)
+    if (piece == 0) & (last == 0):
+        tl.store(counts_ptr + row, tl.minimum(pages, BUDGET))
