@@ -22,9 +22,11 @@ def main():
             ids, counts = ops.select_pages(scores, case.arguments[4], cfg, backend="triton")
             sparse = case.run(page_ids=ids, page_counts=counts)
             assert all(t.isfinite().all() for t in (out, scores, sparse, case.run()))
-    scores = torch.rand(2, 5000, device="cuda")
-    lens = torch.tensor([80000, 79000], dtype=torch.int32, device="cuda")
-    ops.select_pages(scores, lens, cfg, backend="triton")
+    # Rows in pieces, and rows that one thread block reads in turns.
+    scores = torch.rand(3, 9000, device="cuda")
+    lens = torch.tensor([144000, 79000, 16400], dtype=torch.int32, device="cuda")
+    for budget in (12, 4200):
+        ops.select_pages(scores, lens, DeltaConfig(budget_pages=budget), backend="triton")
     torch.cuda.synchronize()
 
 
