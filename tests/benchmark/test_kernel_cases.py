@@ -84,6 +84,7 @@ def test_errors_are_taken_once_per_head_shape_at_a_moderate_context():
         # b = 2 · 2 heads · 128 · 2 bytes = 1,024 bytes.
         ("dense", Shape(12, 2, 64, 8192), 64 * 8192 * 1024),
         # 12 logits of 4 bytes, written and read: 96 bytes a token.
+        ("scores", Shape(12, 2, 64, 8192), 64 * 8192 * 1120),
         ("delta", Shape(12, 2, 64, 8192), 64 * 8192 * 1120),
         ("sparse", Shape(12, 2, 64, 8192), 64 * 1024 * 1024),
         ("sparse", Shape(12, 2, 3, 100), 3 * 100 * 1024),

@@ -93,7 +93,7 @@ def test_a_result_is_complete_json(found):
 
 def test_each_operation_stands_beside_the_floor_and_each_peer(found):
     for shape in SHAPES:
-        for op in ("dense", "delta", "sparse"):
+        for op in ("dense", "scores", "delta", "sparse"):
             floor, peer = rows(
                 found, op=op, heads=shape.heads_label, batch=shape.batch, context=shape.context
             )
@@ -159,7 +159,7 @@ def test_a_peer_that_fails_is_left_out_and_not_asked_again():
     assert told["peers_missing"] == {
         "broken": "dense, heads 4/2, batch 2, context 1100: RuntimeError: no nvcc"
     }
-    assert len(rows(told, peer="a peer", unit="us")) == 9
+    assert len(rows(told, peer="a peer", unit="us")) == 4 * len(SHAPES)
 
 
 def test_a_peer_that_runs_out_of_memory_is_asked_again():
@@ -213,6 +213,7 @@ def test_the_figure_is_a_png_with_ours_and_the_peers(found, tmp_path):
     lines = series(found, "4/2")
     assert set(lines) == {
         ("dense", "ours"),
+        ("scores", "ours"),
         ("delta", "ours"),
         ("sparse", "ours"),
         ("dense", "a peer"),

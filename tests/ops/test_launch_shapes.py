@@ -8,7 +8,7 @@ from deltadecode.ops.triton.launch import selection_shape
 @pytest.mark.parametrize("budget", [1, 64, 100, 512, 4096, 9000])
 @pytest.mark.parametrize("width", [0, 1, 512, 2048, 2049, 4096, 8193, 65536, 100000])
 def test_what_the_pieces_find_fits_in_one(width, budget):
-    shape = selection_shape(width, budget)
+    shape = selection_shape(4, width, budget)
     longest = shape.least << (shape.sizes - 1)
     if shape.pieces == 1:
         assert shape.piece == 0 and longest <= 8192
@@ -18,7 +18,9 @@ def test_what_the_pieces_find_fits_in_one(width, budget):
     assert shape.pieces * budget <= shape.piece
 
 
-def test_long_rows_are_selected_from_in_pieces():
-    assert selection_shape(2048, 64).pieces == 1
-    assert (selection_shape(8192, 64).pieces, selection_shape(8192, 64).piece) == (8, 1024)
-    assert (selection_shape(65536, 64).pieces, selection_shape(65536, 64).piece) == (32, 2048)
+def test_few_long_rows_are_selected_from_in_pieces():
+    assert selection_shape(1, 4096, 64).pieces == 1
+    for width, pieces, piece in ((8192, 8, 1024), (65536, 32, 2048)):
+        shape = selection_shape(1, width, 64)
+        assert (shape.pieces, shape.piece) == (pieces, piece)
+        assert selection_shape(64, width, 64).pieces == 1

@@ -153,18 +153,18 @@ def test_rows_of_all_lengths_in_a_wide_table(backend, recent, sinks):
     generator = torch.Generator().manual_seed(1)
     cfg = DeltaConfig(page_size=1, budget_pages=40, recent_pages=recent, sink_pages=sinks)
     lengths = [0, 1, 40, 41, 512, 1024, 1025, 2047, 2048, 2049, 2050, 3072, 3073, 3111, 3112, 3113]
-    lengths += [3140, 4096, 5001]
+    lengths += [3140, 4096, 6001]
     for levels in (0, 3):
-        scores = torch.rand(len(lengths), 5001, generator=generator)
+        scores = torch.rand(len(lengths), 6001, generator=generator)
         if levels:  # so that ties lie in several pieces
             scores = (scores * levels).floor()
         found = run(scores.tolist(), lengths, cfg, backend)
         assert found == [ranked(*row, cfg) for row in zip(scores, lengths, strict=True)]
     # All of the best in one piece, the last; and all of one kind everywhere.
-    rising = torch.arange(5001.0).expand(2, 5001).clone()
+    rising = torch.arange(6001.0).expand(2, 6001).clone()
     rising[1] = 7.0
-    found = run(rising.tolist(), [5001, 5000], cfg, backend)
-    assert found == [ranked(rising[0], 5001, cfg), ranked(rising[1], 5000, cfg)]
+    found = run(rising.tolist(), [6001, 6000], cfg, backend)
+    assert found == [ranked(rising[0], 6001, cfg), ranked(rising[1], 6000, cfg)]
 
 
 number = st.one_of(

@@ -8,7 +8,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-_COLORS = {"dense": "tab:blue", "delta": "tab:orange", "sparse": "tab:green"}
+_COLORS = {
+    "dense": "tab:blue",
+    "scores": "tab:purple",
+    "delta": "tab:orange",
+    "sparse": "tab:green",
+}
 # Distinct for each further peer; ours are drawn through.
 _STYLES = ("--", ":", "-.")
 _OURS = "ours"

@@ -91,8 +91,9 @@ def moved_bytes(op: str, shape: Shape) -> int:
     Parameters
     ----------
     op : str
-        ``"dense"``: n · b a row. ``"delta"``: the float32 logits of all query heads too, written
-        and read. ``"sparse"``: min(n, K · P) · b. ``"select"``: the float32 page scores.
+        ``"dense"``: n · b a row. ``"scores"`` (attention and page scores) and ``"delta"`` (these
+        and the selection): the float32 logits of all query heads too, written and read.
+        ``"sparse"``: min(n, K · P) · b. ``"select"``: the float32 page scores.
     shape : Shape
         Batch, context and heads.
 
@@ -102,9 +103,11 @@ def moved_bytes(op: str, shape: Shape) -> int:
         Queries, outputs and tables, which are small beside them, are left out.
     """
     n = shape.context
+    with_logits = n * (shape.token_bytes + 2 * shape.heads * 4)
     per_row = {
         "dense": n * shape.token_bytes,
-        "delta": n * (shape.token_bytes + 2 * shape.heads * 4),
+        "scores": with_logits,
+        "delta": with_logits,
         "sparse": min(n, CFG.budget_pages * CFG.page_size) * shape.token_bytes,
         "select": shape.pages * 4,
     }

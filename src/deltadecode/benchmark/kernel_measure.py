@@ -181,8 +181,9 @@ def our_calls(inputs: Inputs, backend: str) -> dict[str, list[Call]]:
     Returns
     -------
     dict
-        ``"dense"``, ``"delta"`` and ``"sparse"`` -> one call per input set, which gives the
-        output [B, Hq, D]; a Δ-call gives (output, page ids, page counts).
+        ``"dense"``, ``"scores"``, ``"delta"`` and ``"sparse"`` -> one call per input set, which
+        gives the output [B, Hq, D]; ``"scores"`` (output, page scores), and ``"delta"`` (output,
+        page ids, page counts).
     """
 
     def attend(cache: tuple[Tensor, Tensor], **options: Any) -> Any:
@@ -203,6 +204,7 @@ def our_calls(inputs: Inputs, backend: str) -> dict[str, list[Call]]:
 
     return {
         "dense": [partial(attend, cache) for cache in inputs.caches],
+        "scores": [partial(attend, cache, return_page_scores=True) for cache in inputs.caches],
         "delta": [partial(delta, cache) for cache in inputs.caches],
         "sparse": [
             partial(

@@ -16,7 +16,8 @@ OURS = "deltadecode"
 # What every attention is measured against, whoever else is there: its bytes at the speed of a copy.
 FLOOR = "copy bandwidth"
 ROUNDING = "exact, rounded to bfloat16"
-_ATTENTION = ("dense", "delta", "sparse")
+# "scores" is what a Δ-layer's selection waits for.
+_ATTENTION = ("dense", "scores", "delta", "sparse")
 
 
 def attention_rows(
@@ -65,7 +66,7 @@ def attention_rows(
         }
         case = f"{op}, {shape.label}"
         rows.append(row(case, FLOOR, "us", ours.us, floor_us, **shared))
-        peer_op = "dense" if op == "delta" else op
+        peer_op = "sparse" if op == "sparse" else "dense"
         peer_bytes = moved_bytes(peer_op, shape)
         for (of, side), theirs in timings.items():
             if of == peer_op and side != OURS:

@@ -80,7 +80,7 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     page_counts = torch.empty_like(seq_lens)
     if rows == 0:
         return page_ids, page_counts
-    shape = selection_shape(width, budget)
+    shape = selection_shape(rows, width, budget)
     found = page_ids.new_empty((rows, shape.pieces * budget)) if shape.pieces > 1 else page_ids
     for last in range(1 + (shape.pieces > 1)):
         selection.select[(1 if last else shape.pieces, rows)](

@@ -25,9 +25,11 @@ _SMALL_FROM, _SMALL_PARTS = 512, 8
 _FINISHING = 16
 # Numbers that a thread block merges, over all splits: a head of 128 splits is too much for one.
 _MERGED = 4096
-# Pages of the shortest row that the selection has code for, and of the longest that one thread
-# block selects from while several could.
-_LEAST_PAGES, _WHOLE_PAGES = 512, 2048
+# Pages of the shortest row that the selection has code for.
+_LEAST_PAGES = 512
+# Longer rows than that are selected from in pieces, where they are so few: a second launch costs
+# what the pieces save as soon as the rows alone keep the device busy.
+_WHOLE_PAGES, _FEW_ROWS = 4096, 32
 # Pages that a thread block selects from; the first size that fits.
 _PIECES = (1024, 2048, 4096, 8192)
 # Beyond, twice the warps: their code is half as long, and comes from a cache that the attention
@@ -206,11 +208,13 @@ class SelectionShape:
 
 
 @functools.lru_cache(maxsize=4096)
-def selection_shape(width: int, budget: int) -> SelectionShape:
+def selection_shape(rows: int, width: int, budget: int) -> SelectionShape:
     """Shape of the selection.
 
     Parameters
     ----------
+    rows : int
+        Rows of the launch.
     width : int
         Most pages that a row can have.
     budget : int
@@ -221,12 +225,12 @@ def selection_shape(width: int, budget: int) -> SelectionShape:
     SelectionShape
     """
     piece = 0
-    if width > _WHOLE_PAGES:
+    if width > _WHOLE_PAGES and rows <= _FEW_ROWS:
         # What all pieces of a row find has to fit in one.
         fitting = (size for size in _PIECES if -(-width // size) * budget <= size < width)
         piece = next(fitting, 0)
     if piece:
-        most = max(_WHOLE_PAGES, piece)
+        most = max(_FEW_PAGES, piece)
     else:
         most = min(_PIECES[-1], max(_LEAST_PAGES, 1 << max(0, width - 1).bit_length()))
     pieces = -(-width // piece) if piece else 1
