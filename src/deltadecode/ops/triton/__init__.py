@@ -16,11 +16,18 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.triton import attention, selection
-from deltadecode.ops.triton.launch import attention_shape, finish_shape, selection_shape
+from deltadecode.ops.triton.launch import (
+    attention_shape,
+    capability,
+    finish_shape,
+    selection_shape,
+)
 
 # Read when Triton defines the kernels, and not again.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
+# What Triton compiles for, and from where on it converts float8.
+_LEAST_CAPABILITY, _FLOAT8_CAPABILITY = (8, 0), (8, 9)
 MOST_HEAD_DIM = 256
 MOST_GROUP = 32
 # Block size where one block is the whole row: a cache that grows compiles nothing anew.
@@ -49,6 +56,12 @@ def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
         return f"needs CUDA tensors, got {tensor.device}"
     if tensor.dtype not in _DTYPES:
         return f"takes bfloat16, float16 and float32, got {_name(tensor.dtype)}"
+    float8 = k_cache is not None and k_cache.dtype.itemsize == 1
+    least = _FLOAT8_CAPABILITY if float8 else _LEAST_CAPABILITY
+    here = capability(tensor.device)
+    if here < least:
+        needs = f"GPUs of compute capability {least[0]}.{least[1]}{' for float8' if float8 else ''}"
+        return f"needs {needs} or more, got {here[0]}.{here[1]}"
     if k_cache is None:
         return None
     if tensor.shape[2] > MOST_HEAD_DIM:

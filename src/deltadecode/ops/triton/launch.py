@@ -32,8 +32,8 @@ _LEAST_PAGES = 512
 _WHOLE_PAGES, _FEW_ROWS = 4096, 32
 # Pages that a thread block selects from; the first size that fits.
 _PIECES = (1024, 2048, 4096, 8192)
-# Beyond, twice the warps: their code is half as long, and comes from a cache that the attention
-# before has just swept.
+# Pages for which a thread block has 8 warps. Beyond, twice as many: their code is half as long, and
+# comes from a cache that the attention before has just swept.
 _FEW_PAGES = 2048
 # What a split costs, as a part of a row's time: it is written, and read once more.
 _SPLIT = 0.02
@@ -254,3 +254,22 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device; of a Hopper GPU for a CPU, where the interpreter runs.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the tensors are.
+
+    Returns
+    -------
+    tuple of int
+        Major and minor.
+    """
+    if device.type != "cuda":
+        return 9, 0
+    return torch.cuda.get_device_capability(device)
