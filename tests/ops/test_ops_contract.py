@@ -101,13 +101,15 @@ def test_triton_refuses_tensors_on_a_cpu(case, monkeypatch):
 
 @needs_triton
 def test_triton_refuses_gpus_it_does_not_compile_for(case, monkeypatch):
+    from deltadecode.ops.triton.launch import Hardware
+
     maker = ops._triton()
     float8 = {name: getattr(case, name).to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
-    monkeypatch.setattr(maker, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(maker, "hardware", lambda device: Hardware(132, (8, 0)))
     assert call(case, backend="triton").shape == case.q.shape
     with pytest.raises(ValueError, match=r"8\.9 for float8 or more, got 8\.0"):
         call(case, backend="triton", **float8)
-    monkeypatch.setattr(maker, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(maker, "hardware", lambda device: Hardware(132, (7, 5)))
     with pytest.raises(ValueError, match=r"compute capability 8\.0 or more, got 7\.5"):
         call(case, backend="triton")
     scores, lens = torch.zeros(1, 3), torch.ones(1, dtype=INT)

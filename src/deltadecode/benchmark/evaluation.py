@@ -61,12 +61,13 @@ def run(
     model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
     plan = DeltaConfig.for_model(model)
     _solve(model, tokenizer, make_task("chain:steps=1"), Cell("full", 0), 1, 1)
+    problem = make_task(task)
     rows = []
     for cell in (Cell("full", 0), Cell("delta", plan.page_size * plan.budget_pages)):
         say(f"{cell.label}: {alone} one at a time")
-        singly, ones = _solve(model, tokenizer, make_task(task), cell, alone, 1)
+        singly, ones = _solve(model, tokenizer, problem, cell, alone, 1)
         say(f"{cell.label}: {problems} in a batch")
-        together, all_of_them = _solve(model, tokenizer, make_task(task), cell, problems, problems)
+        together, all_of_them = _solve(model, tokenizer, problem, cell, problems, problems)
         rows.append(
             row(
                 f"{cell.policy}, {task}, {problems} in a batch", _PEER, "s a problem",

@@ -18,8 +18,8 @@ from deltadecode.config import DeltaConfig
 from deltadecode.ops.triton import attention, selection
 from deltadecode.ops.triton.launch import (
     attention_shape,
-    capability,
     finish_shape,
+    hardware,
     selection_shape,
 )
 
@@ -56,9 +56,9 @@ def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
         return f"needs CUDA tensors, got {tensor.device}"
     if tensor.dtype not in _DTYPES:
         return f"takes bfloat16, float16 and float32, got {_name(tensor.dtype)}"
-    float8 = k_cache is not None and k_cache.dtype.itemsize == 1
+    float8 = k_cache is not None and k_cache.dtype == torch.float8_e4m3fn
     least = _FLOAT8_CAPABILITY if float8 else _LEAST_CAPABILITY
-    here = capability(tensor.device)
+    here = hardware(tensor.device).capability
     if here < least:
         needs = f"GPUs of compute capability {least[0]}.{least[1]}{' for float8' if float8 else ''}"
         return f"needs {needs} or more, got {here[0]}.{here[1]}"

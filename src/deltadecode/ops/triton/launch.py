@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import triton
 
 # Below this many tokens a split does not earn its share of the merge.
 _LEAST_TOKENS = 64
@@ -112,7 +113,7 @@ def attention_shape(
     parts : int
         At least 1.
     """
-    sms, key_bytes = multiprocessors(device), dim * itemsize
+    sms, key_bytes = hardware(device).multiprocessors, dim * itemsize
     # A power of two, so that a growing cache compiles a kernel a few times, not at every length.
     most = min(_MOST_SPLITS, 1 << max(1, tokens // _LEAST_TOKENS).bit_length() - 1)
     if sparse and 4 * programs >= 3 * sms:
@@ -178,8 +179,8 @@ def finish_shape(
     small = page_logits >= _SMALL_FROM and parts <= _SMALL_PARTS
     scored, warps = _SMALL if small else _LARGE
     at_once = max(1, scored // page_logits)
-    programs = math.ceil(multiprocessors(device) * _FINISHING / rows)
-    dims = max(16, min(dim, _MERGED // (1 << (parts - 1).bit_length())))
+    programs = math.ceil(hardware(device).multiprocessors * _FINISHING / rows)
+    dims = max(16, min(dim, _MERGED // triton.next_power_of_2(parts)))
     return max(1, min(math.ceil(pages / at_once), programs)), at_once, warps, dims
 
 
@@ -227,20 +228,36 @@ def selection_shape(rows: int, width: int, budget: int) -> SelectionShape:
     piece = 0
     if width > _WHOLE_PAGES and rows <= _FEW_ROWS:
         # What all pieces of a row find has to fit in one.
-        fitting = (size for size in _PIECES if -(-width // size) * budget <= size < width)
+        fitting = (size for size in _PIECES if math.ceil(width / size) * budget <= size < width)
         piece = next(fitting, 0)
     if piece:
         most = max(_FEW_PAGES, piece)
     else:
-        most = min(_PIECES[-1], max(_LEAST_PAGES, 1 << max(0, width - 1).bit_length()))
-    pieces = -(-width // piece) if piece else 1
+        most = min(_PIECES[-1], max(_LEAST_PAGES, triton.next_power_of_2(width)))
+    pieces = math.ceil(width / piece) if piece else 1
     warps = 8 if (piece or most) <= _FEW_PAGES else 16
     return SelectionShape(_LEAST_PAGES, (most // _LEAST_PAGES).bit_length(), pieces, piece, warps)
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """What launches and refusals depend on.
+
+    Attributes
+    ----------
+    multiprocessors : int
+        Of the device.
+    capability : tuple of int
+        Its compute capability, major and minor.
+    """
+
+    multiprocessors: int
+    capability: tuple[int, int]
+
+
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a device; of a Hopper GPU for a CPU, where the interpreter runs.
+def hardware(device: torch.device) -> Hardware:
+    """Facts of a device; those of a Hopper GPU for a CPU, where the interpreter runs.
 
     Parameters
     ----------
@@ -249,27 +266,9 @@ def multiprocessors(device: torch.device) -> int:
 
     Returns
     -------
-    int
+    Hardware
     """
     if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a device; of a Hopper GPU for a CPU, where the interpreter runs.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the tensors are.
-
-    Returns
-    -------
-    tuple of int
-        Major and minor.
-    """
-    if device.type != "cuda":
-        return 9, 0
-    return torch.cuda.get_device_capability(device)
+        return Hardware(132, (9, 0))
+    found = torch.cuda.get_device_properties(device)
+    return Hardware(int(found.multi_processor_count), (int(found.major), int(found.minor)))
