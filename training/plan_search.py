@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from model import Llama, Shape, rope_tables
 from torch import Tensor
 
-from deltadecode.tasks.chain import make_problem
-from deltadecode.tasks.vocabulary import EOS_ID, encode
+from deltadecode.lab.tasks.chain import make_problem
+from deltadecode.lab.tasks.vocabulary import EOS_ID, encode
 
 ROWS = 1024  # queries of a Δ-layer at a time
 FIRST_SEED = 1_000_000_000  # problems of the search; training seeds are drawn from 62 bits

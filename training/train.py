@@ -23,7 +23,7 @@ from model import Llama, Shape
 from optimizer import build_optimizers
 from torch import Tensor
 
-from deltadecode.tasks.vocabulary import TOKENS
+from deltadecode.lab.tasks.vocabulary import TOKENS
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 6400)
 MASTERED = 0.99  # token accuracy on the longest length in use that admits the next one

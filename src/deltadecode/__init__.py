@@ -11,16 +11,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from deltadecode.config import DeltaConfig, LayerPlan
+from deltadecode.engines.on_import import on_import
 from deltadecode.errors import (
     DeltaConfigError,
     DeltaDecodeError,
     UnsupportedCacheError,
     UnsupportedModelError,
 )
-from deltadecode.integrations.on_import import on_import
 
 if TYPE_CHECKING:
-    from deltadecode.integrations.transformers import (
+    from deltadecode.engines.transformers import (
         DecodeStats,
         DeltaCache,
         DeltaStaticCache,
@@ -47,7 +47,7 @@ __all__ = [
     "stats",
 ]
 
-_TRANSFORMERS = "deltadecode.integrations.transformers"
+_TRANSFORMERS = "deltadecode.engines.transformers"
 _LAZY = frozenset({"DecodeStats", "DeltaCache", "DeltaStaticCache", "disable", "enable", "stats"})
 
 

@@ -14,15 +14,17 @@ import pytest
 from transformers import AutoTokenizer
 
 import deltadecode
-from deltadecode.tasks import is_correct, make_problem
+from deltadecode.lab.tasks import is_correct, make_problem
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
 BLOCK = 16
-MODEL = Path(deltadecode.__file__).parent / "tasks" / "model"
-WORKER = Path(__file__).parents[1] / "vllm" / "vllm_worker.py"
+MODEL = (
+    Path(__file__).parents[2] / "packages" / "embedded" / "src" / "deltadecode_embedded" / "model"
+)
+WORKER = Path(__file__).parents[1] / "engines" / "vllm" / "vllm_worker.py"
 # Sequences cross the 80 pages of 8 tokens while they decode, all in one captured graph.
 CONFIG = {"page_size": 8, "budget_pages": 80, "recent_pages": 4}
 PROBLEMS = [make_problem(seed, steps=20 + seed % 12, distractors=28) for seed in range(21)]
@@ -43,7 +45,7 @@ def work(tmp_path_factory):
     info.mkdir()
     (info / "METADATA").write_text(f"Name: deltadecode\nVersion: {deltadecode.__version__}\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\ndeltadecode = deltadecode.integrations.vllm.plugin:register\n"
+        "[vllm.general_plugins]\ndeltadecode = deltadecode.engines.vllm.plugin:register\n"
     )
     source = Path(deltadecode.__file__).resolve().parents[1]
     path = os.pathsep.join([str(folder), str(source), os.environ.get("PYTHONPATH", "")])

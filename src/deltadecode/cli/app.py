@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from deltadecode.cli.bench import bench
 from deltadecode.cli.calibrate import calibrate
 from deltadecode.cli.demo import demo
 from deltadecode.cli.eval import eval_command
@@ -32,7 +31,6 @@ app.command()(info)
 app.command()(calibrate)
 app.command("eval")(eval_command)
 app.command()(inspect)
-app.add_typer(bench, name="bench")
 
 INTERRUPTED = 130
 

@@ -102,10 +102,10 @@ def calibrate(
         "sink_pages": sink_pages,
     }  # fmt: skip
     wish = _wish(config, given, dense_layers, delta_layers, attended_fraction, recall)
-    from deltadecode.calibration.fit import Measurement
-    from deltadecode.calibration.report import plan_file, report
-    from deltadecode.calibration.texts import make_prompts, read_texts, task_texts
-    from deltadecode.tasks.registry import make_task
+    from deltadecode.lab.calibration.fit import Measurement
+    from deltadecode.lab.calibration.report import plan_file, report
+    from deltadecode.lab.calibration.texts import make_prompts, read_texts, task_texts
+    from deltadecode.lab.tasks.registry import make_task
 
     texts = None if data is None else read_texts(data, samples)
     kind = None if task is None else make_task(task)
@@ -130,7 +130,7 @@ def calibrate(
         cfg.save(out, meta=meta)
         note(f"wrote {out}; use it with --plan {out}, or DeltaConfig.load")
     if figure is not None:
-        from deltadecode.calibration.figures import draw
+        from deltadecode.lab.calibration.figures import draw
 
         draw(said, figure)
         note(f"wrote {figure}")
@@ -144,7 +144,7 @@ def _wish(
     config: Any, given: dict[str, Any], dense: int | None, deltas: int | None,
     fraction: float | None, recall: float | None,
 ) -> Any:  # fmt: skip
-    from deltadecode.calibration.fit import Wish
+    from deltadecode.lab.calibration.fit import Wish
 
     base = make_plan(config, None, given)
     wish = Wish(base, len(base.dense_layers) if dense is None else dense, deltas, fraction, recall)

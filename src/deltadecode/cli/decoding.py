@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TextStreamer, set_seed
 
 from deltadecode.config import DeltaConfig
-from deltadecode.integrations.transformers import disable, enable, stats
+from deltadecode.engines.transformers import disable, enable, stats
 
 
 @dataclass(frozen=True)

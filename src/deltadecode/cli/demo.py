@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deltadecode.cli.demo_workers import NAMES, run
 from deltadecode.cli.output import BadInput, note, print_json, stderr, stdout
-from deltadecode.tasks import make_problem, model_path
+from deltadecode.lab.tasks import make_problem, model_path
 
 # The larger model: no shape is that of Qwen2.5-0.5B; the first pair of steps is not timed.
 LARGER: dict[str, Any] = {"context": 16384, "shape": None, "pairs": 6}

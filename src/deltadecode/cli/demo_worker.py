@@ -39,7 +39,7 @@ def _decode(model: str, delta: bool, seed: int, steps: int | None) -> dict[str, 
     from deltadecode.architecture import attention_layers
     from deltadecode.cli.decoding import decode
     from deltadecode.config import DeltaConfig
-    from deltadecode.tasks import extract_answer, is_correct, make_problem
+    from deltadecode.lab.tasks import extract_answer, is_correct, make_problem
 
     # The operations of a model this small do not fill a second core.
     torch.set_num_threads(1)
@@ -82,8 +82,8 @@ def _time_step(context: int, shape: dict[str, Any] | None, pairs: int) -> dict[s
     import torch
     from transformers import Qwen2Config
 
-    from deltadecode.benchmark.steptime import PLAN, StepTimer, qwen2_05b
-    from deltadecode.collect_env import cores
+    from deltadecode.lab.collect_env import cores
+    from deltadecode.lab.steptime import PLAN, StepTimer, qwen2_05b
 
     def on_ready() -> None:
         # Until here the other side may still be decoding on its one thread, as this one did.

@@ -136,9 +136,9 @@ def eval_command(
         _harness(loaded, tokenizer, request, _names(lm_eval), lm_eval_include, samples, batch, seed,
                  out, as_json)  # fmt: skip
         return
-    from deltadecode.evaluation.runner import Evaluation
-    from deltadecode.evaluation.statistics import can_report
-    from deltadecode.tasks.registry import make_task
+    from deltadecode.lab.evaluation.runner import Evaluation
+    from deltadecode.lab.evaluation.statistics import can_report
+    from deltadecode.lab.tasks.registry import make_task
 
     evaluation = Evaluation(
         loaded, tokenizer, make_task(task), samples, seed, batch, chat, keep_outputs, _made_by()
@@ -165,8 +165,8 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
 def _cells(evaluation: Any, request: _Request) -> list[Any]:
     from deltadecode.architecture import attention_layers, signature
     from deltadecode.config import DeltaConfig, load_meta
-    from deltadecode.evaluation.ablations import cells_of
-    from deltadecode.evaluation.cells import check_cells, make_cells
+    from deltadecode.lab.evaluation.ablations import cells_of
+    from deltadecode.lab.evaluation.cells import check_cells, make_cells
     from deltadecode.profiles import find_profile
 
     trace = evaluation.trace()
@@ -192,11 +192,11 @@ def _cells(evaluation: Any, request: _Request) -> list[Any]:
 def _report(
     paths: Sequence[Path], results: Path | None, tag: str, docs: Path | None, as_json: bool
 ) -> None:
-    from deltadecode.evaluation.statistics import check_installed
+    from deltadecode.lab.evaluation.statistics import check_installed
 
     check_installed()
-    from deltadecode.evaluation.report import fill_document, make_result, write
-    from deltadecode.evaluation.summary import load, tables
+    from deltadecode.lab.evaluation.report import fill_document, make_result, write
+    from deltadecode.lab.evaluation.summary import load, tables
 
     found = make_result(load(paths), shlex.join(["deltadecode", *sys.argv[1:]]))
     files: list[Path] = []
@@ -222,8 +222,8 @@ def _harness(
     model: Any, tokenizer: Any, request: _Request, tasks: list[str], include: Path | None,
     samples: int, batch: int, seed: int, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
-    from deltadecode.evaluation.cells import Trace, make_cells, slug
-    from deltadecode.evaluation.lm_eval import evaluate
+    from deltadecode.lab.evaluation.cells import Trace, make_cells, slug
+    from deltadecode.lab.evaluation.lm_eval import evaluate
 
     if request.fractions or request.ablation:
         raise BadInput("--lm-eval goes with --policies and --budgets only")
@@ -261,7 +261,7 @@ def _harness(
 
 
 def _made_by() -> dict[str, Any]:
-    from deltadecode.benchmark.results import result
+    from deltadecode.lab.results import result
 
     made = result("eval", "", [])
     return {key: made[key] for key in ("commit", "machine", "versions")}

@@ -25,7 +25,7 @@ def info(
     if model is not None:
         check_model_path(model)
     quiet_libraries()
-    from deltadecode.collect_env import backends, devices, machine, versions
+    from deltadecode.lab.collect_env import backends, devices, machine, versions
 
     found: dict[str, Any] = {
         "versions": versions(),

@@ -128,7 +128,7 @@ def inspect(
     check_folder(out)
     source = _source(model, prompt, prompt_file, task)
     quiet_libraries()
-    from deltadecode.inspection.run import inspect_text
+    from deltadecode.lab.inspection.run import inspect_text
 
     check_tag(tag)
     folder = model_folder(model)
@@ -159,7 +159,7 @@ def inspect(
     if as_json:
         print_json(report)
         return
-    from deltadecode.inspection.report import summary_lines
+    from deltadecode.lab.inspection.report import summary_lines
 
     for line in summary_lines(report):
         stdout().print(line, markup=False, soft_wrap=True)
@@ -201,7 +201,7 @@ def check_folder(folder: Path) -> None:
         found = None
     if isinstance(found, dict) and found.get("kind") == KIND:
         return
-    from deltadecode.inspection.names import FIGURE_FILES
+    from deltadecode.lab.inspection.names import FIGURE_FILES
 
     for name in (PAGE, NUMBERS, *FIGURE_FILES):
         if (folder / name).exists():
@@ -230,7 +230,7 @@ def _text(tokenizer: Any, source: tuple[str, str], seed: int, *, use_template: b
     kind, text = source
     name = "a prompt of its user's"
     if kind == "task":
-        from deltadecode.tasks.registry import make_task
+        from deltadecode.lab.tasks.registry import make_task
 
         name = f"task {text}, seed {seed}"
         sample = make_task(text).sample(
@@ -242,7 +242,7 @@ def _text(tokenizer: Any, source: tuple[str, str], seed: int, *, use_template: b
 
 def _budget(cfg: DeltaConfig, count: int, steps: int, *, free: bool) -> DeltaConfig:
     """A budget with something to select; only one that nobody has asked for may be changed."""
-    from deltadecode.inspection.run import fit_config
+    from deltadecode.lab.inspection.run import fit_config
 
     if free:
         fitted = fit_config(cfg, count, steps)
@@ -262,8 +262,8 @@ def _budget(cfg: DeltaConfig, count: int, steps: int, *, free: bool) -> DeltaCon
 
 
 def _made_by(model: str, loaded: Any, text: _Text) -> dict[str, Any]:
-    from deltadecode.benchmark.results import result
-    from deltadecode.evaluation.runner import fingerprint
+    from deltadecode.lab.evaluation.runner import fingerprint
+    from deltadecode.lab.results import result
 
     made = result("inspection", shlex.join(["deltadecode", *sys.argv[1:]]), [])
     return {
@@ -284,9 +284,9 @@ def _made_by(model: str, loaded: Any, text: _Text) -> dict[str, Any]:
 def _write(
     found: Any, tokenizer: Any, made_by: dict[str, Any], epsilon: float, least: int, out: Path
 ) -> dict[str, Any]:
-    from deltadecode.inspection.figures import draw
-    from deltadecode.inspection.page import write_page
-    from deltadecode.inspection.report import make_report
+    from deltadecode.lab.inspection.figures import draw
+    from deltadecode.lab.inspection.page import write_page
+    from deltadecode.lab.inspection.report import make_report
 
     show: Callable[[int], str] = lambda token: str(tokenizer.decode([token]))  # noqa: E731
     report = make_report(found, show, made_by, epsilon, least)
@@ -301,8 +301,8 @@ def _write(
 
 
 def _result(report: dict[str, Any], folder: Path, tag: str | None) -> Path:
-    from deltadecode.benchmark.results import write_result
-    from deltadecode.inspection.report import result_rows
+    from deltadecode.lab.inspection.report import result_rows
+    from deltadecode.lab.results import write_result
 
     head = {key: report[key] for key in ("command", "commit", "machine", "versions")}
     rest = {key: value for key, value in report.items() if key not in head}

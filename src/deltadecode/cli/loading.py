@@ -36,7 +36,7 @@ def model_folder(model: str) -> str:
     -------
     str
     """
-    from deltadecode.tasks import model_path
+    from deltadecode.lab.tasks import model_path
 
     return str(model_path()) if model == EMBEDDED else model
 
@@ -190,7 +190,7 @@ def find_device(name: str) -> torch.device:
     """
     import torch
 
-    from deltadecode.collect_env import devices
+    from deltadecode.lab.collect_env import devices
 
     found = devices()
     if name == "auto":

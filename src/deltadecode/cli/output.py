@@ -36,7 +36,7 @@ def check_tag(tag: str | None) -> None:
     BadInput
         Naming what may be in it.
     """
-    from deltadecode.benchmark import results
+    from deltadecode.lab import results
 
     try:
         results.check_tag(tag)

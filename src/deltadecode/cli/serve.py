@@ -29,8 +29,8 @@ from deltadecode.cli.plan_options import (
     SinkPages,
 )
 from deltadecode.config import DeltaConfig
+from deltadecode.engines.vllm.settings import BACKEND, KEY
 from deltadecode.errors import UnsupportedModelError
-from deltadecode.integrations.vllm.settings import BACKEND, KEY
 
 # What is not ours is vLLM's. It has one-dash options of several letters, some with an h.
 SETTINGS = {

@@ -1,0 +1,77 @@
+"""Calibration of the embedded model, measured: seconds, memory, and the plan among its peers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.memory import high_water_mib
+from deltadecode.config import DeltaConfig
+from deltadecode.lab.calibration.fit import Measurement, Wish
+from deltadecode.lab.calibration.report import CALIBRATED, against, report
+from deltadecode.lab.calibration.texts import make_prompts, task_texts
+from deltadecode.lab.observe import NEW_TOKENS
+from deltadecode.lab.results import result, row
+from deltadecode.lab.tasks import model_path
+from deltadecode.lab.tasks.registry import Chain
+
+# The size of the plan that ships with the model, so that the two can be compared.
+_FULL_LAYERS = 4
+PROBLEMS = 16
+
+
+def run(
+    command: str,
+    progress: Callable[[float, float | None], None],
+    problems: int = PROBLEMS,
+    new_tokens: int = NEW_TOKENS,
+) -> dict[str, Any]:
+    """Calibrate on chain problems, and rank the plan among all of its size.
+
+    Parameters
+    ----------
+    command : str
+        What repeats it.
+    progress : callable
+        See :data:`deltadecode.lab.observe.Progress`.
+    problems, new_tokens : int
+        Texts, and what is generated for each.
+
+    Returns
+    -------
+    dict
+        See :func:`deltadecode.lab.results.result`. A row compares the share of the held-out
+        attention that is lost, weighted by need. Besides: ``seconds`` from loading the model to
+        the plan, ``peak_mib`` of the process, and what
+        :func:`deltadecode.lab.calibration.report.report` and ``against`` say.
+    """
+    start = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
+    wish = Wish(DeltaConfig.for_model(model), dense=0, deltas=_FULL_LAYERS)
+    texts = task_texts(Chain(), tokenizer, problems)
+    prompts = make_prompts(model, tokenizer, texts, new_tokens)
+    found = Measurement(model, prompts, wish, new_tokens)
+    found.run(model, tokenizer, progress)
+    said = report(found)
+    seconds = time.monotonic() - start
+    others = against(found)
+    ours = said["plans"].pop(CALIBRATED)
+    rows = [
+        row(
+            f"held-out attention, {found.wish.base.budget_pages} pages",
+            name,
+            "share lost, by need",
+            1 - ours["kept"]["held_out"],
+            1 - plan["kept"]["held_out"],
+            plan=plan,
+        )
+        for name, plan in {**said["plans"], **others.pop("peers")}.items()
+    ]
+    said["plans"][CALIBRATED] = ours
+    measured = {"seconds": round(seconds, 1), "peak_mib": round(high_water_mib())}
+    return {**result("calibration", command, rows), **measured, **said, **others}

@@ -1,0 +1,235 @@
+"""One vLLM engine of the end-to-end benchmark, its steps driven and timed one by one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.e2e.profile import summarize
+from deltadecode.engines.vllm.settings import BACKEND, KEY
+
+_FIRST_TOKEN = 10  # past the special ones
+_SEED = 0
+
+
+class Engine:
+    """A vLLM engine in this process, with random weights.
+
+    Parameters
+    ----------
+    spec : dict
+        ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a sequence),
+        ``memory_share`` (of the device), ``kv_bytes`` (of the cache; None: what the share leaves),
+        ``eager``, ``vocabulary``, and ``plan``: values of a DeltaConfig, or None for stock
+        attention.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        _set_environment()
+        if spec["plan"] is not None:
+            # Registered here, since in a source tree there is no entry point for vLLM to find.
+            import_module("deltadecode.engines.vllm.plugin").register()
+        from vllm import LLM
+
+        ours = {"attention_backend": BACKEND, "additional_config": {KEY: spec["plan"]}}
+        began = time.perf_counter()
+        self._llm = LLM(
+            model=spec["model"],
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            seed=_SEED,
+            max_num_seqs=spec["batch"],
+            max_model_len=spec["longest"],
+            gpu_memory_utilization=spec["memory_share"],
+            kv_cache_memory_bytes=spec["kv_bytes"],
+            # With it, the second round of a prefill would read nothing.
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            enforce_eager=spec["eager"],
+            **(ours if spec["plan"] is not None else {}),
+        )
+        self._engine = self._llm.llm_engine
+        self._scheduler = self._engine.engine_core.engine_core.scheduler
+        self._vocabulary = spec["vocabulary"]
+        self._ids: list[str] = []
+        self._preemptions = 0
+        self._count_preemptions()
+        # What compiles at its first use does so now.
+        self._decode(min(spec["batch"], 4), 16, 8)
+        self.start_s = time.perf_counter() - began
+
+    def facts(self) -> dict[str, Any]:
+        """What runs, for the result.
+
+        Returns
+        -------
+        dict
+            ``start_s``, ``kv_tokens`` (that the cache holds), ``backends`` (of the attention
+            layers), ``cudagraph_mode``, ``async_scheduling`` and ``vllm`` (version).
+        """
+        import vllm
+
+        config = self._engine.vllm_config
+        cache = config.cache_config
+        tokens = getattr(cache, "kv_cache_size_tokens", None)
+        layers = config.compilation_config.static_forward_context.values()
+        backends = {
+            layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")
+        }
+        return {
+            "start_s": round(self.start_s, 1),
+            "kv_tokens": tokens or cache.num_gpu_blocks * cache.block_size,
+            "backends": sorted(backends),
+            "cudagraph_mode": str(config.compilation_config.cudagraph_mode).rpartition(".")[2],
+            "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "vllm": vllm.__version__,
+        }
+
+    def do(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one command.
+
+        Parameters
+        ----------
+        command : dict
+            ``do`` names it: ``headline``, ``prefill``, ``fill``, ``steps``, ``profile`` or
+            ``drop``; the other keys are its arguments.
+
+        Returns
+        -------
+        dict
+            What was measured: ``seconds`` each of a number of steps or of the whole; and
+            ``preemptions`` meanwhile.
+        """
+        arguments = {key: value for key, value in command.items() if key != "do"}
+        actions: dict[str, Callable[..., dict[str, Any]]] = {
+            "headline": self._decode,
+            "prefill": self._decode,
+            "fill": self._fill,
+            "steps": self._steps,
+            "profile": self._profile,
+            "drop": self._drop,
+        }
+        self._preemptions = 0
+        found = actions[command["do"]](**arguments)
+        return {**found, "preemptions": self._preemptions}
+
+    def _decode(self, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+        """Run whole sequences, from the first step to the last."""
+        self._enqueue(batch, prompt, new_tokens)
+        ends = [time.perf_counter()]
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+            ends.append(time.perf_counter())
+        self._ids = []
+        return {"seconds": ends[-1] - ends[0], "steps": np.diff(ends).round(7).tolist()}
+
+    def _fill(self, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+        """Read prompts, until every sequence decodes."""
+        self._enqueue(batch, prompt, new_tokens)
+        began = time.perf_counter()
+        while not self._all_decode(batch):
+            self._engine.step()
+        return {"seconds": time.perf_counter() - began}
+
+    def _steps(self, steps: int) -> dict[str, Any]:
+        """Time decode steps of the sequences that are in the cache.
+
+        With asynchronous scheduling a call gives the GPU its next step and waits for the one
+        before, so from one return to the next is one step all the same.
+        """
+        # The GPU has been idle since the last command; the first call brings it into pace.
+        self._engine.step()
+        before = self._lengths()
+        ends = [time.perf_counter()]
+        for _ in range(steps):
+            self._engine.step()
+            ends.append(time.perf_counter())
+        after = self._lengths()
+        # Each call must have been one step of every sequence, else these are no step times.
+        if len(before) != len(self._ids) or [n + steps for n in before] != after:
+            raise RuntimeError(f"{steps} calls were not {steps} decode steps of every sequence")
+        return {"seconds": np.diff(ends).tolist(), "from": min(before), "to": max(after)}
+
+    def _profile(self, steps: int) -> dict[str, Any]:
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            with profile(activities=activities) as recorded:
+                for _ in range(steps):
+                    self._engine.step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+            recorded.export_chrome_trace(str(trace))
+            return summarize(trace, steps)
+
+    def _drop(self) -> dict[str, Any]:
+        # vLLM hands out its own names of requests, and takes the caller's unless told.
+        self._engine.abort_request(self._ids, internal=True)
+        self._ids = []
+        # Steps that were under way when their sequences went away, with asynchronous scheduling.
+        for _ in range(2):
+            self._engine.step()
+        if self._scheduler.requests:
+            raise RuntimeError(f"{len(self._scheduler.requests)} sequences are still in the cache")
+        return {}
+
+    def _enqueue(self, batch: int, prompt: int, new_tokens: int) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        random = np.random.default_rng(_SEED)
+        tokens = random.integers(_FIRST_TOKEN, self._vocabulary, (batch, prompt)).tolist()
+        sampling = SamplingParams(
+            max_tokens=new_tokens,
+            ignore_eos=True,
+            temperature=0.0,
+            detokenize=False,
+            # As LLM.generate does; else every step would copy out all tokens so far.
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompts = [{"prompt_token_ids": each} for each in tokens]
+        self._ids = list(self._llm.enqueue(prompts, sampling, use_tqdm=False))
+
+    def _lengths(self) -> list[int]:
+        return [request.num_tokens for request in self._scheduler.requests.values()]
+
+    def _all_decode(self, batch: int) -> bool:
+        requests = self._scheduler.requests.values()
+        if len(requests) < batch:
+            raise RuntimeError("a sequence ended before all of them were in the cache")
+        return all(request.num_output_tokens for request in requests)
+
+    def _count_preemptions(self) -> None:
+        preempt = self._scheduler._preempt_request
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self._preemptions += 1
+            return preempt(*arguments, **options)
+
+        self._scheduler._preempt_request = counted
+
+
+def _set_environment() -> None:
+    # Read when vLLM is imported. In one process, so that the plugin is registered where the
+    # engine runs, its scheduler can be asked, and the profiler sees its kernels.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in (
+        ("VLLM_LOGGING_LEVEL", "WARNING"),
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("HF_HUB_OFFLINE", "1"),
+    ):
+        os.environ.setdefault(name, value)

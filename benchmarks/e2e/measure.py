@@ -1,0 +1,235 @@
+"""Stock vLLM and DELTA on the same workloads, in turns or one after the other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.e2e.processes import WORKER, Process
+from benchmarks.e2e.rows import make_row
+from benchmarks.e2e.shapes import ModelShape
+from benchmarks.e2e.workloads import BLOCK, Workload, needs
+from deltadecode.config import DeltaConfig
+from deltadecode.lab.results import result
+
+STOCK, DELTA = "stock", "DELTA"
+SIDES = (STOCK, DELTA)
+Values = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What runs and how.
+
+    Attributes
+    ----------
+    shape : ModelShape
+        The model.
+    plan : DeltaConfig
+        Of the DELTA side.
+    workloads : sequence of Workload
+        At least one.
+    memory_share : float
+        Of the device, for each engine.
+    in_turn : bool
+        One engine after the other, where two do not fit; else both live and rounds alternate.
+    start_together : bool
+        Start both at once, with caches of just the size that is needed.
+    command : str
+        That repeats it, for the result.
+    worker : sequence of str
+        The process of an engine.
+    """
+
+    shape: ModelShape
+    plan: DeltaConfig
+    workloads: Sequence[Workload]
+    memory_share: float
+    in_turn: bool = False
+    start_together: bool = False
+    command: str = "deltadecode bench e2e"
+    worker: Sequence[str] = WORKER
+
+    def spec(self, side: str, model: Path) -> dict[str, Any]:
+        """What the process of a side is started with.
+
+        Parameters
+        ----------
+        side : str
+            Of :data:`SIDES`.
+        model : Path
+            The model's folder.
+
+        Returns
+        -------
+        dict
+            See :class:`benchmarks.e2e.engine.Engine`.
+        """
+        batch, longest = needs(self.workloads)
+        return {
+            "model": str(model),
+            "batch": batch,
+            "longest": longest,
+            "memory_share": self.memory_share,
+            "eager": self.shape.eager,
+            "vocabulary": self.shape.vocabulary,
+            "plan": self.plan.to_dict() if side == DELTA else None,
+            # Else an engine takes what is free, less what it sees taken while it starts.
+            "kv_bytes": self._kv_bytes() if self.start_together else None,
+        }
+
+    def _kv_bytes(self) -> int:
+        # vLLM keeps a block to itself.
+        return self.shape.kv_bytes * (BLOCK + max(one.kv_tokens for one in self.workloads))
+
+
+@dataclass
+class Measurement:
+    """A run, and what it has found so far.
+
+    Parameters
+    ----------
+    setup : Setup
+        What runs.
+    save : callable
+        Told the result after every change.
+    progress : callable
+        Told what runs, and the part of all work that is done.
+    """
+
+    setup: Setup
+    save: Callable[[dict[str, Any]], None]
+    progress: Callable[[str, float], None]
+    found: dict[str, Any] = field(init=False)
+    _values: dict[Workload, Values] = field(init=False)
+    _living: list[Process] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        setup = self.setup
+        # Asked before an engine starts, which measures the memory that others take.
+        self.found = {
+            **result("e2e", setup.command, []),
+            "model": setup.shape.name,
+            "parameters": setup.shape.parameters,
+            "plan": setup.plan.to_dict(),
+            "plan_note": setup.shape.plan_note if setup.plan == setup.shape.plan else "given",
+            "memory_share": setup.memory_share,
+            "in_turn": setup.in_turn,
+            "engines": {},
+            "skipped": [],
+            "one_side": [],
+        }
+        self._values = {one: defaultdict(list) for one in setup.workloads}
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Measure everything.
+
+        Parameters
+        ----------
+        folder : Path
+            For the model's configuration.
+
+        Returns
+        -------
+        dict
+            A result (CONTRIBUTING.md) with ``engines`` (what each ran with), ``skipped`` (workloads
+            that did not fit, and why) and ``one_side`` (what was measured on one side so far).
+
+        Raises
+        ------
+        EngineError
+            When a process fails. What was found before is saved.
+        """
+        model = self.setup.shape.write(folder)
+        try:
+            for sides in [[STOCK], [DELTA]] if self.setup.in_turn else [[*SIDES]]:
+                engines = self._start(sides, model)
+                for workload in self.setup.workloads:
+                    if self._fits(workload):
+                        self._measure(workload, engines)
+                for process in engines:
+                    process.stop()
+                    self._living.remove(process)
+        finally:
+            for process in self._living:
+                process.kill()
+        return self.found
+
+    def _start(self, sides: Sequence[str], model: Path) -> list[Process]:
+        engines: list[Process] = []
+        for side in sides:
+            self._tell(f"starting {side}")
+            process = Process(side, self.setup.spec(side, model), self.setup.worker)
+            engines.append(process)
+            self._living.append(process)
+            if not self.setup.start_together:
+                self._note_ready(process)
+        for process in engines:
+            if process.side not in self.found["engines"]:
+                self._note_ready(process)
+        return engines
+
+    def _note_ready(self, process: Process) -> None:
+        self.found["engines"][process.side] = process.ready()
+        self.save(self.found)
+
+    def _fits(self, workload: Workload) -> bool:
+        """Whether both caches hold it; a side that has not started yet is taken to."""
+        if any(skipped["case"] == workload.case for skipped in self.found["skipped"]):
+            return False
+        for side, facts in self.found["engines"].items():
+            if facts["kv_tokens"] < workload.kv_tokens:
+                why = (
+                    f"needs {workload.kv_tokens} tokens of KV cache, the {side} engine has "
+                    f"{facts['kv_tokens']}"
+                )
+                self.found["skipped"].append({"case": workload.case, "why": why})
+                self._tell(f"skipped {workload.case}: {why}")
+                self.save(self.found)
+                return False
+        return True
+
+    def _measure(self, workload: Workload, engines: Sequence[Process]) -> None:
+        for process in engines:
+            self._tell(f"{workload.case}: {process.side}")
+            for command in workload.opening():
+                self._values[workload][process.side + " opening"].append(process.do(command))
+        for _ in range(workload.rounds):
+            for process in engines:
+                self._tell(f"{workload.case}: {process.side}")
+                values = process.do(workload.measuring())
+                self._values[workload][process.side].append(values)
+        for process in engines:
+            for command in workload.closing():
+                process.do(command)
+        self._collect(workload)
+        self.save(self.found)
+
+    def _collect(self, workload: Workload) -> None:
+        """Make the row, once both sides are there."""
+        values = self._values[workload]
+        stock, delta = values.get(STOCK), values.get(DELTA)
+        if not (stock and delta):
+            half = {"case": workload.case, "side": STOCK, "rounds": stock}
+            self.found["one_side"].append(half)
+            return
+        self.found["one_side"] = [
+            half for half in self.found["one_side"] if half["case"] != workload.case
+        ]
+        if workload.kind == "profile" and not (stock[0]["busy_us"] and delta[0]["busy_us"]):
+            why = "the profiler saw nothing run on a GPU"
+            self.found["skipped"].append({"case": workload.case, "why": why})
+            return
+        opened = [value for side in SIDES for value in values[f"{side} opening"]]
+        self.found["rows"].append(make_row(workload, delta, stock, opened, self.setup.plan))
+
+    def _tell(self, what: str) -> None:
+        sides = sum(
+            len(values.get(side, [])) / workload.rounds
+            for workload, values in self._values.items()
+            for side in SIDES
+        )
+        self.progress(what, sides / (2 * len(self._values)))

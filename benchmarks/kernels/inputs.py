@@ -1,0 +1,209 @@
+"""Random inputs of the kernel benchmark, and the exact result for some of their rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.cases import BLOCK_SIZE, CFG, DIM, Shape, input_sets, moved_bytes
+
+SCALE = DIM**-0.5
+_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Pages of every row, as :func:`deltadecode.ops.select_pages` gives them.
+
+    Attributes
+    ----------
+    page_ids : Tensor
+        [B, K] int32.
+    page_counts : Tensor
+        [B] int32.
+    blocks : Tensor
+        [B, K] int32, the blocks that hold these pages: a block table for any paged kernel.
+    tokens : Tensor
+        [B] int32, tokens on these pages.
+    """
+
+    page_ids: Tensor
+    page_counts: Tensor
+    blocks: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of one shape.
+
+    Attributes
+    ----------
+    shape : Shape
+        What they are inputs of.
+    q : Tensor
+        [B, Hq, D] bfloat16.
+    caches : list of tuple
+        (keys, values), each [blocks, block_size, Hkv, D]; as many as it takes to exceed the L2
+        cache several times.
+    block_table : Tensor
+        [B, blocks of a row] int32, shuffled; the same for all caches.
+    seq_lens : Tensor
+        [B] int32, all the context.
+    sparse : list of tuple
+        (number of a cache, selection) of every sparse call; no two read the same page.
+    """
+
+    shape: Shape
+    q: Tensor
+    caches: list[tuple[Tensor, Tensor]]
+    block_table: Tensor
+    seq_lens: Tensor
+    sparse: list[tuple[int, Selection]]
+
+
+def inputs_bytes(shape: Shape, l2_bytes: int) -> int:
+    """Bytes of device memory that a shape takes.
+
+    Parameters
+    ----------
+    shape : Shape
+        The shape.
+    l2_bytes : int
+        Size of the L2 cache.
+
+    Returns
+    -------
+    int
+        All caches, and the float32 logits of a Δ-layer.
+    """
+    logits = shape.batch * shape.context * shape.heads * 4
+    return shape.cache_bytes * input_sets(shape.cache_bytes, l2_bytes) + logits
+
+
+def make_inputs(shape: Shape, device: torch.device, l2_bytes: int) -> Inputs:
+    """Make random inputs.
+
+    Parameters
+    ----------
+    shape : Shape
+        Their shape.
+    device : torch.device
+        Where they lie.
+    l2_bytes : int
+        Size of its L2 cache.
+
+    Returns
+    -------
+    Inputs
+        The same whenever they are made for the same arguments.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    row_blocks = ceil(shape.context / BLOCK_SIZE)
+    blocks = shape.batch * row_blocks
+    sets = input_sets(shape.cache_bytes, l2_bytes)
+    # The layout of vLLM 0.24: a block holds its keys, then its values.
+    size = (sets * blocks, 2, BLOCK_SIZE, shape.kv_heads, DIM)
+    pool = torch.empty(size, dtype=_DTYPE, device=device).normal_(generator=generator)
+    q = torch.empty((shape.batch, shape.heads, DIM), dtype=_DTYPE, device=device)
+    table = torch.randperm(blocks, generator=generator, device=device).to(torch.int32)
+    block_table = table.view(shape.batch, row_blocks)
+    return Inputs(
+        shape=shape,
+        q=q.normal_(generator=generator),
+        caches=[(part[:, 0], part[:, 1]) for part in pool.split(blocks)],
+        block_table=block_table,
+        seq_lens=torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device),
+        sparse=_sparse_sets(shape, block_table, sets, l2_bytes, generator),
+    )
+
+
+def _sparse_sets(
+    shape: Shape, block_table: Tensor, caches: int, l2_bytes: int, generator: torch.Generator
+) -> list[tuple[int, Selection]]:
+    """Cut the pages, in random order, into selections: caches × selections are all different."""
+    device = block_table.device
+    pages, budget = shape.pages, CFG.budget_pages
+    if pages <= budget:
+        order = torch.arange(pages, device=device).expand(shape.batch, pages)
+    else:
+        order = torch.rand((shape.batch, pages), generator=generator, device=device).argsort(dim=1)
+    wanted = input_sets(moved_bytes("sparse", shape), l2_bytes)
+    rounds = min(ceil(wanted / caches), max(1, pages // budget))
+    selections = [
+        _selection(shape, block_table, order[:, budget * i : budget * (i + 1)])
+        for i in range(rounds)
+    ]
+    return [(i % caches, selections[i // caches]) for i in range(min(wanted, rounds * caches))]
+
+
+def _selection(shape: Shape, block_table: Tensor, pages: Tensor) -> Selection:
+    pages = pages.sort(dim=1).values
+    count = pages.shape[1]
+    page_ids = torch.nn.functional.pad(pages, (0, CFG.budget_pages - count), value=-1)
+    last = shape.pages - 1
+    # All pages are full but the last one of a row.
+    missing = shape.pages * CFG.page_size - shape.context
+    tokens = count * CFG.page_size - missing * (pages == last).any(dim=1)
+    return Selection(
+        page_ids=page_ids.to(torch.int32),
+        page_counts=torch.full_like(block_table[:, 0], count),
+        blocks=block_table.gather(1, page_ids.clamp(min=0)),
+        tokens=tokens.to(torch.int32),
+    )
+
+
+def exact_attention(inputs: Inputs, rows: int, sparse: bool) -> Tensor:
+    """Attention of the first rows over the first cache, in float64.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        The inputs.
+    rows : int
+        Rows to compute.
+    sparse : bool
+        Over the first selection rather than over all tokens.
+
+    Returns
+    -------
+    Tensor
+        [rows, Hq, D] float64.
+    """
+    shape = inputs.shape
+    keys, values = inputs.caches[0]
+    selection = inputs.sparse[0][1]
+    found = []
+    for row in range(min(rows, shape.batch)):
+        if sparse:
+            blocks = selection.blocks[row, : int(selection.page_counts[row])]
+            tokens = int(selection.tokens[row])
+        else:
+            blocks, tokens = inputs.block_table[row], shape.context
+        k, v = (cache[blocks.long()].flatten(0, 1)[:tokens].double() for cache in (keys, values))
+        q = inputs.q[row].double().view(shape.kv_heads, -1, DIM)
+        weights = (torch.einsum("hgd,thd->hgt", q, k) * SCALE).softmax(dim=-1)
+        found.append(torch.einsum("hgt,thd->hgd", weights, v).reshape(shape.heads, DIM))
+    return torch.stack(found)
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    """Distance from the exact result.
+
+    Parameters
+    ----------
+    out : Tensor
+        [B, Hq, D], B ≥ rows.
+    exact : Tensor
+        [rows, Hq, D] float64.
+
+    Returns
+    -------
+    float
+        Frobenius norm of the difference ÷ that of the exact result.
+    """
+    difference = out[: exact.shape[0]].double() - exact
+    return float(difference.norm() / exact.norm())

@@ -1,0 +1,249 @@
+"""What cannot work with DELTA, refused in one line before anything has run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.modeling_utils import PreTrainedModel
+
+from deltadecode.architecture import attention_layers
+from deltadecode.engines.transformers.cache import DeltaCache
+from deltadecode.engines.transformers.state import ModelState
+from deltadecode.engines.transformers.static_cache import DeltaStaticCache
+from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a model that has nothing to plan, or whose attention cannot be replaced.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the class.
+    """
+    name = type(model).__name__
+    try:
+        attention_layers(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name} cannot decode with DELTA: {error}") from None
+    if not model._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{name} cannot decode with DELTA: it does not use the attention interface of "
+            "Transformers"
+        )
+    causal = (part for part in model.modules() if getattr(part, "is_causal", False))
+    if not any(hasattr(part, "layer_idx") for part in causal):
+        raise UnsupportedModelError(
+            f"{name} cannot decode with DELTA: none of its attention layers is causal"
+        )
+
+
+def check_cache(cache: Any, state: ModelState) -> None:
+    """Refuse a cache of another kind, of another model, or for smaller pages.
+
+    Parameters
+    ----------
+    cache : Any
+        What was passed as ``past_key_values``; None passes.
+    state : ModelState
+        State of the model.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        Naming the class of the cache.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, (DeltaCache, DeltaStaticCache)):
+        raise UnsupportedCacheError(
+            f"DELTA decodes from a DeltaCache or DeltaStaticCache, got a {type(cache).__name__}; "
+            "pass no past_key_values, or DeltaCache(model.config)"
+        )
+    if len(cache.layers) != state.plan.num_layers:
+        raise UnsupportedCacheError(
+            f"the {type(cache).__name__} must be of this model with {state.plan.num_layers} layers,"
+            f" got one of {len(cache.layers)} layers"
+        )
+    if isinstance(cache, DeltaStaticCache) and cache.page_size < state.cfg.page_size:
+        raise UnsupportedCacheError(
+            f"the DeltaStaticCache must be made for pages of {state.cfg.page_size} tokens, got one "
+            f"for pages of up to {cache.page_size}"
+        )
+
+
+def check_rows(cache: DeltaStaticCache, mask: Any, tokens: int) -> None:
+    """Refuse rows that do not fit in a static cache, or that have gaps.
+
+    Parameters
+    ----------
+    cache : DeltaStaticCache
+        The cache.
+    mask : Any
+        The attention mask, if there is one; only a two-dimensional one is looked at.
+    tokens : int
+        Slots that the cache will hold, with what it already holds.
+
+    Raises
+    ------
+    ValueError
+        Naming both numbers, or the row and slot of the gap.
+    """
+    if tokens > cache.room:
+        raise ValueError(
+            f"the static cache has room for {cache.room} tokens, got {tokens}; make a larger one"
+        )
+    check_gaps(mask, tokens)
+
+
+def check_gaps(mask: Any, tokens: int) -> None:
+    """Refuse rows of a static cache with padding anywhere but on the left.
+
+    Parameters
+    ----------
+    mask : Any
+        The attention mask, if there is one; only a two-dimensional one is looked at.
+    tokens : int
+        Slots that count.
+
+    Raises
+    ------
+    ValueError
+        Naming the row and the slot.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
+    seen = mask[:, :tokens].bool()
+    gaps = (seen[:, :-1] & ~seen[:, 1:]).nonzero().tolist()
+    if gaps:
+        row, slot = gaps[0]
+        raise ValueError(
+            "with a static cache DELTA takes padding on the left only, got an attention_mask with "
+            f"padding in slot {slot + 1} of row {row}, behind its tokens; use the default cache"
+        )
+
+
+def check_attentions(wanted: Any) -> None:
+    """Refuse to return attention weights.
+
+    Parameters
+    ----------
+    wanted : Any
+        The value of ``output_attentions``.
+
+    Raises
+    ------
+    ValueError
+        When it is true.
+    """
+    if wanted:
+        raise ValueError(
+            f"output_attentions={wanted!r} is not possible with DELTA: sparse layers have no "
+            "weights for the tokens they do not read; call deltadecode.disable(model) first"
+        )
+
+
+def check_prompt(tokens: int, mask: Any, state: ModelState) -> None:
+    """Refuse a prompt that is longer than the model's positions.
+
+    Parameters
+    ----------
+    tokens : int
+        Length of the prompt, with what the cache already holds and with padding.
+    mask : Any
+        The attention mask, if there is one; a two-dimensional one tells padding from tokens.
+    state : ModelState
+        State of the model.
+
+    Raises
+    ------
+    ValueError
+        Naming both numbers.
+    """
+    if state.longest is None or tokens <= state.longest:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        tokens = int(mask.sum(dim=1).max())
+    if tokens > state.longest:
+        raise ValueError(
+            f"the prompt must not be longer than the model's {state.longest} positions, got "
+            f"{tokens} tokens"
+        )
+
+
+def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[str, Any]) -> None:
+    """Refuse what ``generate`` cannot do with DELTA.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model.
+    state : ModelState
+        Its state.
+    arguments : dict
+        All arguments of the call by name.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        For a cache of another kind.
+    ValueError
+        For attention weights, assisted decoding, or a prompt that is too long.
+    """
+    settings = _settings(model, arguments)
+    if settings.cache_implementation not in (None, "dynamic", "static"):
+        raise UnsupportedCacheError(
+            "DELTA decodes from a DeltaCache or DeltaStaticCache, got cache_implementation="
+            f"{settings.cache_implementation!r}; leave it unset, or 'static'"
+        )
+    check_attentions(settings.output_attentions)
+    mode = settings.get_generation_mode(arguments.get("assistant_model"))
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens, ...) is not possible "
+            "with DELTA: it selects pages for one new token at a time, not for several drafted ones"
+        )
+    cache = arguments.get("past_key_values")
+    check_cache(cache, state)
+    mask = arguments.get("attention_mask")
+    tokens = 0
+    for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"):
+        given = arguments.get(name)
+        if isinstance(given, Tensor) and given.dim() > 1:
+            tokens = max(tokens, given.shape[1])
+    check_prompt(tokens, mask, state)
+    if isinstance(cache, DeltaStaticCache):
+        check_rows(cache, mask, _stored(settings, tokens))
+    elif settings.cache_implementation == "static":
+        check_gaps(mask, tokens)
+
+
+def _stored(settings: GenerationConfig, tokens: int) -> int:
+    """Tokens that a call of ``generate`` stores, at most: the last new one is not."""
+    if settings.max_new_tokens is not None:
+        return tokens + int(settings.max_new_tokens) - 1
+    if settings.max_length is not None:
+        return max(tokens, int(settings.max_length) - 1)
+    return tokens
+
+
+def _settings(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerationConfig:
+    """The generation settings in force: the call's, else the given ones, else the model's."""
+    given = arguments.get("generation_config")
+    settings = copy.copy(model.generation_config if given is None else given)
+    for name in vars(settings):
+        value = arguments.get(name)
+        if value is None:
+            value = getattr(settings, name)
+        if value is None:
+            value = getattr(model.generation_config, name, None)
+        setattr(settings, name, value)
+    return settings

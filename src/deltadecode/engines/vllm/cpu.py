@@ -1,0 +1,181 @@
+"""DELTA on CPUs: beside vLLM's CPU attention backend, for tests and small models.
+
+vLLM packs keys on CPUs for its matrix instructions, each processor its own way. Δ- and sparse
+layers therefore keep plain keys and values in the same memory, and do their prefill here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from deltadecode.engines.vllm import versions
+from deltadecode.engines.vllm.layers import DeltaBackend, DeltaBuilder, DeltaImpl
+
+# Query tokens at a time: bounds the logits where they are written out.
+_CHUNK = 256
+
+
+class DeltaCPUBuilder(DeltaBuilder, CPUAttentionMetadataBuilder):
+    """Metadata of CPU attention, and the division of the batch."""
+
+    splits: ClassVar[bool] = False
+
+
+class DeltaCPUImpl(DeltaImpl, CPUAttentionBackendImpl):
+    """CPU attention, and DELTA in decode rows of Δ- and sparse layers."""
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write new keys and values to the cache.
+
+        Parameters
+        ----------
+        layer
+            The layer.
+        key, value : Tensor
+            [tokens, Hkv, D].
+        kv_cache : Tensor
+            Of the layer.
+        slot_mapping : Tensor
+            [tokens] slots; negative for none.
+        """
+        if self.role(layer) not in ("delta", "sparse"):
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+            return
+        k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
+        kept = slot_mapping >= 0
+        slots = slot_mapping[kept]
+        block, offset = slots // k_cache.shape[1], slots % k_cache.shape[1]
+        tokens = slot_mapping.shape[0]
+        k_cache[block, offset] = key[:tokens][kept]
+        v_cache[block, offset] = value[:tokens][kept]
+
+    def attend_others(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+    ) -> None:
+        """Full causal attention of the rows that are no decode rows.
+
+        Parameters
+        ----------
+        layer, query, key, value, kv_cache, attn_metadata, output
+            See :meth:`DeltaImpl.forward`.
+        """
+        k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
+        starts = attn_metadata.query_start_loc.tolist()
+        lengths = attn_metadata.seq_lens.tolist()
+        for row in range(attn_metadata.delta.decode, len(lengths)):
+            tokens = lengths[row]
+            blocks = attn_metadata.block_table[row, : -(-tokens // k_cache.shape[1])].long()
+            keys = k_cache[blocks].flatten(0, 1)[:tokens]
+            values = v_cache[blocks].flatten(0, 1)[:tokens]
+            span = slice(starts[row], starts[row + 1])
+            output[span] = causal(
+                query[span], keys, values, self.scale, self.sinks, self.logits_soft_cap or None
+            )
+
+
+def causal(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of the last tokens of a sequence to those before them and themselves.
+
+    Parameters
+    ----------
+    q : Tensor
+        [m, Hq, D], the last m of n tokens.
+    keys, values : Tensor
+        [n, Hkv, D].
+    scale : float
+        Factor on q · k.
+    sinks : Tensor or None
+        [Hq], one more logit per head in the denominator.
+    softcap : float or None
+        Logits become ``softcap * tanh(logit / softcap)``.
+
+    Returns
+    -------
+    Tensor
+        [m, Hq, D].
+    """
+    new, tokens = q.shape[0], keys.shape[0]
+    group = q.shape[1] // keys.shape[1]
+    keys, values = (
+        cache.repeat_interleave(group, dim=1).transpose(0, 1) for cache in (keys, values)
+    )
+    parts = []
+    for first in range(0, new, _CHUNK):
+        part = q[first : first + _CHUNK].transpose(0, 1)
+        last = tokens - new + first + torch.arange(part.shape[1])
+        seen = torch.arange(tokens) <= last[:, None]
+        if sinks is None and softcap is None:
+            out = scaled_dot_product_attention(part, keys, values, attn_mask=seen, scale=scale)
+        else:
+            out = _written_out(part, keys, values, seen, scale, sinks, softcap)
+        parts.append(out.transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _written_out(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    logits = (q.float() @ keys.float().transpose(1, 2)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(-1, logits.shape[1], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    weights = logits.softmax(-1)[..., : keys.shape[1]]
+    return (weights @ values.float()).to(q.dtype)
+
+
+class DeltaCPUBackend(DeltaBackend, CPUAttentionBackend):
+    """DELTA over the cache of CPU attention."""
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """Class of the implementation.
+
+        Returns
+        -------
+        type
+        """
+        return DeltaCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """Class of the metadata builder.
+
+        Returns
+        -------
+        type
+        """
+        return DeltaCPUBuilder

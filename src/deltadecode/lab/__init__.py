@@ -1,0 +1,1 @@
+"""What measures DELTA: policies, tasks, evaluation, calibration, inspection (extra ``lab``)."""

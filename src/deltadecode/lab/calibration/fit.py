@@ -1,0 +1,316 @@
+"""From what was measured to plans: ours, the paper's, and what each keeps of texts it has not seen.
+
+Plans are fitted on the texts with even numbers, and judged on the odd ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltadecode.config import DeltaConfig
+from deltadecode.errors import CalibrationError, PolicyError
+from deltadecode.lab import plans
+from deltadecode.lab.attention_statistics import Captured, Setting, Shift
+from deltadecode.lab.calibration.need import Need
+from deltadecode.lab.observe import Progress, Prompt, observe
+from deltadecode.lab.plans import Places
+from deltadecode.lab.policies.base import Facts
+from deltadecode.lab.policies.delta import Delta
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The plan that is asked for.
+
+    Attributes
+    ----------
+    base : DeltaConfig
+        Gives page size, budget, recent and sink pages.
+    dense : int
+        Dense layers.
+    deltas : int or None
+        Δ-layers.
+    fraction : float or None
+        Attended fraction: the budget is solved for it; without ``deltas``, for every number of full
+        layers, of which that which keeps most is taken, its dense layers chosen with it.
+    recall : float or None
+        Instead of the two: the fewest Δ-layers with which the plan keeps so much.
+    """
+
+    base: DeltaConfig
+    dense: int
+    deltas: int | None = None
+    fraction: float | None = None
+    recall: float | None = None
+
+    def check(self, layers: int) -> None:
+        """Refuse what cannot be, for a model of so many full-attention layers."""
+        if self.recall is not None and (self.deltas is not None or self.fraction is not None):
+            raise CalibrationError(
+                "a recall decides the number of Δ-layers; give neither that nor a fraction with it"
+            )
+        if self.deltas is None and self.fraction is None and self.recall is None:
+            raise CalibrationError("give a number of Δ-layers, an attended fraction or a recall")
+        for name, value in (("attended fraction", self.fraction), ("recall", self.recall)):
+            if value is not None and not 0 < value < 1:
+                raise CalibrationError(f"{name} must be between 0 and 1, got {value:g}")
+        plans.check_size(layers, self.dense + (1 if self.deltas is None else self.deltas),
+                         self.dense)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan by place, with its pages.
+
+    Attributes
+    ----------
+    full : tuple of int
+        Full layers.
+    dense : int
+        How many of them are dense.
+    setting : Setting
+        K, L and S.
+    """
+
+    full: Places
+    dense: int
+    setting: Setting
+
+
+class Measurement:
+    """Full attention on some texts, as far as plans need it.
+
+    Parameters
+    ----------
+    model
+        Of Transformers.
+    prompts : sequence of Prompt
+        At least two.
+    wish : Wish
+        Says which settings to measure.
+    new_tokens : int
+        Generated for each.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Prompt], wish: Wish, new_tokens: int) -> None:
+        if len(prompts) < 2:
+            raise CalibrationError(
+                f"calibration needs at least 2 texts, one to fit and one to judge, got "
+                f"{len(prompts)}"
+            )
+        self.facts, self.prompts, self.wish = Facts.of(model), list(prompts), wish
+        self.new_tokens = new_tokens
+        layers = len(self.facts.layers)
+        wish.check(layers)
+        base, problems = wish.base, len(prompts)
+        self.sizes = self._sizes(layers)
+        self.captured = Captured(problems, layers, self._settings(), base.page_size)
+        self.shift = Shift(problems, layers)
+        self.need = Need(
+            model, problems, self.facts.layers, base.page_size, base.recent_pages, base.sink_pages
+        )
+        self.fit, self.held_out = range(0, problems, 2), range(1, problems, 2)
+
+    def run(self, model: Any, tokenizer: Any, progress: Progress, **options: int) -> None:
+        """Generate and measure; options as of :func:`observe`."""
+        watchers = (self.captured, self.shift, self.need)
+        observe(
+            model, tokenizer, self.prompts, watchers, page_size=self.wish.base.page_size,
+            new_tokens=self.new_tokens, progress=progress, **options,
+        )  # fmt: skip
+
+    def fraction(self, full: int, setting: Setting) -> float:
+        """Attended fraction of a plan with so many full layers, over the decode steps here."""
+        layers = len(self.facts.layers)
+        cfg = setting.config(self.wish.base.page_size)
+        cfg = DeltaConfig(**{**cfg.to_dict(), "delta_layers": tuple(range(full))})
+        plan = cfg.layer_plan(layers)
+        facts = Facts(tuple(range(layers)), self.facts.query_heads, self.facts.kv_heads)
+        policy = Delta(facts, cfg.budget_pages * cfg.page_size, cfg, plan)
+        lengths = self._lengths()
+        return float(policy.expected(lengths, 0).sum() / lengths.sum())
+
+    def _lengths(self) -> Floats:
+        steps = np.arange(1.0, self.new_tokens)
+        return np.concatenate([len(each.ids) + steps for each in self.prompts])
+
+    def _sizes(self, layers: int) -> dict[int, Setting]:
+        """Number of full layers, to the pages that go with it."""
+        wish, base = self.wish, self.wish.base
+        given = Setting(base.budget_pages, base.recent_pages, base.sink_pages)
+        if wish.recall is not None:
+            return {count: given for count in range(wish.dense + 1, layers)}
+        counts = range(1, layers) if wish.deltas is None else [wish.dense + wish.deltas]
+        if wish.fraction is None:
+            return {count: given for count in counts}
+        found = {count: self._pages(count, wish.fraction) for count in counts}
+        possible = {count: each for count, each in found.items() if each is not None}
+        if not possible:
+            raise CalibrationError(
+                f"no plan with {counts[0]} full layers of {layers} reads as little as a fraction "
+                f"of {wish.fraction:g} of these texts with {base.recent_pages} recent and "
+                f"{base.sink_pages} sink pages"
+            )
+        return possible
+
+    def _pages(self, full: int, fraction: float) -> Setting | None:
+        """The most pages with which a plan reads no more than a fraction; None if none do."""
+        base = self.wish.base
+        least = base.recent_pages + base.sink_pages + 1
+        most = int(self._lengths().max()) // base.page_size + 1
+
+        def reads(pages: int) -> float:
+            try:
+                return self.fraction(full, Setting(pages, base.recent_pages, base.sink_pages))
+            except PolicyError:
+                return 1.0
+
+        if reads(least) > fraction:
+            return None
+        low, high = least, max(most, least + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if reads(middle) <= fraction else (low, middle)
+        return Setting(low, base.recent_pages, base.sink_pages)
+
+    def _settings(self) -> list[Setting]:
+        """All that is measured: the pages of each size, and other L and S for a plan of one K."""
+        found = list(dict.fromkeys(self.sizes.values()))
+        if len(found) == 1:
+            found += offers(found[0])
+        return found
+
+
+def offers(setting: Setting) -> list[Setting]:
+    """Other L, from 1 to half the budget, and other S, with the same K."""
+    pages, recent, sink = setting.budget_pages, setting.recent_pages, setting.sink_pages
+    recents = sorted({1, recent // 2, 2 * recent, pages // 2} - {0, recent})
+    found = [Setting(pages, each, sink) for each in recents if each + sink < pages]
+    return found + [
+        Setting(pages, recent, each) for each in (0, 1, 2) if each != sink and recent + each < pages
+    ]
+
+
+def fitted(found: Measurement) -> dict[str, Candidate]:
+    """The plans: ours, ours without weights, and the paper's, all of one size.
+
+    Parameters
+    ----------
+    found : Measurement
+        After its run.
+
+    Returns
+    -------
+    dict
+        ``calibrated``, ``captured-mass`` and ``cosine-shift``.
+
+    Raises
+    ------
+    CalibrationError
+        When nothing could be measured, or no plan reaches the recall.
+    """
+    need, wish = found.need.weights(found.fit), found.wish
+    chosen = wish.deltas is None and wish.recall is None
+    dense = 0 if chosen else wish.dense
+
+    def best(count: int, weights: Floats | None) -> tuple[float, Places]:
+        r = found.captured.matrix(found.sizes[count], found.fit)
+        loss = plans.losses(r, weights)
+        full = plans.best_plan(loss, count, dense)
+        return plans.kept(loss, full), full
+
+    reached = {count: best(count, need) for count in found.sizes}
+    if wish.recall is not None:
+        enough = [count for count, (share, _) in reached.items() if share >= wish.recall]
+        if not enough:
+            most = max(share for share, _ in reached.values())
+            raise CalibrationError(
+                f"no plan keeps {wish.recall:g} of the attention; the most is {most:.4f}"
+            )
+        count = enough[0]
+    else:
+        count = max(reached, key=lambda each: reached[each][0])
+    setting, full = found.sizes[count], reached[count][1]
+    if chosen:
+        dense = plans.leading_dense(full)
+    unweighted = best(count, None)[1]
+    paper = plans.paper_plan(found.shift.curve(found.fit), count, dense)
+    return {
+        "calibrated": Candidate(full, dense, setting),
+        "captured-mass": Candidate(
+            unweighted, plans.leading_dense(unweighted) if chosen else dense, setting
+        ),
+        "cosine-shift": Candidate(paper, dense, setting),
+    }
+
+
+def described(found: Measurement, plan: Candidate) -> dict[str, Any]:
+    """A plan with what it keeps, for a report or a file.
+
+    Parameters
+    ----------
+    found : Measurement
+        After its run.
+    plan : Candidate
+        The plan.
+
+    Returns
+    -------
+    dict
+        Fields of :class:`DeltaConfig`; ``kept`` and ``recall``, each of the texts that were fitted
+        and of those held out; ``attended_fraction``.
+    """
+    numbers = found.facts.layers
+    dense, delta = plans.dense_and_delta(plan.full, numbers, plan.dense)
+    halves = {"fit": found.fit, "held_out": found.held_out}
+    # Both halves are weighed alike, or their shares would not be of the same thing.
+    need = found.need.weights(found.fit)
+    kept, recalls = {}, {}
+    for name, texts in halves.items():
+        r = found.captured.matrix(plan.setting, texts)
+        kept[name] = round(plans.kept(plans.losses(r, need), plan.full), 5)
+        recalls[name] = round(plans.recall(r, plan.full), 5)
+    return {
+        "page_size": found.wish.base.page_size,
+        "budget_pages": plan.setting.budget_pages,
+        "recent_pages": plan.setting.recent_pages,
+        "sink_pages": plan.setting.sink_pages,
+        "dense_layers": list(dense),
+        "delta_layers": list(delta),
+        "kept": kept,
+        "recall": recalls,
+        "attended_fraction": round(found.fraction(len(plan.full), plan.setting), 5),
+    }
+
+
+def offered(found: Measurement, plan: Candidate) -> list[dict[str, Any]]:
+    """What the plan of the same size keeps with other recent and sink pages, best first.
+
+    Parameters
+    ----------
+    found : Measurement
+        After its run.
+    plan : Candidate
+        Gives the size, and the pages to compare with.
+
+    Returns
+    -------
+    list of dict
+        As of :func:`described`; empty where only one setting was measured.
+    """
+    need = found.need.weights(found.fit)
+    lines = []
+    for setting in found.captured.settings:
+        if setting.budget_pages != plan.setting.budget_pages:
+            continue
+        loss = plans.losses(found.captured.matrix(setting, found.fit), need)
+        full = plans.best_plan(loss, len(plan.full), plan.dense)
+        lines.append(described(found, Candidate(full, plan.dense, setting)))
+    return sorted(lines, key=lambda line: -line["kept"]["fit"])

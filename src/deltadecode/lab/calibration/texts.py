@@ -1,0 +1,143 @@
+"""The texts of a calibration: from a file or from a task, cut where their generation starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltadecode.architecture import text_config
+from deltadecode.engines.transformers.state import longest_prompt
+from deltadecode.errors import CalibrationError
+from deltadecode.lab.generation import encode
+from deltadecode.lab.observe import Prompt
+from deltadecode.lab.tasks.sample import Sample, Task, no_verdict
+
+FORMAT = 'one JSON object a line, {"prompt": "...", "completion": "..."}, the completion optional'
+# Apart from those of evaluations, which start at 3,000,000,000.
+FIRST_SEED = 2_000_000_000
+
+
+def read_texts(path: Path, count: int | None = None) -> list[Sample]:
+    """Texts of a JSONL file.
+
+    Parameters
+    ----------
+    path : Path
+        In UTF-8; each line that is not blank is an object with a ``prompt`` and, optionally, a
+        ``completion``: what follows it, as some model wrote it. Other keys are ignored.
+    count : int, optional
+        Take so many from the start; by default all.
+
+    Returns
+    -------
+    list of Sample
+        Their seeds count from 0; the completion is the reference.
+
+    Raises
+    ------
+    CalibrationError
+        When the file cannot be read, is empty, or a line is something else, with its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CalibrationError(f"cannot read the data {str(path)!r}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise CalibrationError(f"the data {str(path)!r} is not text in UTF-8") from error
+    found: list[Sample] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and (count is None or len(found) < count):
+            prompt, completion = _parsed(line, f"line {number} of the data {str(path)!r}")
+            found.append(Sample(len(found), prompt, completion, 0, no_verdict))
+    if not found:
+        raise CalibrationError(f"the data {str(path)!r} is empty; it must hold {FORMAT}")
+    return found
+
+
+def _parsed(line: str, where: str) -> tuple[str, str]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise CalibrationError(f"{where} is not JSON; the format is {FORMAT}") from error
+    if not isinstance(value, dict):
+        raise CalibrationError(f"{where} is no object; the format is {FORMAT}")
+    prompt, completion = value.get("prompt"), value.get("completion", "")
+    if not isinstance(prompt, str) or not prompt:
+        raise CalibrationError(f"{where} has no prompt; the format is {FORMAT}")
+    if not isinstance(completion, str):
+        raise CalibrationError(f"{where} has a completion that is no text; the format is {FORMAT}")
+    return prompt, completion
+
+
+def task_texts(task: Task, tokenizer: Any, count: int, seed: int = FIRST_SEED) -> list[Sample]:
+    """Texts of a task.
+
+    Parameters
+    ----------
+    task : Task
+        Makes them.
+    tokenizer
+        Of the model.
+    count : int
+        How many.
+    seed : int
+        Of the first; the next have the next ones.
+
+    Returns
+    -------
+    list of Sample
+    """
+
+    def tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    return [task.sample(each, tokens) for each in range(seed, seed + count)]
+
+
+def make_prompts(
+    model: Any, tokenizer: Any, texts: Sequence[Sample], new_tokens: int, *, chat: bool = False
+) -> list[Prompt]:
+    """Token ids from which the generation of each text starts.
+
+    A text that has a reference starts inside it: the i-th of n at i / (n - 1) of the way to the
+    last place with ``new_tokens`` behind it, so that early and late decode steps are seen without
+    generating every text in full. A text without one starts behind its prompt.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Of Transformers.
+    texts : sequence of Sample
+        The texts.
+    new_tokens : int
+        At most so many are generated for each.
+    chat : bool
+        Whether prompts go through the tokenizer's chat template.
+
+    Returns
+    -------
+    list of Prompt
+
+    Raises
+    ------
+    CalibrationError
+        When a text is too long for the model, or its prompt has no token.
+    EvaluationError
+        When there is no chat template.
+    """
+    found = []
+    longest = longest_prompt(text_config(model))
+    for number, each in enumerate(encode(texts, tokenizer, chat=chat)):
+        room = max(len(each.reference) - new_tokens, 0)
+        ids = [*each.prompt, *each.reference[: room * number // max(len(texts) - 1, 1)]]
+        if len(ids) < 2:
+            raise CalibrationError(f"text {number + 1} has fewer than 2 tokens")
+        if longest is not None and len(ids) + new_tokens > longest:
+            raise CalibrationError(
+                f"text {number + 1} needs {len(ids) + new_tokens} tokens with {new_tokens} new "
+                f"ones, and the model has {longest} positions"
+            )
+        found.append(Prompt(number, ids))
+    return found

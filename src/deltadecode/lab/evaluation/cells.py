@@ -1,0 +1,223 @@
+"""What to run: one cell is a policy with a budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltadecode.errors import EvaluationError, PolicyError
+from deltadecode.lab.policies import Policy, make_policy, parse_policy
+from deltadecode.lab.policies.base import Floats
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._+=-]+")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A policy with a budget.
+
+    Attributes
+    ----------
+    policy : str
+        Name and options, as :func:`deltadecode.lab.policies.parse_policy` reads them.
+    budget : int
+        Tokens that a sparse layer may read; 0 for full attention.
+    fraction : float or None
+        Attended fraction that the budget was solved for.
+    """
+
+    policy: str
+    budget: int
+    fraction: float | None = None
+
+    def make(self, model: Any) -> Policy:
+        """The policy, for a model."""
+        return make_policy(self.policy, model, max(self.budget, 1))
+
+    @property
+    def label(self) -> str:
+        """Short text for tables and progress."""
+        return f"{self.policy} {self.budget}" if self.budget else self.policy
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How long the decoding is that a fraction is about.
+
+    Attributes
+    ----------
+    prompt, longest_prompt : int
+        Tokens of a typical prompt, and of the longest.
+    steps : int
+        Decode steps.
+    """
+
+    prompt: int
+    longest_prompt: int
+    steps: int
+
+    @property
+    def lengths(self) -> Floats:
+        """Tokens in the cache at each step, the new one included."""
+        return np.arange(self.prompt + 1.0, self.prompt + self.steps + 1)
+
+
+def make_cells(
+    policies: Sequence[str],
+    budgets: Sequence[int],
+    fractions: Sequence[float],
+    model: Any,
+    trace: Trace,
+    *,
+    overhead: bool = False,
+) -> list[Cell]:
+    """All policies at all budgets and fractions; every one is checked.
+
+    Parameters
+    ----------
+    policies : sequence of str
+        Names with options; ``full`` has no budget and comes once.
+    budgets : sequence of int
+        Tokens of a sparse layer.
+    fractions : sequence of float
+        Attended fractions, between 0 and 1; see :func:`solve_budget`.
+    model : transformers.PreTrainedModel or configuration
+        The model.
+    trace : Trace
+        Typical lengths.
+    overhead : bool
+        Whether a fraction covers what a policy reads besides keys and values.
+
+    Returns
+    -------
+    list of Cell
+
+    Raises
+    ------
+    PolicyError
+        When a policy is unknown or cannot keep to a budget.
+    EvaluationError
+        When there is nothing to run.
+    """
+    if not policies:
+        raise EvaluationError("--policies names no policy")
+    cells: list[Cell] = []
+    for text in policies:
+        if parse_policy(text)[0] == "full":
+            cells.append(Cell("full", 0))
+            continue
+        if not budgets and not fractions:
+            raise EvaluationError(f"policy {text!r} needs --budgets or --attended-fraction")
+        cells += [Cell(text, budget) for budget in budgets]
+        for fraction in fractions:
+            budget = solve_budget(text, model, fraction, trace, overhead=overhead)
+            cells.append(Cell(text, budget, fraction))
+    return check_cells(cells, model, trace)
+
+
+def check_cells(cells: Iterable[Cell], model: Any, trace: Trace) -> list[Cell]:
+    """Make every policy once, so that nothing is refused halfway; each cell once."""
+    unique = list(dict.fromkeys(cells))
+    for cell in unique:
+        cell.make(model).check(trace.longest_prompt)
+    return unique
+
+
+def solve_budget(
+    text: str, model: Any, fraction: float, trace: Trace, *, overhead: bool = False
+) -> int:
+    """The largest budget with which a policy is expected to read no more than a fraction.
+
+    Parameters
+    ----------
+    text : str
+        The policy.
+    model : transformers.PreTrainedModel or configuration
+        The model.
+    fraction : float
+        Tokens read ÷ tokens of full attention, over all decode steps and layers.
+    trace : Trace
+        Lengths over which the steps are summed.
+    overhead : bool
+        Whether to count what the policy reads besides keys and values, such as Quest's bounds.
+
+    Returns
+    -------
+    int
+        Where the reads depend on the data (``quest``, ``tidal`` under grouped queries) an upper
+        bound of them is taken, so that the policy may read less.
+
+    Raises
+    ------
+    PolicyError
+        When the policy reads more with any budget that it can keep to.
+    """
+    if not 0 < fraction < 1:
+        raise EvaluationError(f"an attended fraction must be between 0 and 1, got {fraction}")
+
+    def expected(budget: int) -> float | None:
+        try:
+            policy = make_policy(text, model, budget)
+            policy.check(trace.longest_prompt)
+        except PolicyError:
+            return None
+        lengths = trace.lengths
+        other = policy.overhead(lengths).sum() / lengths.sum() if overhead else 0.0
+        return expected_fraction(policy, trace) + float(other)
+
+    top = trace.longest_prompt + trace.steps
+    least = _bisect(1, top, lambda budget: expected(budget) is not None)
+    if least is None:
+        make_policy(text, model, top).check(trace.longest_prompt)  # says why
+        raise PolicyError(f"policy {text!r} cannot be run with any budget up to {top}")
+    lowest = expected(least)
+    assert lowest is not None
+    if lowest > fraction:
+        raise PolicyError(
+            f"policy {text!r} cannot read as little as a fraction of {fraction:g}: with its least "
+            f"budget of {least} it reads {lowest:.3f} of a prompt of {trace.prompt} tokens and "
+            f"{trace.steps} new ones"
+        )
+    over = _bisect(least, top, lambda budget: (expected(budget) or 0.0) > fraction)
+    return top if over is None else over - 1
+
+
+def expected_fraction(policy: Policy, trace: Trace) -> float:
+    """Share of full attention's reads that a policy is expected to read over a trace.
+
+    Parameters
+    ----------
+    policy : Policy
+        The policy.
+    trace : Trace
+        Its steps.
+
+    Returns
+    -------
+    float
+        An upper bound where the reads depend on the data.
+    """
+    lengths = trace.lengths
+    return float(policy.expected(lengths, trace.prompt).sum() / lengths.sum())
+
+
+def _bisect(low: int, high: int, holds: Any) -> int | None:
+    """Least number in low..high for which a monotone condition holds; None if it never does."""
+    if not holds(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def slug(text: str) -> str:
+    """A text as a part of a file name."""
+    return _UNSAFE.sub("-", text).strip("-")

@@ -1,0 +1,107 @@
+"""A result file, its figures and its tables in the documentation, from the files of the cells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltadecode.errors import EvaluationError
+from deltadecode.lab.evaluation.figures import draw
+from deltadecode.lab.evaluation.records import Records
+from deltadecode.lab.evaluation.summary import markdown, summarize, verdicts
+from deltadecode.lab.results import result, write_result
+
+_MADE_BY = ("commit", "machine", "versions")
+
+
+def make_result(cells: Sequence[Records], command: str) -> dict[str, Any]:
+    """The result of cells, as every benchmark of the project writes it.
+
+    Parameters
+    ----------
+    cells : sequence of Records
+        See :func:`deltadecode.lab.evaluation.summary.load`.
+    command : str
+        Command that makes the report from the files.
+
+    Returns
+    -------
+    dict
+        Commit, machine and versions are those that made the samples, not those of the report.
+        Where the files disagree, ``commits`` lists all of theirs.
+    """
+    rows = summarize(cells)
+    found = result("eval", command, rows)
+    newest = cells[-1].made_by
+    found |= {key: newest[key] for key in _MADE_BY if key in newest}
+    commits = sorted({str(each.made_by.get("commit")) for each in cells})
+    if len(commits) > 1:
+        found["commits"] = commits
+    found["settings"] = {
+        k: v for k, v in cells[0].settings.items() if k not in ("policy", "budget")
+    }
+    found["verdicts"] = verdicts(rows)
+    return found
+
+
+def write(found: dict[str, Any], folder: Path, tag: str) -> list[Path]:
+    """Write a result and its figures.
+
+    Parameters
+    ----------
+    found : dict
+        See :func:`make_result`.
+    folder : Path
+        Made if it does not exist.
+    tag : str
+        Last part of the file's name.
+
+    Returns
+    -------
+    list of Path
+        ``eval-<date>-<tag>.json`` and the figures, which begin with the same name.
+    """
+    path = write_result(found, folder, tag)
+    return [path, *draw(found["rows"], folder, path.stem)]
+
+
+def fill_document(document: Path, tag: str, found: dict[str, Any], files: Sequence[Path]) -> None:
+    """Replace what stands between ``<!-- eval:TAG -->`` and ``<!-- /eval:TAG -->``.
+
+    Parameters
+    ----------
+    document : Path
+        A Markdown file with both marks.
+    tag : str
+        Which marks.
+    found : dict
+        The result.
+    files : sequence of Path
+        The result file and its figures, named relative to the document.
+
+    Raises
+    ------
+    EvaluationError
+        When the document cannot be read or lacks the marks.
+    """
+    begin, end = f"<!-- eval:{tag} -->", f"<!-- /eval:{tag} -->"
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise EvaluationError(f"cannot read {str(document)!r}: {error.strerror}") from error
+    before, first, rest = text.partition(begin)
+    _, second, after = rest.partition(end)
+    if not (first and second):
+        raise EvaluationError(f"{str(document)!r} has no {begin} ... {end} to fill")
+    links = [_relative(file, document.parent) for file in files]
+    gpus = ", ".join(found["machine"].get("gpus") or [found["machine"].get("cpu", "a CPU")])
+    lines = ["", f"From [{Path(links[0]).name}]({links[0]}) ({gpus}).", "", markdown(found["rows"])]
+    lines += [f"- {line}" for line in found["verdicts"]]
+    lines += ["", *(f"![{Path(link).stem}]({link})" for link in links[1:]), ""]
+    document.write_text(before + begin + "\n".join(lines) + end + after, encoding="utf-8")
+
+
+def _relative(file: Path, folder: Path) -> str:
+    return Path(os.path.relpath(file, folder)).as_posix()

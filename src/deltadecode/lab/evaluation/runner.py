@@ -1,0 +1,225 @@
+"""Runs cells sample by sample in batches, and continues where a killed run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltadecode.architecture import text_config
+from deltadecode.engines.transformers.state import longest_prompt
+from deltadecode.errors import EvaluationError
+from deltadecode.lab.evaluation.cells import Cell, Trace, expected_fraction, slug
+from deltadecode.lab.evaluation.records import Records
+from deltadecode.lab.generation import (
+    Encoded,
+    encode,
+    lead_batch,
+    new_tokens,
+    solve_batch,
+)
+from deltadecode.lab.policies import make_policy
+from deltadecode.lab.tasks.registry import Perplexity
+from deltadecode.lab.tasks.sample import Task, options_of
+
+# Told what runs, the share of all work that is done, and the seconds left (None: not known yet).
+Progress = Callable[[str, float, "float | None"], None]
+_TYPICAL_ANSWER = 0.5  # of the room, for tasks without a reference
+
+
+@dataclass
+class Evaluation:
+    """A model, a task and its samples.
+
+    Attributes
+    ----------
+    model, tokenizer
+        Of Transformers.
+    task : Task
+        Makes the samples.
+    samples, seed : int
+        Seeds are ``seed``, ``seed + 1``, ...
+    batch : int
+        Rows that go together.
+    chat : bool
+        Whether prompts go through the tokenizer's chat template.
+    keep_outputs : bool
+        Whether records hold the whole texts.
+    made_by : dict
+        For the headers of the files: commit, machine, versions.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    samples: int
+    seed: int = 0
+    batch: int = 16
+    chat: bool = False
+    keep_outputs: bool = False
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch < 1:
+            raise EvaluationError("--samples and --batch must be at least 1")
+        seeds = range(self.seed, self.seed + self.samples)
+        made = [self.task.sample(seed, self._count) for seed in seeds]
+        self.encoded = encode(made, self.tokenizer, chat=self.chat)
+        self._check_lengths()
+        # Rows of one length need no padding, so that DELTA takes them through a layer together.
+        self.encoded.sort(key=lambda each: (len(each.prompt), each.sample.seed))
+        self._continuations: dict[tuple[int, ...], Tensor] = {}
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _check_lengths(self) -> None:
+        positions = longest_prompt(text_config(self.model))
+        longest = max(len(each.prompt) + each.room for each in self.encoded)
+        if positions is not None and longest > positions:
+            raise EvaluationError(
+                f"the task needs {longest} tokens of prompt and answer, and the model has "
+                f"{positions} positions"
+            )
+
+    def trace(self) -> Trace:
+        """How long decoding is, for budgets that are solved for a fraction of reads."""
+        prompts = [len(each.prompt) for each in self.encoded]
+        if isinstance(self.task, Perplexity):
+            steps = self.task.tokens - 1
+        else:
+            answers = [len(e.reference) or e.room * _TYPICAL_ANSWER for e in self.encoded]
+            steps = max(round(float(np.mean(answers))) - 1, 1)
+        return Trace(round(float(np.mean(prompts))), max(prompts), steps)
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """What decides the results of a cell."""
+        return {
+            "model": fingerprint(self.model),
+            "task": {"name": self.task.name, **options_of(self.task)},
+            "policy": cell.policy,
+            "budget": cell.budget,
+            "seed": self.seed,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "chat": self.chat,
+        }
+
+    def path(self, cell: Cell, folder: Path) -> Path:
+        """The file of a cell."""
+        options = ",".join(f"{key}={value}" for key, value in options_of(self.task).items())
+        name = "__".join(slug(part) for part in (self.task.name, options, cell.policy))
+        return folder / f"{name}__{cell.budget}.jsonl"
+
+    def run(self, cells: Sequence[Cell], folder: Path, progress: Progress) -> list[Records]:
+        """Run what the files of the cells lack.
+
+        Parameters
+        ----------
+        cells : sequence of Cell
+            Checked, see :func:`deltadecode.lab.evaluation.cells.make_cells`.
+        folder : Path
+            Where the files are; made if it does not exist.
+        progress : callable
+            See :data:`Progress`.
+
+        Returns
+        -------
+        list of Records
+            One per cell, each with all samples.
+
+        Raises
+        ------
+        EvaluationError
+            When a file is foreign or broken; before anything runs.
+        """
+        opened, trace = [], self.trace()
+        for cell in cells:
+            expected = expected_fraction(cell.make(self.model), trace)
+            made_by = {**self.made_by, "fraction": cell.fraction, "expected": round(expected, 5)}
+            opened.append(Records.open(self.path(cell, folder), self.settings(cell), made_by))
+        todo = [
+            (cell, records, [e for e in self.encoded if e.sample.seed not in records.samples])
+            for cell, records in zip(cells, opened, strict=True)
+        ]
+        clock = _Clock(sum(each.room for _, _, missing in todo for each in missing), progress)
+        for cell, records, missing in todo:
+            for begin in range(0, len(missing), self.batch):
+                part = missing[begin : begin + self.batch]
+                label = f"{cell.label}: {begin + len(part)} of {len(missing)}"
+                records.add(self._batch(cell, part, clock.of(label, part)))
+                clock.finish(part)
+        return opened
+
+    def _batch(
+        self, cell: Cell, part: list[Encoded], on_step: Callable[[int], None]
+    ) -> list[dict[str, Any]]:
+        policy = cell.make(self.model)
+        if isinstance(self.task, Perplexity):
+            continuation = self._continued(part)
+            return lead_batch(self.model, self.tokenizer, policy, part, continuation, on_step)
+        return solve_batch(
+            self.model, self.tokenizer, policy, part, on_step, keep_outputs=self.keep_outputs
+        )
+
+    def _continued(self, part: list[Encoded]) -> Tensor:
+        """What full attention writes; made once for all policies of a run."""
+        key = tuple(each.sample.seed for each in part)
+        if key not in self._continuations:
+            steps = max(each.room for each in part)
+            full = make_policy("full", self.model, 1)
+            found = new_tokens(self.model, self.tokenizer, full, part, steps, lambda step: None)
+            self._continuations[key] = found
+        return self._continuations[key]
+
+
+class _Clock:
+    """Work done and seconds left; work is counted in new tokens."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._total, self._progress = max(total, 1), progress
+        self._done, self._start = 0, time.monotonic()
+
+    def of(self, label: str, part: Sequence[Encoded]) -> Callable[[int], None]:
+        """To be told of each step of a batch."""
+
+        def on_step(step: int) -> None:
+            self._tell(label, self._done + sum(min(each.room, step) for each in part))
+
+        return on_step
+
+    def finish(self, part: Sequence[Encoded]) -> None:
+        """A batch is done, whatever room its rows have left."""
+        self._done += sum(each.room for each in part)
+
+    def _tell(self, label: str, done: int) -> None:
+        taken = time.monotonic() - self._start
+        share = done / self._total
+        left = taken / share - taken if taken > 1 and share > 0 else None
+        self._progress(label, share, left)
+
+
+def fingerprint(model: Any) -> str:
+    """Hash of the shapes of a model's weights and of the first few of each.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model; where it lies on disk plays no part.
+
+    Returns
+    -------
+    str
+    """
+    found = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        found.update(f"{name} {tuple(parameter.shape)}".encode())
+        few = parameter.detach().flatten()[:8].to(torch.float32).cpu()
+        found.update(few.numpy().tobytes())
+    return found.hexdigest()[:16]

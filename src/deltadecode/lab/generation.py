@@ -1,0 +1,330 @@
+"""One batch of samples through ``model.generate`` under one policy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from deltadecode.engines.transformers import DeltaCache
+from deltadecode.errors import EvaluationError
+from deltadecode.lab.policies import Policy
+from deltadecode.lab.policies.delta import Delta
+from deltadecode.lab.tasks.sample import Sample, no_verdict
+
+OnStep = Callable[[int], None]  # told the number of new tokens
+_ROOM = 0.05  # new tokens beyond the reference, as a share of it: enough to see that it went on
+_LEAST_ROOM = 16
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample in tokens.
+
+    Attributes
+    ----------
+    sample : Sample
+        The sample.
+    prompt : list of int
+        Token ids.
+    reference : list of int
+        Token ids of what a perfect model writes; empty if there is no such text.
+    room : int
+        New tokens, at most. A row of a batch is cut there, whatever its neighbours need.
+    """
+
+    sample: Sample
+    prompt: list[int]
+    reference: list[int]
+    room: int
+
+
+def encode(samples: Sequence[Sample], tokenizer: Any, *, chat: bool) -> list[Encoded]:
+    """Encode samples.
+
+    Parameters
+    ----------
+    samples : sequence of Sample
+        The samples.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Of the model.
+    chat : bool
+        Whether prompts go through the tokenizer's chat template.
+
+    Returns
+    -------
+    list of Encoded
+
+    Raises
+    ------
+    EvaluationError
+        When there is no chat template.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise EvaluationError("--chat needs a tokenizer with a chat template; this one has none")
+    found = []
+    for sample in samples:
+        prompt = sample.prompt
+        if chat:
+            message = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=False
+            )
+        ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
+        reference = tokenizer(sample.reference, add_special_tokens=False).input_ids
+        room = sample.room
+        if reference:
+            reference = [*reference, *eos_ids(tokenizer)]
+            room = len(reference) + max(_LEAST_ROOM, int(_ROOM * len(reference)))
+        found.append(Encoded(sample, ids, reference, room))
+    return found
+
+
+def unchecked(prompt: Sequence[int], room: int) -> Encoded:
+    """A prompt that is only continued, by so many tokens at most; no answer is expected of it."""
+    return Encoded(Sample(0, "", "", 0, no_verdict), list(prompt), [], room)
+
+
+def eos_ids(tokenizer: Any) -> list[int]:
+    """The token that ends a text, if there is one."""
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text, by the tokenizer and by the model."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
+    return {*eos_ids(tokenizer), *map(int, ends)}
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills rows up: the tokenizer's own, else the one that ends a text, else 0."""
+    pad = tokenizer.pad_token_id
+    return (eos_ids(tokenizer) or [0])[0] if pad is None else int(pad)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] and their mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+class _Ticker(StoppingCriteria):
+    """Stops nothing, but tells of every step."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self.tokens, self._on_step = 0, on_step
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.tokens += 1
+        if self.tokens == 1 and input_ids.is_cuda:
+            # The mask of a padded prompt takes tens of GB for a moment; others may use the device.
+            torch.cuda.empty_cache()
+        self._on_step(self.tokens)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _Leader(LogitsProcessor):
+    """Leads generation along given tokens, and notes what the model thinks of them."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets  # [B, steps]
+        self.log_probs: list[Tensor] = []
+        self.best: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        target = self.targets[:, len(self.best), None]
+        self.log_probs.append(scores.float().log_softmax(dim=1).gather(1, target)[:, 0])
+        self.best.append(scores.argmax(dim=1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, target, 0.0)
+
+
+def new_tokens(
+    model: Any,
+    tokenizer: Any,
+    policy: Policy,
+    batch: Sequence[Encoded],
+    steps: int,
+    on_step: OnStep,
+    leader: _Leader | None = None,
+) -> Tensor:
+    """Greedy continuation of a batch; [B, steps] or shorter, on the CPU."""
+    pad = pad_id(tokenizer)
+    ids, mask = pad_left([each.prompt for each in batch], pad, model.device)
+    # DELTA makes the same cache itself. The others' policies need one that appends in place too.
+    cache: dict[str, Any] = {}
+    if not isinstance(policy, Delta):
+        cache["past_key_values"] = DeltaCache(model.config)
+    with policy.decoding(model), torch.inference_mode():
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, num_beams=1,
+            pad_token_id=pad, stopping_criteria=StoppingCriteriaList([_Ticker(on_step)]),
+            logits_processor=LogitsProcessorList([] if leader is None else [leader]), **cache,
+        )  # fmt: skip
+    found: Tensor = output[:, ids.shape[1] :].cpu()
+    return found
+
+
+def solve_batch(
+    model: Any,
+    tokenizer: Any,
+    policy: Policy,
+    batch: Sequence[Encoded],
+    on_step: OnStep,
+    *,
+    keep_outputs: bool,
+) -> list[dict[str, Any]]:
+    """Generate answers and check them.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Of Transformers.
+    policy : Policy
+        How to decode.
+    batch : sequence of Encoded
+        Rows that go together.
+    on_step : callable
+        Told the number of new tokens so far.
+    keep_outputs : bool
+        Whether a record holds the whole text.
+
+    Returns
+    -------
+    list of dict
+        A record for each: ``seed``, ``score``, ``answer``, ``tokens`` (new ones, the end token
+        included), ``ended``, ``first_wrong`` (place of the first token that differs from the
+        reference, None if none does or there is no reference), ``hash`` of the new tokens,
+        ``prompt`` tokens, and what :func:`reads` says.
+    """
+    steps = max(each.room for each in batch)
+    output = new_tokens(model, tokenizer, policy, batch, steps, on_step)
+    counts = policy.counts([len(each.prompt) for each in batch], output.shape[1] - 1)
+    ends = end_ids(model, tokenizer)
+    records = []
+    for row, each in enumerate(batch):
+        new = output[row, : each.room].tolist()
+        stop = next((place for place, token in enumerate(new) if token in ends), None)
+        new = new if stop is None else new[: stop + 1]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        verdict = each.sample.check(text)
+        record = {
+            "seed": each.sample.seed,
+            "score": verdict.score,
+            "answer": verdict.answer,
+            "tokens": len(new),
+            "ended": stop is not None,
+            "first_wrong": first_difference(new, each.reference),
+            "hash": hashlib.sha256(np.asarray(new, dtype=np.int64).tobytes()).hexdigest()[:16],
+            "prompt": len(each.prompt),
+            **reads(counts, row, len(each.prompt), len(new) - 1),
+        }
+        records.append({**record, "text": text} if keep_outputs else record)
+    return records
+
+
+def lead_batch(
+    model: Any,
+    tokenizer: Any,
+    policy: Policy,
+    batch: Sequence[Encoded],
+    continuation: Tensor,
+    on_step: OnStep,
+) -> list[dict[str, Any]]:
+    """Lead a policy along the full-attention continuation.
+
+    Parameters
+    ----------
+    model, tokenizer, policy, batch, on_step
+        As in :func:`solve_batch`.
+    continuation : Tensor
+        [B, steps] token ids, from full attention; the end token included.
+
+    Returns
+    -------
+    list of dict
+        Records with ``nll``, the mean negative log-probability of a token, which is the score's
+        basis: ``score`` is the share of tokens that the policy would have written itself;
+        ``first_wrong`` is the first place where it would not. The first token, which prefill
+        gives, is left out of both.
+    """
+    leader = _Leader(continuation.to(model.device))
+    steps = continuation.shape[1]
+    new_tokens(model, tokenizer, policy, batch, steps, on_step, leader)
+    counts = policy.counts([len(each.prompt) for each in batch], steps - 1)
+    log_probs = torch.stack(leader.log_probs, dim=1).double().cpu()
+    agrees = (torch.stack(leader.best, dim=1).cpu() == continuation)[:, 1:]
+    ends = end_ids(model, tokenizer)
+    records = []
+    for row, each in enumerate(batch):
+        tokens = continuation[row].tolist()
+        stop = next((place for place, token in enumerate(tokens) if token in ends), steps - 1)
+        used = max(stop, 1)  # decode steps up to the end token
+        agreed = agrees[row, :used]
+        wrong = (~agreed).nonzero()
+        records.append(
+            {
+                "seed": each.sample.seed,
+                "score": float(agreed.double().mean()),
+                "nll": float(-log_probs[row, 1 : used + 1].mean()),
+                "tokens": used + 1,
+                "first_wrong": int(wrong[0]) + 1 if len(wrong) else None,
+                "prompt": len(each.prompt),
+                **reads(counts, row, len(each.prompt), used),
+            }
+        )
+    return records
+
+
+def reads(counts: Any, row: int, prompt: int, steps: int) -> dict[str, float]:
+    """What one row read and kept.
+
+    Parameters
+    ----------
+    counts : Counts
+        Of the batch.
+    row : int
+        The row.
+    prompt : int
+        Tokens of its prompt.
+    steps : int
+        Its decode steps; those after its end do not count.
+
+    Returns
+    -------
+    dict
+        ``read`` and ``metadata`` are sums over the steps, ``full`` is that of full attention,
+        ``kept`` is the most at any step; all are means over the full-attention layers.
+    """
+    lengths = prompt + np.arange(1, steps + 1)
+    return {
+        "read": round(float(counts.read[:steps, row].sum()), 2),
+        "full": int(lengths.sum()),
+        "kept": round(float(counts.kept[:steps, row].max(initial=0.0)), 2),
+        "metadata": round(float(counts.metadata[:steps, row].sum()), 2),
+    }
+
+
+def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
+    """First place where a text departs from its reference; None if it does not, or has none."""
+    if not reference:
+        return None
+    for place, expected in enumerate(reference):
+        if place >= len(tokens) or tokens[place] != expected:
+            return place
+    return None if len(tokens) == len(reference) else len(reference)

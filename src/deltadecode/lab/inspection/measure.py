@@ -1,0 +1,327 @@
+"""One pass over a text that measures what attention sinks are told by.
+
+No map of a layer is ever whole: the weights of a block of queries are added up by token and thrown
+away. A block takes at most 4 MiB per copy (or one query of all heads, if that is more), and about
+three copies are alive at once; what stays is ``4 · T · (Hq + Hkv + 1)`` bytes per layer, for T
+tokens. A model with sliding-window layers adds the mask that Transformers makes for them, T² bytes,
+and with learned sinks in those layers their own blocks of 64 MiB
+(:func:`deltadecode.engines.transformers.prefill.blockwise_attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from deltadecode.architecture import text_config
+from deltadecode.engines.transformers.prefill import full_attention
+from deltadecode.engines.transformers.swap import attending
+from deltadecode.errors import InspectionError
+from deltadecode.lab.policies.base import Facts, Scores
+
+NAME = "deltadecode_measure"
+# Larger blocks leave the caches of a CPU: 4 was the fastest of 1, 4, 16 and 64 MiB there.
+BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class LayerMeasure:
+    """What one full-attention layer does with a text of T tokens.
+
+    Attributes
+    ----------
+    layer : int
+        The model's own number.
+    mean : Tensor
+        [Hq, T] float32: mean weight of each token over the queries that see it, the token's own
+        included; α of Gu et al. (arXiv 2410.10781), section 3.
+    learned : Tensor or None
+        [Hq] float32: mean weight over all queries of the learned sink, the extra logit in the
+        denominator, if the layer has one.
+    gate : Tensor or None
+        [Hq] float32: mean over tokens of the norm of a head's output behind the output gate to that
+        before it; None where nothing lies between attention and its output projection.
+    value_norm : Tensor
+        [Hkv, T] float32: Euclidean norm of each token's value.
+    """
+
+    layer: int
+    mean: Tensor
+    learned: Tensor | None
+    gate: Tensor | None
+    value_norm: Tensor
+
+
+@dataclass(frozen=True)
+class HiddenMeasure:
+    """The hidden states that leave one decoder layer.
+
+    Attributes
+    ----------
+    norm : Tensor
+        [T] float32: Euclidean norm of each token's hidden state.
+    peak : float
+        Largest magnitude of any entry.
+    peak_token, peak_channel : int
+        Where it is.
+    median : float
+        Median magnitude of all entries.
+    """
+
+    norm: Tensor
+    peak: float
+    peak_token: int
+    peak_channel: int
+    median: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A text, as :func:`measure` sees it go through a model.
+
+    Attributes
+    ----------
+    tokens : int
+        T.
+    attention : tuple of LayerMeasure
+        One per full-attention layer, ascending.
+    hidden : tuple of HiddenMeasure
+        One per decoder layer.
+    """
+
+    tokens: int
+    attention: tuple[LayerMeasure, ...]
+    hidden: tuple[HiddenMeasure, ...]
+
+
+def measure(
+    model: Any,
+    ids: Tensor,
+    on_layer: Callable[[int], None] = lambda done: None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Measure:
+    """Read a text in one pass of full attention.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal model with full-attention layers. Its attention implementation is set to one that
+        measures, and back.
+    ids : Tensor
+        [1, T] token ids, T ≥ 2.
+    on_layer : callable
+        Told the number of decoder layers that are done.
+    block_bytes : int
+        Bytes of the float32 weights of a block of queries.
+
+    Returns
+    -------
+    Measure
+        On the CPU.
+
+    Raises
+    ------
+    InspectionError
+        When there are other rows than one, or less than two tokens.
+    UnsupportedModelError
+        When the model has no full-attention layer.
+    """
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
+        raise InspectionError(f"a measured text is [1, T >= 2] token ids, got {list(ids.shape)}")
+    run = _Run(Facts.of(model), block_bytes)
+    with _measuring(model, run, on_layer), torch.inference_mode():
+        # The base model: logits of all tokens would be the largest thing in memory.
+        model.base_model(input_ids=ids.to(model.device), use_cache=False)
+    missing = [layer for layer in run.facts.layers if layer not in run.attention]
+    if missing:
+        raise InspectionError(
+            f"{type(model).__name__} does not call its attention through Transformers' interface "
+            f"in layer {missing[0]}"
+        )
+    return Measure(
+        int(ids.shape[1]),
+        tuple(run.attention[layer] for layer in run.facts.layers),
+        tuple(run.hidden[layer] for layer in sorted(run.hidden)),
+    )
+
+
+class _Run:
+    """What a pass has measured so far."""
+
+    def __init__(self, facts: Facts, block_bytes: int) -> None:
+        self.facts, self.block_bytes = facts, block_bytes
+        self.attention: dict[int, LayerMeasure] = {}
+        self.hidden: dict[int, HiddenMeasure] = {}
+        self.outputs: Tensor | None = None  # norms [Hq, T] of the layer in progress, for its gate
+
+    def see_gated(self, layer: int, gated: Tensor) -> None:
+        """See what reaches the output projection; [1, T, Hq · D]."""
+        before, self.outputs = self.outputs, None
+        if before is None or layer not in self.attention:
+            return
+        heads, tokens = before.shape
+        after = gated.reshape(tokens, heads, -1).float().norm(dim=2).T
+        ratio = (after / before.clamp_min(torch.finfo(torch.float32).tiny)).mean(dim=1).cpu()
+        if bool((ratio - 1).abs().max() > 1e-3):
+            found = self.attention[layer]
+            self.attention[layer] = LayerMeasure(
+                layer, found.mean, found.learned, ratio, found.value_norm
+            )
+
+
+# The run that measures a model, by the identity of the text decoder's configuration.
+_RUNS: dict[int, _Run] = {}
+
+
+@contextmanager
+def _measuring(model: Any, run: _Run, on_layer: Callable[[int], None]) -> Iterator[None]:
+    layers = decoder_layers(model)
+
+    def see_hidden(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            states = output if isinstance(output, Tensor) else output[0]
+            run.hidden[place] = _hidden(states[0])
+            on_layer(place + 1)
+
+        return hook
+
+    def see_projected(place: int) -> Callable[..., None]:
+        return lambda module, inputs: run.see_gated(place, inputs[0])
+
+    with ExitStack() as stack:
+        for place, layer in enumerate(layers):
+            stack.callback(layer.register_forward_hook(see_hidden(place)).remove)
+            for part in layer.modules():
+                projection = getattr(part, "o_proj", None)
+                if getattr(part, "layer_idx", None) == place and isinstance(projection, nn.Module):
+                    hook = projection.register_forward_pre_hook(see_projected(place))
+                    stack.callback(hook.remove)
+        stack.enter_context(attending(model, NAME, _RUNS, run))
+        yield
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """The decoder layers of a model, in order.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal model.
+
+    Returns
+    -------
+    sequence of nn.Module
+        As many as the configuration says.
+
+    Raises
+    ------
+    InspectionError
+        When no list of modules has that length.
+    """
+    depth = text_config(model).num_hidden_layers
+    for part in model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == depth:
+            return list(part)
+    raise InspectionError(f"{type(model).__name__} has no list of its {depth} decoder layers")
+
+
+def measuring_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of Transformers' interface: full attention that adds its weights up.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention module, with ``config`` and ``layer_idx``.
+    query : Tensor
+        [1, Hq, T, D].
+    key, value : Tensor
+        [1, Hkv, T, D].
+    attention_mask : Tensor or None
+        As the mask function of ``sdpa`` makes it; None: causal.
+    dropout : float
+        Of no matter: nothing is trained here.
+    scaling : float or None
+        Factor on q · k; None: D to the power of -1/2.
+    **kwargs
+        What else the model passes, as ``s_aux`` (learned sinks) and ``softcap``.
+
+    Returns
+    -------
+    tuple
+        Output [1, T, Hq, D], and None in the place of the weights.
+    """
+    run = _RUNS.get(id(module.config))
+    layer = getattr(module, "layer_idx", None)
+    if run is None or layer not in run.facts.layers:
+        return full_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        ), None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    out, totals = _added_up(query, key, value, attention_mask, scores, run.block_bytes)
+    tokens = totals.shape[1]
+    seen_by = torch.arange(tokens, 0, -1, device=totals.device)
+    learned = None
+    if scores.sinks is not None:  # what the weights lack to a sum of 1 per query
+        learned = (1 - totals.sum(dim=1) / tokens).cpu()
+    norms = value[0].float().norm(dim=2).cpu()
+    run.attention[layer] = LayerMeasure(layer, (totals / seen_by).cpu(), learned, None, norms)
+    run.outputs = out[0].float().norm(dim=2).T
+    return out, None
+
+
+def _added_up(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores, block: int
+) -> tuple[Tensor, Tensor]:
+    """Output [1, T, Hq, D], and the weights [Hq, T] added up over the queries."""
+    heads, tokens = query.shape[1:3]
+    kv_heads = key.shape[1]
+    size = max(1, block // (4 * heads * tokens))
+    totals = torch.zeros(heads, tokens, device=query.device)
+    place = torch.arange(tokens, device=query.device)
+    parts = []
+    for first in range(0, tokens, size):
+        part = query[:, :, first : first + size]
+        # Later keys are hidden from all queries of the block.
+        last = first + part.shape[2]
+        if mask is None:
+            read = place[:last] <= place[first:last, None]
+        else:
+            allowed = mask if mask.dtype == torch.bool else mask == 0
+            read = allowed[0, :, first:last, :last]
+        weights = scores.weights(scores.logits(part, key[:, :, :last]), read)
+        totals[:, :last] += weights.sum(dim=3).view(heads, last)
+        packed = weights.to(value.dtype).reshape(1, kv_heads, -1, last) @ value[:, :, :last]
+        parts.append(packed.view(1, heads, last - first, -1).transpose(1, 2))
+    return torch.cat(parts, dim=1), totals
+
+
+def _hidden(states: Tensor) -> HiddenMeasure:
+    states = states.float()
+    sizes = states.abs()
+    top = int(sizes.argmax())
+    token, channel = divmod(top, states.shape[1])
+    return HiddenMeasure(
+        states.norm(dim=1).cpu(), float(sizes[token, channel]), token, channel,
+        float(sizes.median()),
+    )  # fmt: skip
+
+
+AttentionInterface.register(NAME, measuring_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,185 @@
+"""What sink pages are worth: perplexity with them forced in, left to selection, and masked out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from deltadecode.config import DeltaConfig, LayerPlan
+from deltadecode.lab.generation import lead_batch, unchecked
+from deltadecode.lab.policies.base import Facts, Floats, Policy, View
+from deltadecode.lab.policies.delta import Delta
+from deltadecode.lab.policies.delta_variants import DeltaVariant
+from deltadecode.lab.policies.full import Full
+from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.pages import choose_pages, page_numbers, page_sums
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One way to treat the sink pages.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the report.
+    perplexity : float
+        exp of the mean negative log-probability of the tokens that full attention wrote, the first
+        one left out: it comes from the prompt.
+    agreement : float
+        Share of them that it would have written too.
+    """
+
+    name: str
+    perplexity: float
+    agreement: float
+
+
+class DeltaWithout(DeltaVariant):
+    """DELTA whose sparse layers never read some pages; Δ-layers choose others instead.
+
+    Parameters
+    ----------
+    facts, budget, cfg, plan
+        See :class:`deltadecode.lab.policies.delta.Delta`.
+    hidden : range
+        Pages that no sparse layer reads.
+    """
+
+    name = "delta-without"
+    paper = "DELTA without some pages"
+
+    def __init__(
+        self, facts: Facts, budget: int, cfg: DeltaConfig, plan: LayerPlan, hidden: range
+    ) -> None:
+        super().__init__(facts, budget, cfg, plan)
+        self.hidden = hidden
+
+    def _choose(self, look: Look, view: View) -> Tensor:
+        cfg = self.cfg
+        scores = page_sums(look.weights.flatten(1, 2).amax(dim=1), view, cfg.page_size)
+        # Behind all others, which score 0 or more, but before pages that do not exist.
+        scores[:, self.hidden.start : self.hidden.stop] = -1.0
+        chosen = choose_pages(scores, view, cfg.page_size, cfg.budget_pages, cfg.recent_pages)
+        # All pages of a text within the budget are chosen, whatever they score.
+        newest = (view.lengths - 1) // cfg.page_size
+        for page in self.hidden:
+            if page < chosen.shape[1]:
+                chosen[:, page] &= newest == page
+        return chosen
+
+
+class FullWithout(MaskedPolicy):
+    """Full attention whose decode steps read some pages in no layer.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    page_size : int
+        Tokens of a page.
+    hidden : range
+        The pages.
+    """
+
+    name = "full-without"
+    paper = "stock attention without some pages"
+
+    def __init__(self, facts: Facts, page_size: int, hidden: range) -> None:
+        super().__init__(facts, 1)
+        self.page_size, self.hidden = page_size, hidden
+
+    def select(self, layer: int, look: Look, view: View) -> Tensor:
+        """Everything but the hidden pages; the page of the new token is read all the same."""
+        page = page_numbers(view, self.page_size)
+        hidden = (page >= self.hidden.start) & (page < self.hidden.stop) & (page != page[:, -1:])
+        return ~hidden[:, None, None]
+
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """An upper bound; see :meth:`Policy.expected`."""
+        del prompt
+        return lengths
+
+
+def treatments(
+    facts: Facts, cfg: DeltaConfig, plan: LayerPlan, prompt: int
+) -> list[tuple[str, Policy]]:
+    """All treatments of the first max(S, 1) pages, with what each is compared with.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    cfg : DeltaConfig
+        Plan and budget. Without room for a sink page, K = L + 1, none is forced in.
+    plan : LayerPlan
+        What each layer does.
+    prompt : int
+        Tokens of the prompt, whose middle has the control's pages.
+
+    Returns
+    -------
+    list of tuple
+        Name and policy.
+    """
+    count = max(cfg.sink_pages, 1)
+    budget = cfg.page_size * cfg.budget_pages
+    first = range(count)
+    middle = max(prompt // cfg.page_size // 2, count)
+    control = range(middle, middle + count)
+    free = replace(cfg, sink_pages=0)
+    room = cfg.budget_pages > cfg.recent_pages + count
+    forced = [replace(cfg, sink_pages=count)] if room else []
+    return [
+        ("full attention", Full(facts, 1)),
+        *(("DELTA, sink pages forced in", Delta(facts, budget, each, plan)) for each in forced),
+        ("DELTA, sink pages left to selection", Delta(facts, budget, free, plan)),
+        ("DELTA, sink pages masked out", DeltaWithout(facts, budget, free, plan, first)),
+        ("full attention, sink pages masked out", FullWithout(facts, cfg.page_size, first)),
+        (
+            "full attention, middle pages masked out (control)",
+            FullWithout(facts, cfg.page_size, control),
+        ),
+    ]
+
+
+def remove(
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    continuation: Tensor,
+    policies: Sequence[tuple[str, Policy]],
+    on_step: Callable[[int], None] = lambda steps: None,
+) -> Iterator[Removal]:
+    """Lead each treatment along what full attention wrote.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Of Transformers.
+    prompt : sequence of int
+        Token ids.
+    continuation : Tensor
+        [1, steps] token ids, steps ≥ 2.
+    policies : sequence of tuple
+        See :func:`treatments`.
+    on_step : callable
+        Told the number of tokens that are done, over all treatments.
+
+    Yields
+    ------
+    Removal
+        One after the other.
+    """
+    encoded = unchecked(prompt, continuation.shape[1])
+    for place, (name, policy) in enumerate(policies):
+        before = place * continuation.shape[1]
+        (record,) = lead_batch(
+            model, tokenizer, policy, [encoded], continuation,
+            lambda steps, before=before: on_step(before + steps),  # type: ignore[misc]
+        )  # fmt: skip
+        yield Removal(name, math.exp(record["nll"]), record["score"])

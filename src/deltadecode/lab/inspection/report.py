@@ -1,0 +1,198 @@
+"""The numbers of an inspection as JSON has them, and the rows of a result file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from deltadecode.lab.inspection.run import Inspection
+from deltadecode.lab.inspection.sinks import EPSILON, LEAST_QUERIES, describe
+from deltadecode.lab.results import row
+
+_DIGITS = 5
+
+
+def make_report(
+    found: Inspection,
+    show_token: Callable[[int], str],
+    made_by: dict[str, Any],
+    epsilon: float = EPSILON,
+    least_queries: int = LEAST_QUERIES,
+) -> dict[str, Any]:
+    """Everything but the page map.
+
+    Parameters
+    ----------
+    found : Inspection
+        What was measured.
+    show_token : callable
+        Text of a token id.
+    made_by : dict
+        ``command``, ``commit``, ``machine``, ``versions``, ``model`` and ``text``; goes first.
+    epsilon, least_queries
+        See :func:`deltadecode.lab.inspection.sinks.sink_heads`.
+
+    Returns
+    -------
+    dict
+        ``made_by``'s, then ``tokens`` (prompt, new, observed steps and their stride), ``plan``
+        (the configuration, and the role and source of each full-attention layer), ``layers``
+        (numbers of the full-attention layers, by which all lists and matrices go), ``shift``,
+        ``overlap``, ``captured``, ``drift`` (``lags`` in decode steps; per layer of the model, the
+        ``overlap`` of choices so far apart and the attention ``held`` by a choice so old; the
+        overlap of two choices by ``chance``),
+        ``recall`` (per sparse layer: the mass that lies on the pages of its source
+        Δ-layer, the most that any K pages chosen by its own scores hold, and their ratio),
+        ``entropy_bits`` [layers][heads], ``token_texts`` by position, ``sinks`` and ``removal``.
+    """
+    layers = list(found.facts.layers)
+    texts = [show_token(token) for token in found.ids]
+    sinks = describe(found.measured, texts, found.config.page_size, epsilon, least_queries)
+    return {
+        **made_by,
+        "tokens": {
+            "prompt": found.prompt,
+            "new": len(found.ids) - found.prompt,
+            "observed_steps": len(found.pages.steps),
+            "over_budget_steps": int(found.pages.over_budget.sum()),
+            "stride": found.stride,
+        },
+        "plan": {
+            **found.config.to_dict(),
+            "roles": [found.plan.role(layer) for layer in layers],
+            "sources": [found.plan.source(layer) for layer in layers],
+        },
+        "layers": layers,
+        "shift": _list(found.shift),
+        "overlap": _list(found.pages.overlap()),
+        "captured": _list(found.captured),
+        "drift": _drift(found, layers),
+        "recall": _recall(found, layers),
+        "entropy_bits": _list(found.entropy),
+        "token_texts": {
+            str(top): texts[top] for each in sinks["layers"] for top in each["top_token"]
+        },
+        "sinks": sinks,
+        "removal": {
+            "pages": max(found.config.sink_pages, 1),
+            "treatments": [
+                {
+                    "name": each.name,
+                    "perplexity": each.perplexity,
+                    "agreement": round(each.agreement, _DIGITS),
+                }
+                for each in found.removal
+            ],
+        },
+    }
+
+
+def result_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a result file: how each treatment of the sink pages compares, and the recall.
+
+    Parameters
+    ----------
+    report : dict
+        See :func:`make_report`.
+
+    Returns
+    -------
+    list of dict
+        See :func:`deltadecode.lab.results.row`; less is better in all.
+    """
+    rows = []
+    treatments = report["removal"]["treatments"]
+    for each in treatments[1:]:
+        rows.append(
+            row(each["name"], treatments[0]["name"], "perplexity of its text", each["perplexity"],
+                treatments[0]["perplexity"], agreement=each["agreement"])
+        )  # fmt: skip
+    for each in report["recall"]:
+        rows.append(
+            row(f"layer {each['layer']}, pages of Δ-layer {each['source']}", "its own pages",
+                "share of attention missed", max(1 - each["captured"], 1e-6),
+                max(1 - each["best"], 1e-6))
+        )  # fmt: skip
+    return rows
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """What a person reads first, a line each.
+
+    Parameters
+    ----------
+    report : dict
+        See :func:`make_report`.
+
+    Returns
+    -------
+    list of str
+    """
+    sinks, tokens = report["sinks"], report["tokens"]
+    lines = [
+        f"{tokens['prompt']} tokens of prompt, {tokens['new']} new; {tokens['observed_steps']} "
+        f"decode steps looked at",
+        f"sink rate {sinks['rate']:.1%} of {sinks['heads']} heads (mean attention > "
+        f"{sinks['epsilon']:g}); first token {sinks['first_token_rate']:.1%}",
+    ]
+    if sinks["sinks"]:
+        top = sinks["sinks"][0]
+        lines.append(
+            f"strongest sink: token {top['position']} ({top['token']!r}), {top['heads']} heads, "
+            f"value norm {top['value_ratio']:.2f}× and hidden state {top['hidden_ratio']:.1f}× the "
+            "median"
+        )
+    if report["recall"]:
+        worst = min(report["recall"], key=lambda each: each["recall"])
+        mean = float(np.mean([each["recall"] for each in report["recall"]]))
+        lines.append(
+            f"recall of the plan's pages {mean:.1%} on average, least in layer {worst['layer']} "
+            f"({worst['recall']:.1%})"
+        )
+    lines += [
+        f"perplexity {each['perplexity']:.4f}: {each['name']}"
+        for each in report["removal"]["treatments"]
+    ]
+    return lines
+
+
+def _drift(found: Inspection, layers: list[int]) -> dict[str, Any]:
+    places = list(enumerate(layers))
+    return {
+        "lags": found.pages.lags().tolist(),
+        "chance": _list(found.pages.chance()),
+        "overlap": {str(layer): _list(found.pages.drift(place)) for place, layer in places},
+        "held": {str(layer): _list(found.pages.held(place)) for place, layer in places},
+    }
+
+
+def _recall(found: Inspection, layers: list[int]) -> list[dict[str, Any]]:
+    rows = []
+    for place, layer in enumerate(layers):
+        source = found.plan.source(layer)
+        if source is None:
+            continue
+        captured = float(found.captured[layers.index(source), place])
+        best = float(found.captured[place, place])
+        rows.append(
+            {
+                "layer": layer,
+                "source": source,
+                "captured": round(captured, _DIGITS),
+                "best": round(best, _DIGITS),
+                "recall": round(captured / best, _DIGITS) if best else 0.0,
+            }
+        )
+    return rows
+
+
+def _list(values: Any) -> Any:
+    """Lists of rounded numbers; None for NaN, which JSON does not have."""
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, list):
+        return [_list(value) for value in values]
+    return None if math.isnan(values) else round(values, _DIGITS)

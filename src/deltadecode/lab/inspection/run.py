@@ -1,0 +1,230 @@
+"""One inspection: a watched generation, a pass over its text, and the sinks taken away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from deltadecode.architecture import text_config
+from deltadecode.config import DeltaConfig, LayerPlan
+from deltadecode.errors import InspectionError
+from deltadecode.lab.attention_statistics import Captured, Setting, Shift
+from deltadecode.lab.generation import new_tokens, unchecked
+from deltadecode.lab.inspection.measure import Measure, measure
+from deltadecode.lab.inspection.pages import Entropy, PageMap, PageMaps
+from deltadecode.lab.inspection.removal import Removal, remove, treatments
+from deltadecode.lab.observe import Observed
+from deltadecode.lab.policies.base import Facts
+
+NEW_TOKENS = 512
+REMOVAL_TOKENS = 192
+OBSERVED = 96  # steps: enough for a page map, and few enough to embed it in a page
+_LEAST_PAGES = 8
+# Told what goes on, and the share of all work that is done.
+Tell = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that was measured of one text.
+
+    Attributes
+    ----------
+    config : DeltaConfig
+        As it was inspected with; see :func:`fit_config`.
+    plan : LayerPlan
+        What each layer does.
+    facts : Facts
+        Of the model.
+    stride : int
+        Every so manieth decode step was observed.
+    prompt : int
+        Tokens of the prompt.
+    ids : list of int
+        Token ids of the prompt and of what full attention wrote.
+    pages : PageMap
+        By observed step, full-attention layer and page.
+    captured : ndarray
+        R[i, j], [layers, layers]; see :class:`deltadecode.lab.attention_statistics.Captured`.
+    shift : ndarray
+        [layers]; see :class:`deltadecode.lab.attention_statistics.Shift`.
+    entropy : ndarray
+        [layers, Hq], bits.
+    measured : Measure
+        The whole text in one pass.
+    removal : list of Removal
+        Empty if it was not asked for.
+    """
+
+    config: DeltaConfig
+    plan: LayerPlan
+    facts: Facts
+    stride: int
+    prompt: int
+    ids: list[int]
+    pages: PageMap
+    captured: Any
+    shift: Any
+    entropy: Any
+    measured: Measure
+    removal: list[Removal]
+
+
+def fit_config(config: DeltaConfig, prompt: int, steps: int) -> DeltaConfig:
+    """A budget that leaves something to select in a text that is short for the plan's own.
+
+    Parameters
+    ----------
+    config : DeltaConfig
+        The plan.
+    prompt, steps : int
+        Tokens of the prompt, and new tokens at most.
+
+    Returns
+    -------
+    DeltaConfig
+        The same, if the text has more pages than K before half of it is written; else with K a
+        quarter of its pages then, and L and S no more than fit.
+
+    Raises
+    ------
+    InspectionError
+        When the text has less than 8 pages.
+    """
+    pages = -(-(prompt + steps // 2) // config.page_size)
+    if pages > config.budget_pages:
+        return config
+    if pages < _LEAST_PAGES:
+        raise InspectionError(
+            f"a text to inspect needs {_LEAST_PAGES} pages of {config.page_size} tokens by half of "
+            f"its new tokens, got {prompt} tokens of prompt and {steps} new ones; give a longer "
+            "prompt, more new tokens or smaller pages"
+        )
+    budget = pages // 4
+    recent = min(config.recent_pages, budget // 2)
+    sinks = min(config.sink_pages, budget - recent - 1)
+    return replace(config, budget_pages=budget, recent_pages=recent, sink_pages=sinks)
+
+
+def stride_for(steps: int, page_size: int) -> int:
+    """Steps from one observed step to the next, so that about 96 are observed.
+
+    Parameters
+    ----------
+    steps : int
+        New tokens.
+    page_size : int
+        Tokens of a page. The stride shares no divisor with it, or all observed steps would stand
+        at the same places of their pages.
+
+    Returns
+    -------
+    int
+    """
+    stride = -(-steps // OBSERVED)
+    while math.gcd(stride, page_size) > 1:
+        stride += 1
+    return stride
+
+
+def inspect_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    config: DeltaConfig,
+    *,
+    steps: int = NEW_TOKENS,
+    removal_steps: int = REMOVAL_TOKENS,
+    tell: Tell = lambda what, done: None,
+) -> Inspection:
+    """Continue a prompt greedily with full attention, and measure.
+
+    Memory beside the model and its cache: the weights of one layer and step (4 · Hq · n bytes, a
+    few copies); 5 bytes per observed step, full-attention layer and page; and what
+    :mod:`deltadecode.lab.inspection.measure` says.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Of Transformers; the model in evaluation mode.
+    prompt : sequence of int
+        Token ids.
+    config : DeltaConfig
+        A plan of this model, with a budget below the pages of the text; see :func:`fit_config`.
+    steps : int
+        New tokens at most, 2 or more.
+    removal_steps : int
+        Tokens of the continuation that each treatment of the sink pages is led along; less than 2:
+        none is tried.
+    tell : callable
+        See :data:`Tell`.
+
+    Returns
+    -------
+    Inspection
+
+    Raises
+    ------
+    InspectionError
+        When the model ends the text at once.
+    CalibrationError
+        When the text never has more pages than the budget.
+    """
+    facts = Facts.of(model)
+    plan = config.layer_plan(text_config(model).num_hidden_layers, facts.layers)
+    depth = len(facts.layers)
+    setting = Setting(config.budget_pages, config.recent_pages, config.sink_pages)
+    captured, shift = Captured(1, depth, [setting], config.page_size), Shift(1, depth)
+    maps, entropy = PageMaps(config), Entropy(depth, facts.query_heads)
+    stride = stride_for(steps, config.page_size)
+    watched = Observed(facts, [captured, shift, maps, entropy], config.page_size, stride)
+    watched.begin_batch(torch.zeros(1, dtype=torch.int64, device=model.device))
+    policies = treatments(facts, config, plan, len(prompt)) if removal_steps > 1 else []
+    # In tokens; a step that is led along masks is about as dear as one that is watched.
+    share = _Shares(tell, [steps, max(steps // 4, 1), removal_steps * len(policies)])
+
+    told = share.part(0, "full attention, watched")
+    written = new_tokens(model, tokenizer, watched, [unchecked(prompt, steps)], steps, told)
+    ids = [*prompt, *written[0].tolist()]
+    page_map = maps.finish()
+    told = share.part(1, "attention sinks")
+    measured = measure(
+        model,
+        torch.tensor([ids]),
+        lambda layers: told(layers * steps // 4 // plan.num_layers),
+    )
+    continuation = written[:, :removal_steps]
+    removal: list[Removal] = []
+    if continuation.shape[1] > 1:
+        told = share.part(2, "perplexity without sinks")
+        removal = list(remove(model, tokenizer, prompt, continuation, policies, told))
+    return Inspection(
+        config=config,
+        plan=plan,
+        facts=facts,
+        stride=stride,
+        prompt=len(prompt),
+        ids=ids,
+        pages=page_map,
+        captured=captured.matrix(setting),
+        shift=shift.curve(),
+        entropy=entropy.bits(),
+        measured=measured,
+        removal=removal,
+    )
+
+
+class _Shares:
+    """Progress over parts of known work."""
+
+    def __init__(self, tell: Tell, work: Sequence[int]) -> None:
+        self._tell, self._work = tell, list(work)
+
+    def part(self, number: int, name: str) -> Callable[[int], None]:
+        """To be told of the work that is done of one part."""
+        before, total = sum(self._work[:number]), max(sum(self._work), 1)
+        return lambda done: self._tell(name, (before + done) / total)

@@ -1,0 +1,392 @@
+"""Generation with full attention that is watched: the attention of some steps, layer by layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from deltadecode.engines.transformers import DeltaCache
+from deltadecode.errors import CalibrationError
+from deltadecode.lab.generation import end_ids, pad_id, pad_left
+from deltadecode.lab.policies.base import Facts, Floats, View
+from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.pages import page_sums
+
+# A prime: with a divisor or a multiple of the page size, or of the length of a line, every step
+# that is looked at would stand at the same place of its page, or of its line.
+STRIDE = 7
+# Alone, a text needs no padding, which makes its prefill twice as fast on a CPU.
+BATCH = 1
+NEW_TOKENS = 192
+# Told the share of the work that is done, and the seconds left (None: not known yet).
+Progress = Callable[[float, "float | None"], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to generate from.
+
+    Attributes
+    ----------
+    number : int
+        From 0, the place among all texts of a run; rows of a batch are told apart by it.
+    ids : list of int
+        Token ids, at least two.
+    """
+
+    number: int
+    ids: list[int]
+
+
+@dataclass(eq=False)
+class LayerStep:
+    """What full attention does in one layer at one decode step, for all rows of a batch.
+
+    Attributes
+    ----------
+    step : int
+        Decode step of the batch, from 0.
+    place, layer : int
+        Place among the full-attention layers, from 0, and the model's own number.
+    last : bool
+        Whether no full-attention layer comes after it at this step.
+    problems : Tensor
+        [B] int64, :attr:`Prompt.number` of each row.
+    active : Tensor
+        [B] bool: False where a row has ended and what it attends to means nothing.
+    view : View
+        Where the tokens of each row lie among the slots; rows are padded on the left.
+    probabilities : Tensor
+        [B, Hq, slots] float32 α, the softmax over all tokens (docs/semantics.md, R2); 0 in the
+        padding. With learned sinks a head's sum is less than 1.
+    page_scores : Tensor
+        [B, N] float32 S_u, by a row's own pages.
+    page_mass : Tensor
+        [B, N] float32 m(u): mean over the query heads of α, summed over the page.
+    value : Tensor
+        [B, Hkv, slots, D], values of the cache.
+    """
+
+    step: int
+    place: int
+    layer: int
+    last: bool
+    problems: Tensor
+    active: Tensor
+    view: View
+    probabilities: Tensor
+    page_scores: Tensor
+    page_mass: Tensor
+    value: Tensor
+
+    def tokens(self, row: int) -> Tensor:
+        """α of one row, [Hq, n] float32, its own tokens only."""
+        return self.probabilities[row, :, int(self.view.start[row]) :]
+
+
+class Watcher(Protocol):
+    """Sees every observed step; what it keeps of it is its own business."""
+
+    def see(self, seen: LayerStep) -> None:
+        """Look at one layer; layers come in ascending order, step after step.
+
+        Parameters
+        ----------
+        seen : LayerStep
+            Valid during the call; tensors that are kept must not be changed.
+        """
+
+
+@dataclass(eq=False)
+class Batch:
+    """What a batch has come to when its generation is over.
+
+    Attributes
+    ----------
+    problems : Tensor
+        [B] int64, :attr:`Prompt.number` of each row.
+    ids : Tensor
+        [B, slots] int64, prompts and what was written; the cache lacks the last one.
+    mask : Tensor
+        [B, slots] int64, 0 in the padding on the left.
+    ended : Tensor
+        [B, slots] bool, what comes after a row's end.
+    width : int
+        Slots of the prompts.
+    cache : DeltaCache
+        Keys and values; may be cut or overwritten.
+    """
+
+    problems: Tensor
+    ids: Tensor
+    mask: Tensor
+    ended: Tensor
+    width: int
+    cache: DeltaCache
+
+
+@runtime_checkable
+class BatchWatcher(Watcher, Protocol):
+    """Looks at whole batches too."""
+
+    def end_batch(self, batch: Batch) -> None:
+        """Look at a batch when its generation is over.
+
+        Parameters
+        ----------
+        batch : Batch
+            Valid during the call.
+        """
+
+
+class Observed(MaskedPolicy):
+    """Full attention that shows every so many decode steps to watchers.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    watchers : sequence of Watcher
+        Who looks.
+    page_size : int
+        Tokens of a page, P.
+    stride : int
+        Steps 0, stride, 2 · stride, ... are shown.
+    """
+
+    name = "observed"
+    paper = "stock attention, watched"
+
+    def __init__(
+        self, facts: Facts, watchers: Sequence[Watcher], page_size: int, stride: int = STRIDE
+    ) -> None:
+        super().__init__(facts, 1)
+        self.watchers, self.page_size, self.stride = tuple(watchers), page_size, stride
+        self.problems = self.active = torch.zeros(0)
+
+    def begin_batch(self, problems: Tensor) -> None:
+        """Name the rows of the next ``generate`` call; all of them are active.
+
+        Parameters
+        ----------
+        problems : Tensor
+            [B] int64.
+        """
+        self.problems, self.active = problems, torch.ones_like(problems, dtype=torch.bool)
+
+    def select(self, layer: int, look: Look, view: View) -> None:
+        """Everything is read."""
+
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """All tokens; see :meth:`Policy.expected`."""
+        del prompt
+        return lengths
+
+    def attend(self, layer: int, look: Look, value: Tensor, view: View) -> Tensor:
+        """Full attention; at an observed step from weights that are shown before they go.
+
+        Parameters
+        ----------
+        layer : int
+            Place among the full-attention layers, from 0.
+        look : Look
+            Query and keys.
+        value : Tensor
+            [B, Hkv, slots, D].
+        view : View
+            Where the rows lie.
+
+        Returns
+        -------
+        Tensor
+            [B, Hq, D].
+        """
+        if view.step % self.stride:
+            return _unseen(look, value, view)
+        weights = look.weights
+        self._show(layer, weights.flatten(1, 2), value, view)
+        return (weights.to(value.dtype) @ value).flatten(1, 2)
+
+    def _show(self, layer: int, weights: Tensor, value: Tensor, view: View) -> None:
+        seen = LayerStep(
+            step=view.step,
+            place=layer,
+            layer=self.facts.layers[layer],
+            last=layer == len(self.facts.layers) - 1,
+            problems=self.problems,
+            active=self.active,
+            view=view,
+            probabilities=weights,
+            page_scores=page_sums(weights.amax(dim=1), view, self.page_size),
+            page_mass=page_sums(weights.mean(dim=1), view, self.page_size),
+            value=value,
+        )
+        for watcher in self.watchers:
+            watcher.see(seen)
+
+
+def observe(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    watchers: Sequence[Watcher],
+    *,
+    page_size: int,
+    new_tokens: int = NEW_TOKENS,
+    stride: int = STRIDE,
+    batch: int = BATCH,
+    progress: Progress = lambda done, left: None,
+) -> None:
+    """Continue prompts greedily with full attention, and let watchers see every so many steps.
+
+    Memory beside the model, its KV cache and prefill: the weights of one layer and step, a few
+    times batch · Hq · n · 4 bytes, and what the watchers keep. No map of queries by keys is made.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Of Transformers; the model in evaluation mode.
+    prompts : sequence of Prompt
+        Taken longest last, so that rows of a batch need little padding.
+    watchers : sequence of Watcher
+        Who looks.
+    page_size : int
+        Tokens of a page, P.
+    new_tokens : int
+        At most so many are generated for each prompt.
+    stride : int
+        Every so manieth decode step is observed.
+    batch : int
+        Rows that go together.
+    progress : callable
+        See :data:`Progress`.
+
+    Raises
+    ------
+    CalibrationError
+        When there is nothing to observe.
+    """
+    if not prompts:
+        raise CalibrationError("there are no prompts to observe")
+    if min(new_tokens - 1, stride, batch, page_size) < 1:
+        raise CalibrationError(
+            f"new tokens must be at least 2, stride, batch and page size at least 1, got "
+            f"{new_tokens}, {stride}, {batch} and {page_size}"
+        )
+    policy = Observed(Facts.of(model), watchers, page_size, stride)
+    ordered = sorted(prompts, key=lambda each: (len(each.ids), each.number))
+    looks_back = any(isinstance(watcher, BatchWatcher) for watcher in watchers)
+    lengths = [len(each.ids) for each in ordered]
+    clock = _Clock(lengths, new_tokens, batch, progress, looks_back)
+    with policy.decoding(model), torch.inference_mode():
+        for first in range(0, len(ordered), batch):
+            _generate(model, tokenizer, policy, ordered[first : first + batch], new_tokens, clock)
+            clock.end_batch()
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    policy: Observed,
+    rows: Sequence[Prompt],
+    new_tokens: int,
+    clock: _Clock,
+) -> None:
+    pad = pad_id(tokenizer)
+    ids, mask = pad_left([each.ids for each in rows], pad, model.device)
+    policy.begin_batch(torch.tensor([each.number for each in rows], device=model.device))
+    ends = torch.tensor(sorted(end_ids(model, tokenizer)), device=model.device)
+    watch = _Ends(policy, ends, clock)
+    cache = DeltaCache(model.config)
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        past_key_values=cache,
+        stopping_criteria=StoppingCriteriaList([watch]),
+    )
+    width = ids.shape[1]
+    is_end = torch.isin(output, watch.ends)
+    is_end[:, :width] = False  # a prompt may hold such tokens
+    found = Batch(
+        policy.problems,
+        output,
+        torch.nn.functional.pad(mask, (0, output.shape[1] - width), value=1),
+        is_end.cumsum(dim=1) > 0,
+        width,
+        cache,
+    )
+    for watcher in policy.watchers:
+        if isinstance(watcher, BatchWatcher):
+            watcher.end_batch(found)
+
+
+class _Ends(StoppingCriteria):
+    """Stops nothing; notes which rows have ended, and tells of every step."""
+
+    def __init__(self, policy: Observed, ends: Tensor, clock: _Clock) -> None:
+        self._policy, self.ends, self._clock = policy, ends, clock
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        ended = torch.isin(input_ids[:, -1], self.ends)
+        self._policy.active = self._policy.active & ~ended.to(self._policy.active.device)
+        self._clock.step()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _Clock:
+    """Work done and seconds left.
+
+    As was seen on a CPU, 32 tokens of a prompt take about as long as a decode step, and a look back
+    at a whole batch as half of its steps.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[int],
+        steps: int,
+        batch: int,
+        progress: Progress,
+        looks_back: bool,
+    ) -> None:
+        self._progress, self._steps, self._start = progress, steps, time.monotonic()
+        widths = [max(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
+        self._prefill = [width / 32 for width in widths]
+        self._after = steps // 2 if looks_back else 0
+        self._total = sum(self._prefill) + (steps + self._after) * len(widths)
+        self._done, self._batch, self._step = 0.0, 0, 0
+
+    def step(self) -> None:
+        self._step += 1
+        self._tell(self._done + self._prefill[self._batch] + self._step)
+
+    def end_batch(self) -> None:
+        self._done += self._prefill[self._batch] + self._steps + self._after
+        self._batch, self._step = self._batch + 1, 0
+        self._tell(self._done)
+
+    def _tell(self, done: float) -> None:
+        share, taken = done / self._total, time.monotonic() - self._start
+        self._progress(share, taken / share - taken if taken > 1 else None)
+
+
+def _unseen(look: Look, value: Tensor, view: View) -> Tensor:
+    """Full attention where nobody looks; [B, Hq, D]. The heads of a KV head go together."""
+    scores = look.scores
+    if scores.softcap is not None or scores.sinks is not None:
+        return (look.weights.to(value.dtype) @ value).flatten(1, 2)
+    rows, heads, dim = look.query.shape
+    packed = look.query.reshape(rows, look.key.shape[1], -1, dim)
+    mask = view.exists[:, None, None] if view.padded else None
+    out = scaled_dot_product_attention(packed, look.key, value, mask, scale=scores.scale)
+    return out.reshape(rows, heads, out.shape[-1])

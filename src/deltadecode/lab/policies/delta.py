@@ -1,0 +1,80 @@
+"""DELTA (arXiv 2510.09883), as the package itself decodes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from deltadecode.architecture import text_config
+from deltadecode.config import DeltaConfig, LayerPlan
+from deltadecode.engines.transformers import disable, enable
+from deltadecode.lab.policies.base import Counts, Facts, Floats, Policy, pages_of
+
+
+class Delta(Policy):
+    """DELTA: :func:`deltadecode.enable`, no second implementation.
+
+    Δ- and dense layers read everything, sparse layers K pages. A last page that is partly filled
+    counts as it is if recent pages are selected, and as full if L = 0.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    budget : int
+        Tokens of a sparse layer, K · P.
+    cfg : DeltaConfig
+        The plan; its page budget is replaced.
+    plan : LayerPlan
+        What each layer does.
+    """
+
+    name = "delta"
+    paper = "Entezari Zarch et al., arXiv 2510.09883"
+
+    def __init__(self, facts: Facts, budget: int, cfg: DeltaConfig, plan: LayerPlan) -> None:
+        super().__init__(facts, budget)
+        least = cfg.recent_pages + cfg.sink_pages + 1
+        pages = pages_of(self, budget, cfg.page_size, least)
+        self.cfg, self.plan = replace(cfg, budget_pages=pages), plan
+
+    @classmethod
+    def make(cls, model: Any, facts: Facts, budget: int, **fields: Any) -> Delta:
+        """The model's own plan, with some fields of it replaced; see :class:`DeltaConfig`."""
+        base = DeltaConfig.for_model(model)
+        # The budget is checked by the constructor, whose message names it in tokens.
+        room = fields.get("recent_pages", base.recent_pages)
+        room += fields.get("sink_pages", base.sink_pages)
+        cfg = replace(base, **{"budget_pages": room + 1, **fields})
+        depth = text_config(model).num_hidden_layers
+        return cls(facts, budget, cfg, cfg.layer_plan(depth, facts.layers))
+
+    @contextmanager
+    def decoding(self, model: Any) -> Iterator[None]:
+        """While it lasts, ``model.generate`` decodes with DELTA."""
+        enable(model, self.cfg)
+        try:
+            yield
+        finally:
+            disable(model)
+
+    def counts(self, prompts: Sequence[int], steps: int) -> Counts:
+        """What :func:`deltadecode.stats` counts, row by row; see :meth:`Policy.counts`."""
+        lengths = np.asarray(prompts)[None] + np.arange(1.0, steps + 1)[:, None]
+        return Counts(self.expected(lengths, 0), lengths, np.zeros_like(lengths))
+
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """Full layers read n, sparse layers their pages; see :meth:`Policy.expected`."""
+        del prompt
+        page, pages = self.cfg.page_size, self.cfg.budget_pages
+        held = np.ceil(lengths / page)
+        missing = held * page - lengths if self.cfg.recent_pages else 0.0
+        sparse = np.where(held <= pages, lengths, pages * page - missing)
+        sources = [self.plan.source(layer) for layer in self.facts.layers]
+        share = sum(source is not None for source in sources) / len(sources)
+        mean: Floats = share * sparse + (1 - share) * lengths
+        return mean

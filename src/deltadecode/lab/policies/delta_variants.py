@@ -1,0 +1,120 @@
+"""DELTA with one of its choices changed, for ablations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltadecode.config import DeltaConfig, LayerPlan
+from deltadecode.errors import PolicyError
+from deltadecode.lab.policies.base import Facts, Floats, View
+from deltadecode.lab.policies.delta import Delta
+from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.pages import choose_pages, page_sums, page_tokens
+
+
+class DeltaVariant(MaskedPolicy):
+    """DELTA as a masked policy; with the default options it decodes as :class:`Delta` does.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    budget : int
+        Tokens of a sparse layer, K · P.
+    cfg : DeltaConfig
+        The plan; its page budget is replaced.
+    plan : LayerPlan
+        What each layer does.
+    heads : str
+        Over query heads, a token's score is the ``"max"`` of its weights (R2) or the ``"mean"``.
+    per_layer : int
+        1: a sparse layer chooses pages by its own weights instead of taking those of its Δ-layer.
+        Like the oracle it is then not charged for looking.
+    refresh : int
+        Pages are chosen at every so many steps; at those between, all layers but the dense ones
+        read the last choice, recent and sink pages. 1 is DELTA.
+    """
+
+    name = "delta-variant"
+    paper = "DELTA with one choice changed"
+
+    def __init__(
+        self,
+        facts: Facts,
+        budget: int,
+        cfg: DeltaConfig,
+        plan: LayerPlan,
+        heads: str = "max",
+        per_layer: int = 0,
+        refresh: int = 1,
+    ) -> None:
+        super().__init__(facts, budget)
+        if heads not in ("max", "mean"):
+            raise PolicyError(f"heads of policy {self.name!r} must be max or mean, got {heads!r}")
+        if refresh < 1:
+            raise PolicyError(f"refresh of policy {self.name!r} must be at least 1, got {refresh}")
+        self._exact = Delta(facts, budget, cfg, plan)
+        self.cfg, self.plan = self._exact.cfg, plan
+        self.heads, self.per_layer, self.refresh = heads, per_layer, refresh
+        self._chosen: dict[int, Tensor] = {}
+
+    @classmethod
+    def make(
+        cls, model: Any, facts: Facts, budget: int, heads: str = "max", per_layer: int = 0,
+        refresh: int = 1, **fields: Any,
+    ) -> DeltaVariant:  # fmt: skip
+        """The model's own plan, with some fields of it replaced."""
+        exact = Delta.make(model, facts, budget, **fields)
+        return cls(facts, budget, exact.cfg, exact.plan, heads, per_layer, refresh)
+
+    def select(self, layer: int, look: Look, view: View) -> Tensor | None:
+        """Choose at a Δ-layer, else take the choice of the Δ-layer before."""
+        number = self.facts.layers[layer]
+        role = self.plan.role(number)
+        if role == "dense":
+            return None
+        source = self.plan.source(number)
+        source = number if source is None else source
+        fresh = view.step % self.refresh == 0
+        choosing = role == "delta" or self.per_layer
+        if choosing and fresh:
+            self._chosen[number] = self._choose(look, view)
+        if role == "delta" and fresh:
+            return None
+        chosen = self._chosen[number if self.per_layer else source]
+        if not fresh:
+            chosen = self._extended(chosen, view)
+        return page_tokens(chosen, view, self.cfg.page_size)[:, None, None]
+
+    def _choose(self, look: Look, view: View) -> Tensor:
+        weights = look.weights.flatten(1, 2)
+        token_scores = weights.amax(dim=1) if self.heads == "max" else weights.mean(dim=1)
+        cfg = self.cfg
+        page_scores = page_sums(token_scores, view, cfg.page_size)
+        return choose_pages(
+            page_scores, view, cfg.page_size, cfg.budget_pages, cfg.recent_pages, cfg.sink_pages
+        )
+
+    def _extended(self, chosen: Tensor, view: View) -> Tensor:
+        """An older choice, with the recent pages of now; the newest page has come since."""
+        size = self.cfg.page_size
+        count = -(-view.slots // size)
+        chosen = torch.nn.functional.pad(chosen, (0, count - chosen.shape[1]))
+        page = torch.arange(count, device=chosen.device)
+        last = (view.lengths[:, None] - 1) // size
+        recent = (page > last - max(self.cfg.recent_pages, 1)) & (page <= last)
+        return chosen | recent
+
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """As DELTA at a step that chooses, else the budget; see :meth:`Policy.expected`."""
+        fresh = self._exact.expected(lengths, prompt)
+        between = np.minimum(lengths, self.cfg.budget_pages * self.cfg.page_size)
+        dense = sum(self.plan.role(layer) == "dense" for layer in self.facts.layers)
+        dense_share = dense / len(self.facts.layers)
+        between = dense_share * lengths + (1 - dense_share) * between
+        mean: Floats = fresh / self.refresh + between * (1 - 1 / self.refresh)
+        return mean

@@ -1,0 +1,34 @@
+"""Full attention: what every other policy is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from deltadecode.lab.policies.base import Counts, Floats, Policy
+
+
+class Full(Policy):
+    """The model's stock attention: every layer reads every token at every step."""
+
+    name = "full"
+    paper = "stock attention"
+
+    @contextmanager
+    def decoding(self, model: Any) -> Iterator[None]:
+        """Leave the model as it is."""
+        del model
+        yield
+
+    def counts(self, prompts: Sequence[int], steps: int) -> Counts:
+        """Everything is read and kept; see :meth:`Policy.counts`."""
+        lengths = np.asarray(prompts)[None] + np.arange(1.0, steps + 1)[:, None]
+        return Counts(lengths, lengths, np.zeros_like(lengths))
+
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """All tokens; see :meth:`Policy.expected`."""
+        del prompt
+        return lengths

@@ -1,0 +1,276 @@
+"""Policies in plain PyTorch: every step computes all logits, and a mask says what is read.
+
+What is masked cannot reach an output, so the results are those of kernels that read no more. Where
+a policy evicts, the tokens stay in the cache but are masked for good. Prefill is full attention.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from deltadecode.engines.transformers.prefill import full_attention
+from deltadecode.engines.transformers.swap import attending
+from deltadecode.errors import PolicyError
+from deltadecode.lab.policies.base import Counts, Facts, Policy, Scores, View
+
+NAME = "deltadecode_policy"
+
+
+class Look:
+    """What full attention would see at one layer of a decode step; computed when asked for.
+
+    Parameters
+    ----------
+    query : Tensor
+        [B, Hq, D].
+    key : Tensor
+        [B, Hkv, slots, D], the new token's last.
+    scores : Scores
+        Turns them into logits and weights.
+    view : View
+        Where the rows lie.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, scores: Scores, view: View) -> None:
+        self.query, self.key, self.scores, self.view = query, key, scores, view
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[B, Hkv, G, slots] float32; those of padding mean nothing."""
+        return self.scores.logits(self.query[:, :, None], self.key)[:, :, :, 0]
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """[B, Hkv, G, slots] float32, the softmax over all tokens of a row."""
+        return self.weights_of(None)
+
+    def weights_of(self, read: Tensor | None) -> Tensor:
+        """The softmax over the tokens that a mask lets through, 0 elsewhere.
+
+        Parameters
+        ----------
+        read : Tensor or None
+            Boolean, broadcasts to [B, Hkv, G, slots]; None: all tokens.
+        """
+        exists = self.view.exists[:, None, None]
+        read = exists if read is None else read & exists
+        return self.scores.weights(self.logits[:, :, :, None], read[:, :, :, None])[:, :, :, 0]
+
+
+class MaskedPolicy(Policy):
+    """A policy that is asked for a mask at each layer of a decode step.
+
+    A new ``generate`` call starts anew: :meth:`prefill` sees the whole prompt of each layer.
+    """
+
+    evicts: ClassVar[bool] = False  # whether what is not read is gone for good
+
+    def __init__(self, facts: Facts, budget: int) -> None:
+        super().__init__(facts, budget)
+        self._view: View | None = None
+        self._log: list[Tensor] = []
+
+    def prefill(self, layer: int, query: Tensor, key: Tensor, scores: Scores, view: View) -> None:
+        """See the prompt of one layer, after its attention; by default nothing is done with it.
+
+        Parameters
+        ----------
+        layer : int
+            Place among the full-attention layers, from 0.
+        query : Tensor
+            [B, Hq, T, D].
+        key : Tensor
+            [B, Hkv, T, D].
+        scores : Scores
+            Turns them into logits and weights.
+        view : View
+            Where the rows lie.
+        """
+
+    @abstractmethod
+    def select(self, layer: int, look: Look, view: View) -> Tensor | None:
+        """Choose what a layer reads at a decode step.
+
+        Parameters
+        ----------
+        layer : int
+            Place among the full-attention layers, from 0.
+        look : Look
+            The query, the keys, and what full attention would make of them.
+        view : View
+            Where the rows lie.
+
+        Returns
+        -------
+        Tensor or None
+            Boolean, broadcasts to [B, Hkv, G, slots]; None: everything. Padding is left out
+            whatever it says.
+        """
+
+    def observe(self, layer: int, weights: Tensor, view: View) -> None:
+        """See the attention weights of a decode step, as for eviction; by default nothing is done.
+
+        Parameters
+        ----------
+        layer : int
+            Place among the full-attention layers, from 0.
+        weights : Tensor
+            [B, Hkv, G, slots], 0 for what was not read.
+        view : View
+            Where the rows lie.
+        """
+
+    @contextmanager
+    def decoding(self, model: Any) -> Iterator[None]:
+        """While it lasts, ``model.generate`` decodes with this policy."""
+        try:
+            with attending(model, NAME, _POLICIES, self):
+                yield
+        finally:
+            self._view = None
+
+    def counts(self, prompts: Sequence[int], steps: int) -> Counts:
+        """What the last ``generate`` call read and kept; see :meth:`Policy.counts`."""
+        if not self._log:
+            none = np.zeros((0, len(prompts)))
+            return Counts(none, none, none)
+        read = torch.stack(self._log[:steps]).double().cpu().numpy() / len(self.facts.layers)
+        lengths = np.asarray(prompts)[None] + np.arange(1.0, len(read) + 1)[:, None]
+        return Counts(read, read if self.evicts else lengths, self.overhead(lengths))
+
+    def begin_prompt(self, layer: int, key: Tensor, queries: int, mask: Tensor | None) -> View:
+        """The rows at the prompt; found out once, at the first layer."""
+        rows, _, slots, _ = key.shape
+        if queries != slots:
+            raise PolicyError(
+                f"policy {self.name!r} takes a prompt in one piece and no cache from before, got "
+                f"{queries} new tokens behind {slots - queries}"
+            )
+        if layer and self._view is not None:
+            return self._view
+        start = torch.zeros(rows, dtype=torch.int64, device=key.device)
+        padded = False
+        if mask is not None:
+            valid = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1].expand(rows, slots)
+            start = valid.int().argmax(dim=1)
+            if bool((valid.sum(dim=1) != slots - start).any()):
+                raise PolicyError(f"policy {self.name!r} takes padding on the left only")
+            padded = bool((start > 0).any())
+        self._log = []
+        self._view = View(start, slots - start, slots, -1, padded)
+        return self._view
+
+    def begin_step(self, layer: int, slots: int) -> View:
+        """The rows at a decode step; a new view at the first layer."""
+        view = self._view
+        if view is None:
+            raise PolicyError(f"policy {self.name!r} takes no cache from before")
+        if layer == 0:
+            self._view = view = View(view.start, view.prompt, slots, view.step + 1, view.padded)
+            self._log.append(torch.zeros_like(view.lengths, dtype=torch.float32))
+        return view
+
+    def attend(self, layer: int, look: Look, value: Tensor, view: View) -> Tensor:
+        """Attend with one query per row: select, count what is read, observe.
+
+        Parameters
+        ----------
+        layer : int
+            Place among the full-attention layers, from 0.
+        look : Look
+            Query and keys.
+        value : Tensor
+            [B, Hkv, slots, D].
+        view : View
+            Where the rows lie.
+
+        Returns
+        -------
+        Tensor
+            [B, Hq, D].
+        """
+        read = self.select(layer, look, view)
+        if read is None:
+            weights = look.weights
+            self._log[-1] += view.lengths
+        else:
+            read = read & view.exists[:, None, None]
+            weights = look.weights_of(read)
+            any_head = read.any(dim=2)  # of those that share keys and values
+            self._log[-1] += any_head.sum(dim=2).float().mean(dim=1)
+        out = weights.to(value.dtype) @ value
+        self.observe(layer, weights, view)
+        return out.flatten(1, 2)
+
+
+# The policy that decodes a model, by the identity of the text decoder's configuration.
+_POLICIES: dict[int, MaskedPolicy] = {}
+
+
+def policy_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of Transformers' interface: what the model's policy says.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention module, with ``config`` and ``layer_idx``.
+    query : Tensor
+        [B, Hq, Q, D].
+    key, value : Tensor
+        [B, Hkv, T, D], the new tokens last.
+    attention_mask : Tensor or None
+        As the mask function of ``sdpa`` makes it.
+    dropout : float
+        Probability that a weight is dropped, in prefill.
+    scaling : float or None
+        Factor on q · k; None: D to the power of -1/2.
+    **kwargs
+        What else the model passes, as ``s_aux`` (learned sinks) and ``softcap``.
+
+    Returns
+    -------
+    tuple
+        Output [B, Q, Hq, D], and None in the place of the weights.
+    """
+    policy = _POLICIES.get(id(module.config))
+    number = getattr(module, "layer_idx", None)
+    if policy is None or number not in policy.facts.layers:
+        return full_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        ), None
+    layer = policy.facts.layers.index(number)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    if query.shape[2] == 1 and key.shape[2] > 1:
+        view = policy.begin_step(layer, key.shape[2])
+        look = Look(query[:, :, 0], key, scores, view)
+        return policy.attend(layer, look, value, view)[:, None], None
+    out = full_attention(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    view = policy.begin_prompt(layer, key, query.shape[2], attention_mask)
+    policy.prefill(layer, query, key, scores, view)
+    return out, None
+
+
+AttentionInterface.register(NAME, policy_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

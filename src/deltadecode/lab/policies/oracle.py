@@ -1,0 +1,46 @@
+"""The ceiling of page selection: each layer reads the pages that its own attention weighs most."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from deltadecode.lab.policies.base import Facts, Floats, View, pages_of
+from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.pages import choose_pages, page_sums, page_tokens
+
+
+class Oracle(MaskedPolicy):
+    """Exact top-K pages of every layer, by DELTA's page score (arXiv 2510.09883, section 3).
+
+    It knows full attention's weights without reading for them, which no real policy can; only
+    the pages it then attends to are counted. No page is forced.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    budget : int
+        Tokens of each layer.
+    page_size : int
+        Tokens of a page.
+    """
+
+    name = "oracle"
+    paper = "exact selection in every layer, not counted as reads: a ceiling"
+
+    def __init__(self, facts: Facts, budget: int, page_size: int = 16) -> None:
+        super().__init__(facts, budget)
+        self.page_size, self.pages = page_size, pages_of(self, budget, page_size, 1)
+
+    def select(self, layer: int, look: Look, view: View) -> Tensor:
+        """S_u of the layer's own weights (docs/semantics.md, R2), and the K largest."""
+        del layer
+        page_scores = page_sums(look.weights.amax(dim=(1, 2)), view, self.page_size)
+        chosen = choose_pages(page_scores, view, self.page_size, self.pages)
+        return page_tokens(chosen, view, self.page_size)[:, None, None]
+
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """Full pages; see :meth:`Policy.expected`."""
+        del prompt
+        return np.minimum(lengths, self.pages * self.page_size)

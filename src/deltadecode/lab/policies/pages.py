@@ -1,0 +1,116 @@
+"""Pages of left-padded rows: sums, choices and masks, without a loop over rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltadecode.lab.policies.base import View
+
+
+def by_page(values: Tensor, view: View, page_size: int, fill: float) -> Tensor:
+    """Lay values per token out by page; pages count from a row's own first token.
+
+    Parameters
+    ----------
+    values : Tensor
+        [B, ..., slots] of any dtype.
+    view : View
+        Where the rows lie.
+    page_size : int
+        Tokens of a page, P.
+    fill : float
+        Value of places that hold no token.
+
+    Returns
+    -------
+    Tensor
+        [B, ..., N, P] with N = ⌈slots / P⌉.
+    """
+    slots = values.shape[-1]
+    if view.padded:
+        shape = (slots,) if values.dim() == 1 else (-1, *[1] * (values.dim() - 2), slots)
+        slot = torch.arange(slots, device=values.device)
+        source = (slot + view.start[:, None]).clamp(max=slots - 1).view(shape)
+        beyond = (slot >= view.lengths[:, None]).view(shape)
+        values = values.gather(-1, source.expand(values.shape)).masked_fill(beyond, fill)
+    pages = -(-slots // page_size)
+    values = torch.nn.functional.pad(values, (0, pages * page_size - slots), value=fill)
+    return values.view(*values.shape[:-1], pages, page_size)
+
+
+def page_sums(weights: Tensor, view: View, page_size: int) -> Tensor:
+    """Sum of the weights on each page; [B, ..., slots] to [B, ..., N]."""
+    return by_page(weights, view, page_size, 0.0).sum(dim=-1)
+
+
+def page_numbers(view: View, page_size: int) -> Tensor:
+    """[B, slots] int64: the page of each slot; 0 in the padding."""
+    return (view.position // page_size).clamp(min=0)
+
+
+def used_pages(view: View, page_size: int) -> Tensor:
+    """[B] int64: pages of each row, N."""
+    return (view.lengths + page_size - 1) // page_size
+
+
+def largest(rank: Tensor, count: int) -> Tensor:
+    """Mask of the largest values along the last dimension; ties go to the first of them.
+
+    Parameters
+    ----------
+    rank : Tensor
+        [..., places].
+    count : int
+        How many to mark, at most all.
+
+    Returns
+    -------
+    Tensor
+        Boolean, like ``rank``.
+    """
+    # Not topk: which of several equal values it takes would hang on the padding.
+    order = rank.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def choose_pages(
+    page_scores: Tensor, view: View, page_size: int, pages: int, recent: int = 0, sink: int = 0
+) -> Tensor:
+    """The pages with the largest scores; the last and first ones whatever they score (R3, R4).
+
+    Parameters
+    ----------
+    page_scores : Tensor
+        [B, ..., N]. Ties go to the lower page.
+    view : View
+        Where the rows lie.
+    page_size : int
+        Tokens of a page.
+    pages : int
+        How many to choose, at most.
+    recent, sink : int
+        Last and first pages that are always among them.
+
+    Returns
+    -------
+    Tensor
+        Boolean, like ``page_scores``.
+    """
+    count = page_scores.shape[-1]
+    shape = (-1, *[1] * (page_scores.dim() - 2), count)
+    page = torch.arange(count, device=page_scores.device)
+    used = used_pages(view, page_size)[:, None]
+    exists = (page < used).view(shape)
+    if count <= pages:
+        return exists.expand(page_scores.shape)
+    forced = ((page >= used - recent) | (page < sink)).view(shape)
+    ranked = page_scores.masked_fill(forced, torch.inf).masked_fill(~exists, -torch.inf)
+    return largest(ranked, pages) & exists
+
+
+def page_tokens(chosen: Tensor, view: View, page_size: int) -> Tensor:
+    """Mask of the tokens on chosen pages; [B, ..., N] to [B, ..., slots]."""
+    page = page_numbers(view, page_size)
+    page = page.view(page.shape[0], *[1] * (chosen.dim() - 2), page.shape[1])
+    return chosen.gather(-1, page.expand(*chosen.shape[:-1], -1))

@@ -1,0 +1,114 @@
+"""Quest (arXiv 2406.10774): pages chosen by bounds on their attention logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltadecode.lab.policies.base import Facts, Floats, Scores, View, pages_of
+from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.pages import by_page, choose_pages, page_tokens
+
+_SPARE = 64  # pages
+
+
+class Quest(MaskedPolicy):
+    """Each head reads the K pages with the largest upper bound on q · k (section 3.3, algorithm 1).
+
+    A page keeps the channel-wise minimum m and maximum M of its keys (after the rotary embedding);
+    its bound is Σ_d max(q_d m_d, q_d M_d). The first two layers read everything (section 3.4). The
+    current page is one of the K, as in the authors' kernels.
+
+    Under grouped-query attention, which the paper has not, each *query* head chooses (``shared``
+    0); the tokens read are those that any query head of a KV head reads, up to G times the budget.
+    With ``shared`` 1 (``quest-kv``) the query heads of a KV head choose together, by the largest
+    of their bounds, and read exactly the budget.
+
+    The bounds themselves are two vectors a page in every sparse layer: reported as metadata, one
+    token's worth a page.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    budget : int
+        Tokens of a sparse layer and head.
+    page_size : int
+        Tokens of a page; 16 in the paper.
+    shared : int
+        See above.
+    dense : int
+        First layers that read everything.
+    """
+
+    name = "quest"
+    paper = "Tang et al., arXiv 2406.10774"
+
+    def __init__(
+        self, facts: Facts, budget: int, page_size: int = 16, shared: int = 0, dense: int = 2
+    ) -> None:
+        super().__init__(facts, budget)
+        self.page_size, self.shared, self.dense = page_size, shared, dense
+        self.pages = pages_of(self, budget, page_size, 2)
+        self._bounds: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def prefill(self, layer: int, query: Tensor, key: Tensor, scores: Scores, view: View) -> None:
+        """Make the bounds of the prompt's pages."""
+        if layer < self.dense:
+            return
+        by_channel = key.transpose(2, 3)
+        bounds = []
+        for fill, reduce in ((torch.inf, torch.amin), (-torch.inf, torch.amax)):
+            found = reduce(by_page(by_channel, view, self.page_size, fill), dim=-1)
+            found = found.masked_fill(found.isinf(), 0.0)  # pages that hold nothing yet
+            bounds.append(torch.nn.functional.pad(found, (0, _SPARE)).transpose(2, 3).contiguous())
+        self._bounds[layer] = bounds[0], bounds[1]
+
+    def select(self, layer: int, look: Look, view: View) -> Tensor | None:
+        """Take the new key into its page's bounds, rank the pages, choose."""
+        if layer < self.dense:
+            return None
+        count = -(-view.slots // self.page_size)
+        low, high = self._updated(layer, look.key[:, :, -1], view, count)
+        low, high = low[:, :, :count].transpose(2, 3), high[:, :, :count].transpose(2, 3)
+        rows, heads, dim = look.query.shape
+        q = look.query.view(rows, low.shape[1], heads // low.shape[1], dim)
+        bound = q.clamp(min=0) @ high + q.clamp(max=0) @ low
+        if self.shared:
+            bound = bound.amax(dim=2, keepdim=True)
+        chosen = choose_pages(bound.float(), view, self.page_size, self.pages, recent=1)
+        return page_tokens(chosen, view, self.page_size)
+
+    def _updated(self, layer: int, new: Tensor, view: View, pages: int) -> tuple[Tensor, Tensor]:
+        low, high = self._bounds[layer]
+        if pages > low.shape[2]:
+            low, high = (torch.nn.functional.pad(x, (0, 0, 0, _SPARE)) for x in (low, high))
+            self._bounds[layer] = low, high
+        last = view.lengths - 1
+        page, begins = last // self.page_size, (last % self.page_size == 0)[:, None, None]
+        row = torch.arange(page.shape[0], device=page.device)
+        old_low, old_high = low[row, :, page], high[row, :, page]
+        low[row, :, page] = torch.where(begins, new, torch.minimum(old_low, new))
+        high[row, :, page] = torch.where(begins, new, torch.maximum(old_high, new))
+        return low, high
+
+    def overhead(self, lengths: Floats) -> Floats:
+        """One token's worth a page in the sparse layers; see :meth:`Policy.overhead`."""
+        layers = len(self.facts.layers)
+        mean: Floats = np.ceil(lengths / self.page_size) * (max(layers - self.dense, 0) / layers)
+        return mean
+
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """At most: if query heads that share keys agree on nothing; see :meth:`Policy.expected`."""
+        del prompt
+        layers = len(self.facts.layers)
+        group = 1 if self.shared else self.facts.query_heads // self.facts.kv_heads
+        held = np.ceil(lengths / self.page_size)
+        missing = held * self.page_size - lengths
+        most = self.pages * self.page_size - missing
+        most += (group - 1) * (self.pages - 1) * self.page_size
+        sparse = np.where(held <= self.pages, lengths, np.minimum(lengths, most))
+        dense = min(self.dense, layers) / layers
+        mean: Floats = dense * lengths + (1 - dense) * sparse
+        return mean

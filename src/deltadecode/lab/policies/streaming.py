@@ -1,0 +1,49 @@
+"""StreamingLLM (arXiv 2309.17453): attention sinks and a sliding window."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from deltadecode.lab.policies.base import Facts, Floats, View
+from deltadecode.lab.policies.masked import Look, MaskedPolicy
+
+
+class Streaming(MaskedPolicy):
+    """The first four tokens and the last ones, in every layer (section 3.2, figure 4).
+
+    Deviation: tokens keep the rotary positions that they had. The paper numbers positions within
+    the cache, so as to go past the length a model was trained for; here contexts stay within it,
+    and the window's relative positions are the same either way.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    budget : int
+        Tokens of each layer: sinks and window together.
+    sinks : int
+        First tokens; 4 in the paper (table 2).
+    """
+
+    name = "streaming"
+    paper = "StreamingLLM, Xiao et al., arXiv 2309.17453"
+    evicts = True
+
+    def __init__(self, facts: Facts, budget: int, sinks: int = 4) -> None:
+        super().__init__(facts, budget)
+        self.sinks = sinks
+        if budget <= sinks:
+            raise self._refuse(f"it needs more than its {sinks} sinks")
+
+    def select(self, layer: int, look: Look, view: View) -> Tensor:
+        """By position alone."""
+        del layer, look
+        window = view.lengths[:, None] - (self.budget - self.sinks)
+        read = (view.position < self.sinks) | (view.position >= window)
+        return read[:, None, None]
+
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """The whole budget; see :meth:`Policy.expected`."""
+        del prompt
+        return np.minimum(lengths, self.budget)

@@ -1,0 +1,109 @@
+"""TidalDecode (arXiv 2410.05076): a few layers choose tokens, the others reuse them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltadecode.errors import PolicyError
+from deltadecode.lab.policies.base import Facts, Floats, View
+from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.pages import largest
+
+_CORRECTION = 13 / 32  # of the depth: layer 13 of Llama-3-8B's 32 (section 4)
+
+
+class Tidal(MaskedPolicy):
+    """Position-persistent sparse attention over single tokens (section 3, algorithm 1).
+
+    Selection layers read everything and choose the tokens with the largest logits; layers before
+    the first of them read everything; the others read what the last selection layer chose. By
+    default layers 0 and 1 are full, layer 2 selects, and one correction layer selects again; the
+    paper picks that layer for each model by a retrieval test, so other ``layers`` may be given.
+
+    As in the authors' evaluation code each *query* head chooses its own tokens (``shared`` 0); the
+    tokens read are those that any query head of a KV head reads, up to G times the budget. With
+    ``shared`` 1 (``tidal-kv``) the heads of a KV head choose together, by the largest of their
+    softmax weights, and read exactly the budget.
+
+    Deviation: no cache correction (section 3.3), the optional recomputation of old keys and values
+    in chunks. As in the paper no token is forced, the new one neither; with ``recent`` and
+    ``sinks``, an option of the authors' later code, the last and first tokens take their share of
+    the budget.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the model.
+    budget : int
+        Tokens of a sparse layer and head.
+    layers : sequence of int, optional
+        The selection layers, in the model's numbering.
+    shared : int
+        See above.
+    recent, sinks : int
+        Last and first tokens that are always among the chosen.
+    """
+
+    name = "tidal"
+    paper = "TidalDecode, Yang et al., arXiv 2410.05076"
+
+    def __init__(
+        self,
+        facts: Facts,
+        budget: int,
+        layers: Sequence[int] | None = None,
+        shared: int = 0,
+        recent: int = 0,
+        sinks: int = 0,
+    ) -> None:
+        super().__init__(facts, budget)
+        self.shared, self.recent, self.sinks = shared, recent, sinks
+        if budget <= recent + sinks:
+            raise self._refuse(f"it needs more than {recent} recent tokens and {sinks} sinks")
+        depth = len(facts.layers)
+        if layers is None:
+            places = [min(2, depth - 1), round(depth * _CORRECTION)]
+        else:
+            if unknown := [layer for layer in layers if layer not in facts.layers]:
+                raise PolicyError(
+                    f"layers of policy 'tidal' must be full-attention layers, got {unknown[0]}"
+                )
+            places = [facts.layers.index(layer) for layer in layers]
+        if not places:
+            raise PolicyError("policy 'tidal' needs at least one selection layer")
+        self.selecting = sorted(set(places))
+        self._chosen: Tensor | None = None
+
+    def select(self, layer: int, look: Look, view: View) -> Tensor | None:
+        """Choose at a selection layer, else reuse."""
+        del view
+        if layer in self.selecting:
+            self._chosen = self._top(look)
+            return None
+        return None if layer < self.selecting[0] else self._chosen
+
+    def _top(self, look: Look) -> Tensor | None:
+        view = look.view
+        if view.slots <= self.budget:
+            return None
+        position = view.position[:, None, None]
+        forced = (position >= (view.lengths - self.recent)[:, None, None, None]) | (
+            position < self.sinks
+        )
+        rank = look.weights.amax(dim=2, keepdim=True) if self.shared else look.logits
+        rank = rank.masked_fill(forced, torch.inf).masked_fill(position < 0, -torch.inf)
+        return largest(rank, self.budget)
+
+    def expected(self, lengths: Floats, prompt: int) -> Floats:
+        """At most: if query heads that share keys agree on nothing; see :meth:`Policy.expected`."""
+        del prompt
+        depth = len(self.facts.layers)
+        group = 1 if self.shared else self.facts.query_heads // self.facts.kv_heads
+        most = np.where(lengths <= self.budget, lengths, self.budget * group)
+        full = (self.selecting[0] + len(self.selecting)) / depth
+        mean: Floats = full * lengths + (1 - full) * np.minimum(lengths, most)
+        return mean

@@ -1,0 +1,31 @@
+"""Where the embedded model lies: in a distribution of its own, ``deltadecode-embedded``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltadecode.errors import DeltaDecodeError
+
+
+def model_path() -> Path:
+    """Directory of the embedded model.
+
+    ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load it: a
+    24-layer Llama of 14 million parameters in bfloat16, trained on chain problems only.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    DeltaDecodeError
+        When the distribution ``deltadecode-embedded`` is not installed.
+    """
+    try:
+        import deltadecode_embedded
+    except ModuleNotFoundError:
+        raise DeltaDecodeError(
+            "the embedded model is not installed; pip install 'deltadecode[demo]' brings it"
+        ) from None
+    return Path(deltadecode_embedded.model_path())

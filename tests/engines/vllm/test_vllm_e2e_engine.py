@@ -1,0 +1,58 @@
+"""A real engine of the end-to-end benchmark, driven step by step."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.e2e.run import make_setup
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Answer to every command of every workload, of stock vLLM and the tiny shape."""
+    setup = make_setup(shape="tiny", points=["4:200"], steps=8, rounds=2, memory_share=0.1)
+    model = setup.shape.write(tmp_path_factory.mktemp("tiny"))
+    todo = [setup.spec("stock", model)]
+    for one in setup.workloads:
+        todo += [*one.opening(), *[one.measuring()] * one.rounds, *one.closing()]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.e2e.worker"],
+        input="".join(json.dumps(each) + "\n" for each in todo),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [*zip(todo[1:], lines[1:], strict=True)], lines[0]["ready"]
+
+
+def test_it_says_what_runs(answers):
+    _, ready = answers
+    assert ready["kv_tokens"] > 1000
+    assert len(ready["backends"]) == 1
+    assert ready["cudagraph_mode"] == "NONE"
+
+
+def test_every_command_is_done_and_nothing_is_preempted(answers):
+    done, _ = answers
+    assert all(answer["done"]["preemptions"] == 0 for _, answer in done)
+
+
+def test_steps_are_single_decode_steps_that_end_at_the_context(answers):
+    done, _ = answers
+    steps = [(c, a["done"]) for c, a in done if c["do"] == "steps"]
+    for command, answer in steps:
+        assert len(answer["seconds"]) == command["steps"]
+        assert answer["to"] - answer["from"] >= command["steps"]
+    assert max(answer["to"] for _, answer in steps) in range(200, 205)
+
+
+def test_a_headline_has_a_time_for_every_token(answers):
+    done, _ = answers
+    (found,) = [a["done"] for c, a in done if c["do"] == "headline"]
+    assert len(found["steps"]) >= 196
+    assert sum(found["steps"]) == pytest.approx(found["seconds"], rel=0.01)

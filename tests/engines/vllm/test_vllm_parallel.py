@@ -1,0 +1,48 @@
+"""Two ranks on the loopback interface: tensor parallel, pipeline parallel."""
+
+import pytest
+
+from deltadecode.lab.tasks import is_correct, make_problem
+
+CONFIG = {"page_size": 8, "budget_pages": 32, "recent_pages": 4}
+PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(4)]
+REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
+
+
+def run(work, config, **engine):
+    job = {"side": "vllm", "config": config, "engine": engine, "rounds": [REQUESTS]}
+    return [request["completions"][0] for request in work(job)["rounds"][0]]
+
+
+def tokens(completions):
+    return [each["tokens"] for each in completions]
+
+
+@pytest.fixture(scope="module")
+def one_rank(work):
+    return run(work, CONFIG)
+
+
+def test_two_tensor_ranks_that_select_together_give_the_same_tokens(work, one_rank):
+    two = run(work, {**CONFIG, "sync_heads": True}, tensor_parallel_size=2)
+    assert tokens(two) == tokens(one_rank)
+
+
+def test_two_tensor_ranks_that_select_alone_give_the_same_answers(work, one_rank):
+    two = run(work, CONFIG, tensor_parallel_size=2)
+    for problem, here, there in zip(PROBLEMS, one_rank, two, strict=True):
+        assert is_correct(problem, here["text"]) and is_correct(problem, there["text"])
+
+
+def test_two_pipeline_stages_with_their_own_delta_layers(work):
+    config = {**CONFIG, "delta_layers": [0, 5, 7, 12, 16]}
+    one = run(work, config)
+    # On CPUs vLLM makes the tensors that stages hand on in a warm-up, which it leaves out with
+    # enforce_eager; this traces the model for it and compiles nothing.
+    job = {
+        "side": "vllm", "config": config, "rounds": [REQUESTS],
+        "engine": {"pipeline_parallel_size": 2, "enforce_eager": False,
+                   "compilation_config": {"mode": 2, "backend": "eager"}},
+    }  # fmt: skip
+    two = [request["completions"][0] for request in work(job)["rounds"][0]]
+    assert tokens(two) == tokens(one)

@@ -1,0 +1,129 @@
+"""What vLLM is not started with: one line on stderr, exit code 2, before any weight is loaded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HERE, environment  # of this folder
+
+import deltadecode
+from deltadecode.lab.tasks import model_path
+
+WORDS = {
+    "unknown key": ({"budget": 3}, {}, "unknown key 'budget'"),
+    "wrong type": ({"budget_pages": "64"}, {}, "budget_pages must be an int, got '64'"),
+    "wrong sync": ({"sync_heads": 1}, {}, "sync_heads must be true or false, got 1"),
+    "no object": ([1], {}, "additional_config.deltadecode must be an object, got [1]"),
+    "bad rule": ({"budget_pages": 8}, {}, "budget_pages must be greater than recent_pages"),
+    "no plan file": ({"plan": "/no/such.json"}, {}, "cannot read a DeltaConfig"),
+    "layer out of range": ({"delta_layers": [0, 99]}, {}, "must be in 0..23"),
+    "cache dtype": ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype must be auto, bfloat16 or"),
+    "block size": ({"page_size": 48}, {"block_size": 64}, "--block-size must be a multiple"),
+    "stage": (
+        {"delta_layers": [0]},
+        {"pipeline_parallel_size": 2},
+        "pipeline stage 1 has layers 12 to 23, and its sparse layer 12 needs Δ-layer 0 of another "
+        'stage; give it its own: "delta_layers": [0, 12]',
+    ),
+    "nothing to plan": (
+        {},
+        {"model": "windowed"},
+        'on_unsupported="stock" serves it with stock attention',
+    ),
+    "old vLLM": ({}, {"version": "0.23.1"}, "works with vLLM 0.24 to 0.32, got 0.23.1"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model whose layers all have a sliding window."""
+    folder = tmp_path_factory.mktemp("models") / "windowed"
+    folder.mkdir()
+    config = {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 64,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 64, "sliding_window": 64,
+        "max_position_embeddings": 512, "dtype": "float32",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(folder, tmp_path_factory):
+    """Case -> exit code and last line, all from one process: importing vLLM takes seconds."""
+    out = tmp_path_factory.mktemp("refusals") / "found.json"
+    cases = {
+        name: {"config": config, "engine": {**engine, **_model(engine, folder)}}
+        for name, (config, engine, _) in WORDS.items()
+    }
+    cases["stock if told"] = {
+        "config": {"on_unsupported": "stock"},
+        "engine": _model({"model": "windowed"}, folder),
+    }
+    cases["not chosen"] = {"config": {"budget": 3}, "engine": {"chosen": False}}
+    cases["fine"] = {"config": {"budget_pages": 32}, "engine": {}}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "refusal_worker.py"), json.dumps(cases), str(out)],
+        capture_output=True, text=True, timeout=300, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+def _model(engine, folder):
+    return {"model": str(folder), "skip_tokenizer_init": True} if "model" in engine else {}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_refused_in_one_line(said, case):
+    code, stderr, _ = said[case]
+    assert code == 2
+    line = stderr.strip().splitlines()[-1]
+    assert line.startswith("deltadecode: error: ")
+    assert WORDS[case][2] in line
+
+
+def test_a_model_with_nothing_to_plan_is_served_stock_if_told(said):
+    code, _, chosen = said["stock if told"]
+    assert (code, chosen) == (0, None)
+
+
+def test_without_the_flag_nothing_is_checked(said):
+    code, _, chosen = said["not chosen"]
+    assert (code, chosen) == (0, None)
+
+
+def test_the_plan_reaches_the_workers_resolved(said):
+    code, _, chosen = said["fine"]
+    assert code == 0
+    assert chosen["budget_pages"] == 32
+    assert (
+        chosen["delta_layers"]
+        == json.loads(
+            next(
+                iter(Path(deltadecode.__file__).parent.glob("profiles/deltadecode-chain.json"))
+            ).read_text()
+        )["delta_layers"]
+    )
+
+
+def test_the_command_line_says_one_line_and_fails():
+    """As a user sees it, without the log of vLLM itself."""
+    program = str(Path(sys.executable).with_name("vllm"))
+    done = subprocess.run(
+        [program, "serve", str(model_path()), "--attention-backend", "CUSTOM",
+         "--additional-config", '{"deltadecode": {"budget": 3}}', "--dtype", "float32"],
+        capture_output=True, text=True, timeout=300, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            "deltadecode: error: unknown key 'budget' in additional_config.deltadecode; it has "
+        )
+    )

@@ -1,0 +1,101 @@
+"""One engine's work in one process: ``python vllm_worker.py JOB OUT``, both files of JSON.
+
+A job has ``side`` ("vllm" or "transformers"), ``engine`` (arguments of ``vllm.LLM``), ``config``
+(of DELTA), and ``rounds``: lists of requests, each with a ``prompt``, in text or token ids, and
+sampling ``params``.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+MODEL = (
+    Path(__file__).parents[3] / "packages" / "embedded" / "src" / "deltadecode_embedded" / "model"
+)
+
+
+def run_vllm(job):
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    engine = {
+        "model": str(MODEL), "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 32,
+        "enforce_eager": True, "seed": 0, **job.get("engine", {}),
+    }  # fmt: skip
+    if "config" in job:
+        engine |= {
+            "attention_backend": "CUSTOM",
+            "additional_config": {"deltadecode": job["config"]},
+        }
+    llm = LLM(**engine)
+
+    def params(given):
+        given = {"temperature": 0.0, "max_tokens": 600, **given}
+        if "choice" in given:
+            given["structured_outputs"] = StructuredOutputsParams(choice=given.pop("choice"))
+        return SamplingParams(**given)
+
+    rounds = []
+    for requests in job["rounds"]:
+        outputs = llm.generate(
+            [prompt(request["prompt"]) for request in requests],
+            [params(request.get("params", {})) for request in requests],
+            use_tqdm=False,
+        )
+        rounds.append(
+            [
+                {
+                    "cached": output.num_cached_tokens,
+                    "completions": [
+                        {
+                            "tokens": list(each.token_ids),
+                            "text": each.text,
+                            "logprobs": [
+                                {str(token): entry.logprob for token, entry in step.items()}
+                                for step in each.logprobs or []
+                            ],
+                        }
+                        for each in output.outputs
+                    ],
+                }
+                for output in outputs
+            ]
+        )
+    return {"rounds": rounds, "preempted": preempted(llm)}
+
+
+def prompt(given):
+    return given if isinstance(given, str) else {"prompt_token_ids": given}
+
+
+def preempted(llm):
+    metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
+    return sum(m.value for m in metrics if m.name == "vllm:num_preemptions")
+
+
+def run_transformers(job):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import deltadecode as dd
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    base = dd.DeltaConfig.for_model(model)
+    dd.enable(model, dd.DeltaConfig.from_dict({**vars(base), **job["config"]}))
+    rounds = []
+    for requests in job["rounds"]:
+        texts = [request["prompt"] for request in requests]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True)
+        with torch.inference_mode():
+            out = model.generate(**inputs, max_new_tokens=600, do_sample=False)
+        new = out[:, inputs.input_ids.shape[1] :].tolist()
+        end = tokenizer.eos_token_id
+        rounds.append([[*row[: row.index(end)], end] if end in row else row for row in new])
+    return {"rounds": rounds, "attended_fraction": dd.stats(model).attended_fraction}
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    found = run_transformers(job) if job["side"] == "transformers" else run_vllm(job)
+    Path(sys.argv[2]).write_text(json.dumps(found))

@@ -1,0 +1,139 @@
+"""``deltadecode eval``: one result on stdout, one line for every mistake."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from deltadecode.cli import main
+from deltadecode.lab.tasks.tokenizer import build_tokenizer
+
+TASK = ["--task", "chain:steps=2:distractors=1", "--device", "cpu", "--samples", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model that writes nonsense at once."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = build_tokenizer(512)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+        eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(capfd):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main(["eval", *map(str, arguments)])
+        out, err = capfd.readouterr()
+        return left.value.code, out, err
+
+    return call
+
+
+def test_an_evaluation_prints_writes_and_continues(run, model, tmp_path):
+    arguments = [model, *TASK, "--policies", "full,streaming,tidal-kv:layers=2+", "--budgets", "16",
+                 "--out", tmp_path / "s", "--json"]  # fmt: skip
+    code, out, _ = run(*arguments)
+    found = json.loads(out)
+    assert code == 0
+    assert [row["policy"] for row in found["rows"]] == ["full", "streaming", "tidal-kv:layers=2+"]
+    assert found["settings"]["seed"] == 3_000_000_000
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()}
+    code, again, _ = run(*arguments)
+    assert code == 0 and json.loads(again)["rows"] == found["rows"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()} == times
+    code, out, _ = run("--report", tmp_path / "s", "--results", tmp_path / "r", "--tag", "x")
+    assert code == 0 and "streaming" in out
+    assert len(list((tmp_path / "r").iterdir())) == 4
+
+
+def test_an_ablation_runs_by_name(run, model, tmp_path):
+    code, out, _ = run(
+        model, "--task", "chain:steps=2:distractors=1", "--device", "cpu", "--samples", 1,
+        "--ablation", "sinks", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    policies = [(row["policy"], row["budget"]) for row in json.loads(out)["rows"]]
+    assert code == 0
+    assert policies == [
+        ("full", 0), ("delta", 512), ("delta", 1024),
+        ("delta:sink_pages=1", 512), ("delta:sink_pages=1", 1024),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policies", "quset", "--budgets", "64"], "unknown policy 'quset'; there are full"),
+        (["--task", "chian"], "unknown task 'chian'; there are chain, needle"),
+        (["--policies", "streaming", "--budgets", "3"], "'streaming' cannot keep to 3 tokens"),
+        (["--policies", "h2o"], "policy 'h2o' needs --budgets or --attended-fraction"),
+        (["--budgets", "many"], "--budgets must be whole numbers with commas between, got 'many'"),
+        (["--attended-fraction", "2", "--policies", "h2o"], "must be between 0 and 1, got 2.0"),
+        (["--ablation", "depth"], "unknown ablation 'depth'; there are layers"),
+        (["--ablation", "plans"], "'plans' needs the plans of a calibration"),
+        (["--plan", "x.json"], "--plan goes with --ablation plans only"),
+        (["--ablation", "plans", "--plan", "x.json"], "cannot read a DeltaConfig from 'x.json'"),
+        (["--dtype", "int8"], "--dtype must be float32, bfloat16, float16 or auto, got 'int8'"),
+        (["--tag", "a/b"], "tag must be letters"),
+        (["--chat", "--policies", "full"], "--chat needs a tokenizer with a chat template"),
+        (["--lm-eval", "x", "--ablation", "heads"], "--lm-eval goes with --policies and --budgets"),
+    ],
+)
+def test_mistakes_are_one_line(run, model, tmp_path, arguments, message):
+    task = [] if "--task" in arguments else TASK
+    code, out, err = run(model, *task, "--out", tmp_path / "s", *arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("deltadecode: error: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_model_without_a_tokenizer_is_one_line(run, model, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    code, _, err = run(bare, *TASK, "--policies", "full", "--out", tmp_path / "s")
+    assert code == 2 and "cannot load the tokenizer of" in err and err.count("\n") == 1
+
+
+def test_a_foreign_file_is_one_line_and_nothing_runs(run, model, tmp_path):
+    arguments = [model, *TASK, "--policies", "full", "--out", tmp_path]
+    assert run(*arguments)[0] == 0
+    code, _, err = run(*arguments, "--seed", 1)
+    assert code == 2 and "its seed is 3000000000, not 1; choose another --out" in err
+
+
+def test_no_model_and_no_report_is_one_line(run):
+    code, _, err = run("--policies", "full")
+    assert code == 2 and "Missing argument 'MODEL'" in err
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "deltadecode.lab.evaluation", "--help"],
+        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "160"},
+    )  # fmt: skip
+    assert "--attended-fraction" in done.stdout
+
+
+def test_a_run_without_scipy_ends_well_and_a_report_says_what_to_install(
+    run, model, tmp_path, monkeypatch
+):
+    from deltadecode.lab.evaluation import statistics
+
+    monkeypatch.setattr(statistics, "can_report", lambda: False)
+    code, out, err = run(model, *TASK, "--policies", "full", "--out", tmp_path / "s")
+    assert code == 0 and out == "" and "are complete; compare them with --report" in err
+    code, _, err = run("--report", tmp_path / "s")
+    assert code == 2 and "pip install 'deltadecode[eval]'" in err and err.count("\n") == 1

@@ -1,0 +1,88 @@
+"""Tiny random models whose attention is not the textbook's, and the maps that they return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3NextConfig
+
+from deltadecode.lab.tasks import model_path
+
+VOCAB = 61
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+
+
+def make(name: str) -> Any:
+    """A model in float32, whose stock attention is eager."""
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    if name == "embedded":
+        return AutoModelForCausalLM.from_pretrained(model_path(), **options).eval()
+    if name == "llama":
+        config: Any = LlamaConfig(**COMMON)
+    elif name == "gated":
+        config = Qwen3NextConfig(
+            **{**COMMON, "head_dim": 16}, **ROPE, partial_rotary_factor=0.5,
+            layer_types=["linear_attention", "full_attention"] * 2, linear_num_key_heads=2,
+            linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        )  # fmt: skip
+    else:
+        kinds = {
+            "learned": ["sliding_attention", "full_attention"],
+            "off-by-one": ["full_attention"],
+        }
+        config = GptOssConfig(
+            **COMMON, **ROPE, **EXPERTS, sliding_window=12,
+            layer_types=kinds[name] * (4 // len(kinds[name])),
+        )  # fmt: skip
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager", **options)
+    with torch.no_grad():
+        for parameter, values in model.named_parameters():
+            if parameter.endswith("bias"):
+                values.normal_(std=0.5)
+            # Off-by-one softmax: 1 more in the denominator is a learned sink with logit 0.
+            if parameter.endswith("sinks"):
+                values.normal_(std=2.0) if name == "learned" else values.zero_()
+    return model.eval()
+
+
+NAMES = ("embedded", "llama", "learned", "off-by-one", "gated")
+
+
+def prompt(model: Any, tokens: int) -> torch.Tensor:
+    """Token ids [1, tokens]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, model.config.vocab_size, (1, tokens), generator=generator)
+
+
+def eager_maps(model: Any, ids: torch.Tensor) -> Any:
+    """Output of stock eager attention, with the maps and hidden states of all layers."""
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        return model(ids, output_attentions=True, output_hidden_states=True)
+
+
+def full_layers(model: Any) -> list[int]:
+    """Numbers of the full-attention layers, read off the configuration by hand."""
+    kinds = getattr(model.config, "layer_types", None)
+    depth = model.config.num_hidden_layers
+    return [i for i in range(depth) if kinds is None or kinds[i] == "full_attention"]

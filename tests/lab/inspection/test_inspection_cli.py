@@ -1,0 +1,174 @@
+"""``deltadecode inspect``: one page, its figures and numbers; one line for every mistake."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from deltadecode.cli import main
+from deltadecode.lab.inspection.names import FIGURE_FILES
+from deltadecode.lab.tasks.tokenizer import build_tokenizer
+
+QUICK = ["--device", "cpu", "--max-new-tokens", "30", "--removal-tokens", "8"]
+TASK = ["--task", "chain:steps=8:distractors=4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model that writes nonsense and never ends it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = build_tokenizer(512)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+        initializer_range=0.4, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(capfd):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main(["inspect", *map(str, arguments)])
+        out, err = capfd.readouterr()
+        return left.value.code, out, err
+
+    return call
+
+
+def test_a_report_is_a_page_figures_and_numbers(run, model, tmp_path):
+    out_folder, results = tmp_path / "r", tmp_path / "results"
+    code, out, err = run(model, *TASK, *QUICK, "-o", out_folder, "--json", "--page-size", 4,
+                         "--results", results, "--tag", "tiny")  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    assert report == json.loads((out_folder / "report.json").read_text())
+    assert {path.name for path in out_folder.iterdir()} == {
+        "index.html", "report.json", *FIGURE_FILES
+    }  # fmt: skip
+    for name in FIGURE_FILES:
+        assert (out_folder / name).read_bytes().startswith(b"\x89PNG")
+    depth = len(report["layers"])
+    assert depth == 6 and len(report["shift"]) == 6
+    assert np.shape(report["captured"]) == np.shape(report["overlap"]) == (6, 6)
+    assert np.shape(report["entropy_bits"]) == (6, 2)
+    assert [each["layer"] for each in report["recall"]] == [
+        layer for layer, role in enumerate(report["plan"]["roles"]) if role == "sparse"
+    ]
+    for each in report["recall"]:
+        assert 0 < each["captured"] <= 1 and 0 < each["best"] <= 1
+    assert report["sinks"]["epsilon"] == 0.3 and len(report["sinks"]["layers"]) == 6
+    assert report["removal"]["treatments"][0]["agreement"] == 1.0
+    assert len(report["removal"]["treatments"]) == 6
+    assert report["text"] == "task chain:steps=8:distractors=4, seed 3000000000"
+    (written,) = results.iterdir()
+    found = json.loads(written.read_text())
+    assert re.fullmatch(r"inspection-\d{8}-tiny.json", written.name)
+    assert found["benchmark"] == "inspection" and found["report"]["layers"] == report["layers"]
+    for name in ("command", "commit", "machine", "versions"):
+        assert name in found
+    assert all({"case", "peer", "unit", "ours", "theirs", "ratio"} <= set(r) for r in found["rows"])
+    # Again into the same folder: it is ours.
+    code, out, _ = run(model, *TASK, *QUICK, "-o", out_folder, "--page-size", 4)
+    assert code == 0 and "sink rate" in out
+
+
+def test_the_page_holds_the_page_map(run, model, tmp_path):
+    _, out, _ = run(model, *TASK, *QUICK, "-o", tmp_path / "r", "--json", "--page-size", 4)
+    page = (tmp_path / "r" / "index.html").read_text()
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    data = json.loads(text)
+    assert data["report"] == json.loads(out)
+    drawn = data["map"]
+    steps, layers, pages = drawn["shape"]
+    levels = np.frombuffer(base64.b64decode(drawn["levels"]), np.uint8).reshape(drawn["shape"])
+    mass = 10 ** (drawn["floor"] * (1 - levels / 250))
+    assert layers == 6 and steps == data["report"]["tokens"]["observed_steps"] == 29
+    assert pages == -(-drawn["lengths"][-1] // 4)
+    # Each layer's attention adds up to 1, but for what is too little to be told from none.
+    np.testing.assert_allclose(np.where(levels > 0, mass, 0).sum(axis=2), 1, atol=0.05)
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(drawn["selected"]), np.uint8))
+    selected = bits[: levels.size].reshape(drawn["shape"])
+    assert (selected[-1].sum(axis=1) == data["report"]["plan"]["budget_pages"]).all()
+
+
+def test_a_prompt_that_looks_like_a_page_does_no_harm(run, model, tmp_path):
+    code, _, err = run(model, "--prompt", "</script><b>{{script}} " * 30, *QUICK, "--page-size", 4,
+                       "-o", tmp_path / "r")  # fmt: skip
+    assert code == 0, err
+    assert (tmp_path / "r" / "index.html").read_text().count("<script") >= 3
+
+
+def test_a_short_text_lowers_the_budget_and_says_so(run, model, tmp_path):
+    code, out, err = run(model, *TASK, *QUICK, "--page-size", 4, "-o", tmp_path / "r", "--json")
+    assert code == 0 and "short for the plan's budget of 64 pages" in err
+    assert f"budget of {json.loads(out)['plan']['budget_pages']}" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a"], "needs 8 pages of 16 tokens by half of its new tokens, got 1 tokens"),
+        (["--prompt", " "], "the prompt must not be empty, got ' '"),
+        ([], "give a text to inspect: --prompt, --prompt-file or --task; got none"),
+        (["--prompt", "a", "--task", "chain"], "give one of --prompt, --prompt-file and --task"),
+        (["--prompt-file", "no/such"], "cannot read prompt file 'no/such'"),
+        (["--task", "chian"], "unknown task 'chian'; there are chain"),
+        ([*TASK, "--epsilon", "1.5"], "--epsilon must be between 0 and 1, got 1.5"),
+        ([*TASK, "--budget-pages", "90"], "must be less than the 10 pages of the text, got 90"),
+        ([*TASK, "--delta-layers", "9"], "delta_layers must be in 0..5 for a model of 6 layers"),
+        ([*TASK, "--tag", "a/b"], "tag must be letters"),
+        (["--task", "chain:steps=90:distractors=30"], "must not be longer than the model's 512"),
+    ],
+)
+def test_mistakes_are_one_line(run, model, tmp_path, arguments, message):
+    code, out, err = run(model, *arguments, *QUICK, "-o", tmp_path / "r")
+    assert code == 2 and out == ""
+    assert err.startswith("deltadecode: error: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", ["index.html", "report.json", "map.png"])
+def test_a_foreign_file_is_not_overwritten(run, model, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    code, _, err = run(model, *TASK, *QUICK, "-o", tmp_path)
+    assert code == 2 and err.count("\n") == 1
+    assert "is there and no report of 'deltadecode inspect' is; choose another --out" in err
+    assert (tmp_path / name).read_text() == "{}" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_with_other_files_is_taken(run, model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(model, *TASK, *QUICK, "--page-size", 4, "-o", tmp_path)[0] == 0
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(run, model, tmp_path):
+    (tmp_path / "r").write_text("")
+    code, _, err = run(model, *TASK, "-o", tmp_path / "r")
+    assert code == 2 and "--out must be a folder, got" in err and err.count("\n") == 1
+
+
+def test_a_missing_library_says_what_to_install(run, model, tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "plotly" else find(name)
+    )
+    code, _, err = run(model, *TASK, "-o", tmp_path / "r")
+    assert code == 2 and "needs plotly; pip install 'deltadecode[inspect]' brings it" in err
+
+
+def test_the_figures_have_a_name_each():
+    from deltadecode.lab.inspection.figures import _PAINTERS
+
+    assert len(_PAINTERS) == len(FIGURE_FILES)
