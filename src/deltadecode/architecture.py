@@ -45,12 +45,36 @@ def text_config(model_or_config: Any) -> Any:
         raise UnsupportedModelError(
             f"{_name(text)} is an encoder-decoder; DELTA plans decoder-only models"
         )
-    layers = getattr(text, "num_hidden_layers", None)
+    layers = num_layers(text)
     if type(layers) is not int or layers < 1:
         raise UnsupportedModelError(
             f"{_name(text)} is no model configuration: num_hidden_layers is {layers!r}"
         )
     return text
+
+
+def num_layers(text: Any) -> Any:
+    """Layers of a text decoder's configuration; of an encoder-decoder's, those of its decoder."""
+    layers = getattr(text, "decoder_layers", None)
+    return getattr(text, "num_hidden_layers", None) if type(layers) is not int else layers
+
+
+def longest_prompt(text: Any) -> int | None:
+    """Positions of a text decoder, with what a stretched rotary embedding adds.
+
+    None when the configuration does not say.
+    """
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    longest = positions
+    for entry in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        factor = entry.get("factor") or 1.0
+        # Some configurations state the stretched number, some the original one: allow the larger.
+        original = entry.get("original_max_position_embeddings") or positions
+        longest = max(longest, int(factor * original))
+    return longest
 
 
 def attention_layers(model_or_config: Any) -> tuple[int, ...]:
@@ -88,7 +112,9 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
     elif getattr(config, "num_attention_heads", None) is None or _slides(config):
         full = ()
     else:
-        full = tuple(range(config.num_hidden_layers))
+        full = tuple(range(num_layers(config)))
+    crossing = getattr(config, "cross_attention_layers", None) or ()
+    full = tuple(layer for layer in full if layer not in crossing)
     if not full:
         raise UnsupportedModelError(
             f"{_name(config)} has no full-attention layer; DELTA plans full-attention layers only"
@@ -121,7 +147,7 @@ def signature(model_or_config: Any) -> dict[str, object]:
     return {
         "model_type": getattr(config, "model_type", None),
         "hidden_size": getattr(config, "hidden_size", None),
-        "num_hidden_layers": config.num_hidden_layers,
+        "num_hidden_layers": num_layers(config),
         "num_attention_heads": heads,
         "num_key_value_heads": heads if kv_heads is None else kv_heads,
     }

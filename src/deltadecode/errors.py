@@ -5,6 +5,23 @@ class DeltaDecodeError(ValueError):
     """Base of all errors that deltadecode raises on purpose."""
 
 
+class ArgumentError(DeltaDecodeError):
+    """An argument that cannot be what it is."""
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument of another type."""
+
+
+class MissingSelectionError(DeltaDecodeError, RuntimeError):
+    """A sparse layer ran before its Δ-layer."""
+
+    def __init__(self, layer: int, source: int) -> None:
+        super().__init__(
+            f"layer {layer} reads the pages of Δ-layer {source}, which has not run in this step"
+        )
+
+
 class DeltaConfigError(DeltaDecodeError):
     """A configuration or a layer plan breaks one of its rules (docs/semantics.md, R9)."""
 

@@ -299,7 +299,7 @@ def fit(config: Any, prompt_tokens: int, max_new_tokens: int) -> int:
     BadInput
         When the prompt alone is too long.
     """
-    from deltadecode.engines.transformers.state import longest_prompt
+    from deltadecode.architecture import longest_prompt
 
     positions = longest_prompt(text_config(config))
     if positions is None:

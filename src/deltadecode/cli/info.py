@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deltadecode.architecture import attention_layers, signature, text_config
+from deltadecode.architecture import attention_layers, num_layers, signature, text_config
 from deltadecode.cli.loading import check_model_path, load_config, make_plan
 from deltadecode.cli.output import print_json, quiet_libraries, stdout
 from deltadecode.config import LayerPlan
@@ -83,11 +83,11 @@ def _describe(model: str) -> dict[str, Any]:
     config = load_config(model)
     cfg = make_plan(config, None, {})
     text = text_config(config)
-    plan = cfg.layer_plan(text.num_hidden_layers, attention_layers(config))
+    plan = cfg.layer_plan(num_layers(text), attention_layers(config))
     profile = find_profile(signature(config))
     return {
         "class": type(text).__name__,
-        "layers": text.num_hidden_layers,
+        "layers": num_layers(text),
         "plan_from": "default" if profile is None else "profile",
         "config": asdict(cfg),
         "roles": layers_by_role(plan),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from deltadecode.architecture import attention_layers, config_hash, text_config
+from deltadecode.architecture import attention_layers, config_hash, num_layers, text_config
 from deltadecode.cli.output import BadInput, note, one_line, stderr
 from deltadecode.config import DeltaConfig, load_meta
 from deltadecode.errors import DeltaConfigError
@@ -255,7 +255,7 @@ def make_plan(config: Any, plan_file: Path | None, given: dict[str, Any]) -> Del
     cfg = replace(base, **{name: value for name, value in given.items() if value is not None})
     foreign = None if plan_file is None else _foreign(plan_file, config)
     try:
-        cfg.layer_plan(text_config(config).num_hidden_layers, layers)
+        cfg.layer_plan(num_layers(text_config(config)), layers)
     except DeltaConfigError as error:
         raise DeltaConfigError(f"{foreign}: {error}" if foreign else str(error)) from error
     if foreign:

@@ -26,7 +26,7 @@ from transformers import (
 
 import deltadecode as dd
 from deltadecode.engines.on_import import on_import
-from deltadecode.engines.transformers import state
+from deltadecode.engines.transformers import bind
 from deltadecode.engines.transformers.attention import delta_attention
 
 PROMPT, STEPS = 23, 12
@@ -97,7 +97,7 @@ def test_disable_forgets_the_plan() -> None:
     dd.disable(model)
     model.set_attn_implementation("delta")
     assert dd.stats(model).steps == 0
-    assert state.find_state(model.config).cfg == dd.DeltaConfig.for_model(model)
+    assert bind.find_state(model).cfg == dd.DeltaConfig.for_model(model)
 
 
 @pytest.fixture(scope="module")
@@ -242,14 +242,14 @@ def test_a_model_is_freed_as_promptly_as_without_delta() -> None:
             model = make_model("llama", "sdpa")
             if delta:
                 dd.enable(model, small_config())
-                known = len(state._STATES)
+                state = weakref.ref(bind.find_state(model))
             generate(model, make_prompt(3), 2)
             weak = weakref.ref(model)
             del model
             freed.append(weak() is None)
         assert freed[1] == freed[0]
         gc.collect()
-        assert len(state._STATES) == known - 1
+        assert state() is None
     finally:
         gc.enable()
 

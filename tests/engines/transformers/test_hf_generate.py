@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import deltadecode as dd
 from deltadecode.engines.transformers import cache as cache_module
+from deltadecode.engines.transformers.bind import find_hooks
 
 PROMPT, STEPS = 23, 24
 
@@ -338,14 +339,11 @@ def test_as_the_assistant_of_another_model(family: str) -> None:
 
 
 def test_a_stock_cache_works_where_no_hook_could_be_set() -> None:
-    # The implementation set on the configuration behind the model's back: no cache of ours, but
-    # the same results.
+    # Roles on the modules and no hook on their model: no cache of ours, but the same results.
     expected = generate(enabled(), make_prompt(PROMPT), STEPS)
-    model = make_model("llama", "sdpa").double()
-    model.config._attn_implementation = "delta"
-    from deltadecode.engines.transformers.state import set_state
-
-    set_state(model.config, small_config())
+    model = enabled()
+    for part, key, _ in list(find_hooks(model)):
+        del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
     got = generate(model, make_prompt(PROMPT), STEPS)
     assert type(got.past_key_values) is DynamicCache
     close(torch.cat(got.logits), torch.cat(expected.logits))

@@ -6,7 +6,7 @@ from hf_tiny import make_model
 from transformers.masking_utils import sdpa_mask
 
 from deltadecode.engines.transformers.cache import DeltaLayer
-from deltadecode.engines.transformers.prefill import blockwise_attention, full_attention
+from deltadecode.engines.transformers.full import blockwise_attention, full_attention
 from deltadecode.engines.transformers.rows import group_rows
 
 
@@ -107,9 +107,9 @@ def test_blockwise_attention(
     memory: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from deltadecode.engines.transformers import prefill
+    from deltadecode.engines.transformers import full
 
-    monkeypatch.setattr(prefill, "_SCORE_BYTES", memory)
+    monkeypatch.setattr(full, "_SCORE_BYTES", memory)
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     visible = torch.arange(9) <= torch.arange(4, 9)[:, None]
     visible = visible.expand(2, 5, 9).clone()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import deltadecode as dd
 from deltadecode import DeltaConfig, LayerPlan
-from deltadecode.engines.transformers.state import find_state
+from deltadecode.engines.transformers.bind import find_state
 from deltadecode.engines.transformers.stats import DecodeStats
 
 
@@ -126,7 +126,7 @@ def test_rule1_nothing_survives_a_step_not_even_one_that_failed() -> None:
     with torch.no_grad():
         cache = model(make_prompt(30)).past_key_values
         expected = model(make_prompt(1), past_key_values=copy.deepcopy(cache)).logits
-        assert find_state(model.config).progress.step is None
+        assert find_state(model).local.step is None
         broken = model.model.layers[4].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(make_prompt(1, seed=1), past_key_values=copy.deepcopy(cache))

@@ -180,10 +180,10 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["llama", "learned", "off-by-one", "gated"])
 def test_no_map_is_ever_whole(monkeypatch, name):
     """Whatever makes it, in any layer; only the mask of gpt-oss has T² entries, a byte each."""
-    from deltadecode.engines.transformers import prefill
+    from deltadecode.engines.transformers import full
 
     tokens = 500
-    monkeypatch.setattr(prefill, "_SCORE_BYTES", 50_000)  # what layers that are not measured hold
+    monkeypatch.setattr(full, "_SCORE_BYTES", 50_000)  # what layers that are not measured hold
     model = make(name)
     with Sizes() as sizes:
         measure(model, prompt(model, tokens), block_bytes=50_000)

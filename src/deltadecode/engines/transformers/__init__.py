@@ -13,17 +13,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from deltadecode.engines.transformers.attention import delta_attention
+from deltadecode.engines.transformers.bind import await_first_use
 from deltadecode.engines.transformers.cache import DeltaCache
-from deltadecode.engines.transformers.model import (
-    NAME,
-    ForwardHook,
-    disable,
-    enable,
-    find_hook,
-    install,
-    stats,
-    takes_cache,
-)
+from deltadecode.engines.transformers.generation import wrap_generation
+from deltadecode.engines.transformers.model import disable, enable, stats
+from deltadecode.engines.transformers.state import NAME
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
 from deltadecode.engines.transformers.stats import DecodeStats, LayerStats
 
@@ -41,6 +35,7 @@ __all__ = [
 def _register() -> None:
     AttentionInterface.register(NAME, delta_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    wrap_generation()
     stock = PreTrainedModel.get_correct_attn_implementation
 
     # Every model asks here, at its construction and whenever its implementation is set, whether
@@ -50,8 +45,8 @@ def _register() -> None:
         self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
     ) -> Any:
         implementation = stock(self, requested_attention, is_init_check)
-        if requested_attention == NAME and takes_cache(self) and find_hook(self) is None:
-            install(self, ForwardHook())
+        if requested_attention == NAME:
+            await_first_use(self)
         return implementation
 
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from deltadecode.architecture import attention_layers
+from deltadecode.architecture import attention_layers, num_layers, text_config
 
 # Tokens kept free behind the last one, so that a last page that is only partly filled lies inside
 # the buffer and can be read without a copy: pages of up to 64 tokens, in practice all.
@@ -62,6 +62,8 @@ class DeltaLayer(DynamicLayer):
         tuple of Tensor
             Keys and values [B, Hkv, n, D], views of the buffers.
         """
+        if key_states.dtype != value_states.dtype:
+            key_states, value_states = one_dtype(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         # Plain numbers rather than tensor calls: this runs for each layer at each step, and with a
@@ -185,11 +187,25 @@ class DeltaCache(DynamicCache):
     def __init__(self, config: Any) -> None:
         planned = attention_layers(config)
         super().__init__(config=config)
+        self.num_layers = num_layers(text_config(config))
         for layer in planned:
+            # Layers that share the keys of others have no place in some versions' caches.
+            if layer >= len(self.layers):
+                break
             # A window as long as the longest sequence counts as full attention, but comes as a
             # sliding-window layer. Anything else is a layer with a state of its own: left alone.
             if type(self.layers[layer]) in (DynamicLayer, DynamicSlidingWindowLayer):
                 self.layers[layer] = DeltaLayer()
+
+
+def one_dtype(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values in one dtype: that of autocast, which attention would take, or the wider."""
+    device = keys.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+    return keys.to(dtype), values.to(dtype)
 
 
 def _moved(stored: Tensor, capacity: int) -> Tensor:

@@ -9,41 +9,10 @@ from torch import Tensor
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.modeling_utils import PreTrainedModel
 
-from deltadecode.architecture import attention_layers
 from deltadecode.engines.transformers.cache import DeltaCache
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
-from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model that has nothing to plan, or whose attention cannot be replaced.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Any model.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Naming the class.
-    """
-    name = type(model).__name__
-    try:
-        attention_layers(model)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{name} cannot decode with DELTA: {error}") from None
-    if not model._can_set_attn_implementation():
-        raise UnsupportedModelError(
-            f"{name} cannot decode with DELTA: it does not use the attention interface of "
-            "Transformers"
-        )
-    causal = (part for part in model.modules() if getattr(part, "is_causal", False))
-    if not any(hasattr(part, "layer_idx") for part in causal):
-        raise UnsupportedModelError(
-            f"{name} cannot decode with DELTA: none of its attention layers is causal"
-        )
+from deltadecode.errors import ArgumentError, UnsupportedCacheError
 
 
 def check_cache(cache: Any, state: ModelState) -> None:
@@ -66,12 +35,13 @@ def check_cache(cache: Any, state: ModelState) -> None:
     if not isinstance(cache, (DeltaCache, DeltaStaticCache)):
         raise UnsupportedCacheError(
             f"DELTA decodes from a DeltaCache or DeltaStaticCache, got a {type(cache).__name__}; "
-            "pass no past_key_values, or DeltaCache(model.config)"
+            "pass no past_key_values, or DeltaCache(model.config); PEFT prefix tuning cannot be "
+            "combined with it"
         )
-    if len(cache.layers) != state.plan.num_layers:
+    if cache.num_layers != state.plan.num_layers:
         raise UnsupportedCacheError(
             f"the {type(cache).__name__} must be of this model with {state.plan.num_layers} layers,"
-            f" got one of {len(cache.layers)} layers"
+            f" got one of {cache.num_layers} layers"
         )
     if isinstance(cache, DeltaStaticCache) and cache.page_size < state.cfg.page_size:
         raise UnsupportedCacheError(
@@ -94,11 +64,11 @@ def check_rows(cache: DeltaStaticCache, mask: Any, tokens: int) -> None:
 
     Raises
     ------
-    ValueError
+    ArgumentError
         Naming both numbers, or the row and slot of the gap.
     """
     if tokens > cache.room:
-        raise ValueError(
+        raise ArgumentError(
             f"the static cache has room for {cache.room} tokens, got {tokens}; make a larger one"
         )
     check_gaps(mask, tokens)
@@ -116,7 +86,7 @@ def check_gaps(mask: Any, tokens: int) -> None:
 
     Raises
     ------
-    ValueError
+    ArgumentError
         Naming the row and the slot.
     """
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -125,7 +95,7 @@ def check_gaps(mask: Any, tokens: int) -> None:
     gaps = (seen[:, :-1] & ~seen[:, 1:]).nonzero().tolist()
     if gaps:
         row, slot = gaps[0]
-        raise ValueError(
+        raise ArgumentError(
             "with a static cache DELTA takes padding on the left only, got an attention_mask with "
             f"padding in slot {slot + 1} of row {row}, behind its tokens; use the default cache"
         )
@@ -141,11 +111,11 @@ def check_attentions(wanted: Any) -> None:
 
     Raises
     ------
-    ValueError
+    ArgumentError
         When it is true.
     """
     if wanted:
-        raise ValueError(
+        raise ArgumentError(
             f"output_attentions={wanted!r} is not possible with DELTA: sparse layers have no "
             "weights for the tokens they do not read; call deltadecode.disable(model) first"
         )
@@ -165,7 +135,7 @@ def check_prompt(tokens: int, mask: Any, state: ModelState) -> None:
 
     Raises
     ------
-    ValueError
+    ArgumentError
         Naming both numbers.
     """
     if state.longest is None or tokens <= state.longest:
@@ -173,7 +143,7 @@ def check_prompt(tokens: int, mask: Any, state: ModelState) -> None:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         tokens = int(mask.sum(dim=1).max())
     if tokens > state.longest:
-        raise ValueError(
+        raise ArgumentError(
             f"the prompt must not be longer than the model's {state.longest} positions, got "
             f"{tokens} tokens"
         )
@@ -195,11 +165,12 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
     ------
     UnsupportedCacheError
         For a cache of another kind.
-    ValueError
+    ArgumentError
         For attention weights, assisted decoding, or a prompt that is too long.
     """
     settings = _settings(model, arguments)
-    if settings.cache_implementation not in (None, "dynamic", "static"):
+    # "hybrid" stands in older checkpoints, and ``generate`` itself takes no notice of it.
+    if settings.cache_implementation not in (None, "dynamic", "static", "hybrid"):
         raise UnsupportedCacheError(
             "DELTA decodes from a DeltaCache or DeltaStaticCache, got cache_implementation="
             f"{settings.cache_implementation!r}; leave it unset, or 'static'"
@@ -207,7 +178,7 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
     check_attentions(settings.output_attentions)
     mode = settings.get_generation_mode(arguments.get("assistant_model"))
     if mode == GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
+        raise ArgumentError(
             "assisted decoding (assistant_model, prompt_lookup_num_tokens, ...) is not possible "
             "with DELTA: it selects pages for one new token at a time, not for several drafted ones"
         )

@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from deltadecode.errors import ArgumentError
+
 # A masked score is the lowest number of its type, at least this low in float16 and below elsewhere.
 _MASKED = -1e4
 
@@ -123,7 +125,7 @@ def group_rows(mask: Tensor | None, states: Tensor) -> list[RowGroup]:
 
     Raises
     ------
-    ValueError
+    ArgumentError
         When the mask has another shape, differs between heads, or holds finite biases.
     """
     batch, _, slots, _ = states.shape
@@ -147,7 +149,7 @@ def group_rows(mask: Tensor | None, states: Tensor) -> list[RowGroup]:
 
 def _validity(mask: Tensor, batch: int, slots: int) -> Tensor:
     if mask.dim() != 4 or mask.shape[2] != 1 or mask.shape[3] != slots:
-        raise ValueError(
+        raise ArgumentError(
             f"the attention mask of a decode step must be [rows, heads, 1, {slots}], "
             f"got {list(mask.shape)}"
         )
@@ -156,13 +158,13 @@ def _validity(mask: Tensor, batch: int, slots: int) -> Tensor:
     else:
         valid = mask == 0
         if not bool((valid | (mask <= _MASKED)).all()):
-            raise ValueError(
+            raise ArgumentError(
                 "an additive attention mask must hold 0 or very negative numbers at a decode "
                 f"step, got {mask[~valid & (mask > _MASKED)][0].item():.4g}; position biases are "
                 "not supported"
             )
     if valid.shape[1] > 1 and not bool((valid == valid[:, :1]).all()):
-        raise ValueError(
+        raise ArgumentError(
             "the attention mask of a decode step must be the same for all heads, got one that "
             f"differs between its {valid.shape[1]} heads"
         )

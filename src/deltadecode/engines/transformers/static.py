@@ -11,13 +11,14 @@ one launch, without a copy, and pages count from a row's own first token (docs/s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltadecode.engines.transformers.state import ModelState
+from deltadecode.engines.transformers.step import StaticStep
+from deltadecode.errors import MissingSelectionError
 from deltadecode.ops import decode_attention, select_pages
 
 _ROWS = "deltadecode::decode_rows"
@@ -87,45 +88,6 @@ def _blocks(states: Tensor, page_size: int) -> Tensor:
     return states.as_strided((starts, page_size, heads, dim), (dim, dim, slots * dim, 1))
 
 
-@dataclass(eq=False)
-class StaticStep:
-    """One decode step: where the rows lie, and what Δ-layers have selected in it.
-
-    Attributes
-    ----------
-    offsets : Tensor
-        [B] int32, slot of each row's first token.
-    seq_lens : Tensor
-        [B] int32, tokens n of each row, the new one included.
-    counted : Tensor
-        int64 scalar: 1, or 0 when the only token is a prompt.
-    tables : dict
-        KV heads, slots and device of a layer -> its block table [B, pages] int32.
-    selections : dict
-        Δ-layer -> page ids and page counts.
-    """
-
-    offsets: Tensor
-    seq_lens: Tensor
-    counted: Tensor
-    tables: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
-    selections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def table(self, key: Tensor, page_size: int) -> Tensor:
-        """Block table of a layer with these keys."""
-        rows, heads, slots, _ = key.shape
-        known = self.tables.get((heads, slots, key.device))
-        if known is not None:
-            return known
-        row = torch.arange(rows, dtype=torch.int32, device=key.device) * (heads * slots)
-        page = torch.arange(slots // page_size, dtype=torch.int32, device=key.device) * page_size
-        table = (row + self.offsets.to(key.device))[:, None] + page
-        # Beyond a row's last page the entries mean nothing, but must name blocks that exist.
-        table = table.clamp(max=(rows - 1) * heads * slots + slots - page_size)
-        self.tables[heads, slots, key.device] = table
-        return table
-
-
 def static_attention(
     state: ModelState,
     layer: int,
@@ -134,7 +96,8 @@ def static_attention(
     value: Tensor,
     mask: Tensor | None,
     options: dict[str, Any],
-) -> Tensor:
+    full: bool,
+) -> Tensor | None:
     """Attention of one planned layer at a decode step from a static cache.
 
     While a row has no more pages than the budget, its Δ-layers select all of them (R3), so that
@@ -143,7 +106,7 @@ def static_attention(
     Parameters
     ----------
     state : ModelState
-        State of the model.
+        Plan, counts and step in progress.
     layer : int
         The layer's number.
     query : Tensor
@@ -154,36 +117,40 @@ def static_attention(
         [B or 1, 1, 1, slots] bool, True in one run of slots per row.
     options : dict
         ``scale``, ``page_size``, ``sinks`` and ``softcap``.
+    full : bool
+        Whether all layers attend to everything, as where gradients are needed.
 
     Returns
     -------
-    Tensor
-        [B, Hq, D].
+    Tensor or None
+        [B, Hq, D]; None with ``full``, when only the counts are kept here.
 
     Raises
     ------
-    ValueError
+    ArgumentError
         When the mask is none of a static cache.
     """
     cfg, source = state.cfg, state.plan.sources[layer]
     step = state.static.step
     if layer == state.first or step is None:
-        step = state.static.step = _new_step(mask, key)
+        step = state.static.step = StaticStep.of(mask, key)
         if layer == state.first:
-            full = step.seq_lens.sum(dtype=torch.int64) * step.counted
-            amounts = torch.stack([step.counted, full, torch.zeros_like(full)])
+            tokens = step.seq_lens.sum(dtype=torch.int64) * step.counted
+            amounts = torch.stack([step.counted, tokens, torch.zeros_like(tokens)])
             state.stats.device_counts(layer, key.device).add_(amounts.to(key.device))
     if layer == state.last:
         state.static.step = None  # else it would be an output of the compiled graph
 
     table, lens = step.table(key, cfg.page_size), step.seq_lens.to(key.device)
     delta = state.plan.roles[layer] == "delta"
+    if full:
+        if delta:
+            _count_selected(state, layer, lens.sum(dtype=torch.int64), step, key)
+        return None
     ids = counts = None
     if source is not None:
         if source not in step.selections:
-            raise RuntimeError(
-                f"layer {layer} reads the pages of Δ-layer {source}, which has not run in this step"
-            )
+            raise MissingSelectionError(layer, source)
         ids, counts = (part.to(key.device) for part in step.selections[source])
     run = torch.ops.deltadecode.decode_rows if torch.compiler.is_compiling() else _decode_rows
     out: Tensor
@@ -193,26 +160,17 @@ def static_attention(
     )  # fmt: skip
     if delta:
         ids, counts = step.selections[layer] = select_pages(scores, lens, cfg)
-        tokens = _selected_tokens(ids, counts, lens, cfg.page_size) * step.counted.to(key.device)
-        amounts = torch.nn.functional.pad(tokens[None], (2, 0))
-        state.stats.device_counts(layer, key.device).add_(amounts)
+        tokens = _selected_tokens(ids, counts, lens, cfg.page_size)
+        _count_selected(state, layer, tokens, step, key)
     return out
 
 
-def _new_step(mask: Tensor | None, key: Tensor) -> StaticStep:
-    rows, _, slots, _ = key.shape
-    if mask is None or mask.dtype != torch.bool or mask.shape[1:] != (1, 1, slots):
-        given = "none" if mask is None else f"{mask.dtype} {list(mask.shape)}"
-        raise ValueError(
-            f"a decode step from a static cache needs a torch.bool mask [rows, 1, 1, {slots}], "
-            f"got {given}"
-        )
-    valid = mask[:, 0, 0].expand(rows, slots)
-    seq_lens = valid.sum(dim=1, dtype=torch.int32)
-    offsets = valid.int().argmax(dim=1).int()
-    # One token without a past is a prompt.
-    counted = ((offsets + seq_lens).max() > 1).long()
-    return StaticStep(offsets, seq_lens, counted)
+def _count_selected(
+    state: ModelState, layer: int, tokens: Tensor, step: StaticStep, key: Tensor
+) -> None:
+    """Count what each sparse layer of a Δ-layer reads; tokens is an int64 scalar."""
+    amounts = torch.nn.functional.pad((tokens * step.counted.to(key.device))[None], (2, 0))
+    state.stats.device_counts(layer, key.device).add_(amounts)
 
 
 def _selected_tokens(ids: Tensor, counts: Tensor, lens: Tensor, page_size: int) -> Tensor:

@@ -9,7 +9,8 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
-from deltadecode.architecture import attention_layers
+from deltadecode.architecture import attention_layers, num_layers, text_config
+from deltadecode.engines.transformers.cache import one_dtype
 from deltadecode.errors import UnsupportedCacheError
 
 
@@ -41,6 +42,8 @@ class DeltaStaticLayer(StaticLayer):
         key_states, value_states : Tensor
             [B, Hkv, tokens, D]; the tokens are not stored yet.
         """
+        if key_states.dtype != value_states.dtype:
+            key_states, value_states = one_dtype(key_states, value_states)
         # The class allocates what it takes for the number of tokens.
         tokens, self.max_cache_len = self.max_cache_len, self.slots
         super().lazy_initialization(key_states, value_states)
@@ -68,8 +71,8 @@ class DeltaStaticLayer(StaticLayer):
         self.cumulative_length.add_(added)
         # One token too many must fail as it does in the stock layer, not land in the spare slots.
         place = torch.where(place < self.max_cache_len, place, self.slots)
-        self.keys.index_copy_(2, place, key_states)
-        self.values.index_copy_(2, place, value_states)
+        self.keys.index_copy_(2, place, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, place, value_states.to(self.values.dtype))
         return self.keys, self.values
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -107,7 +110,10 @@ class DeltaStaticCache(StaticCache):
         super().__init__(config=config, max_cache_len=max_cache_len)
         self.room = max_cache_len  # a property of the class has the other name in some versions
         self.page_size = page_size
+        self.num_layers = num_layers(text_config(config))
         for layer in planned:
+            if layer >= len(self.layers):  # shares the keys of another layer
+                break
             stock = self.layers[layer]
             # A window as long as the longest sequence counts as full attention, but comes as a
             # sliding-window layer.

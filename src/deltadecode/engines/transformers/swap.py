@@ -1,4 +1,4 @@
-"""One attention function in the place of another, for as long as something is looked at."""
+"""Another attention for as long as something is looked at; what was set before comes back."""
 
 from __future__ import annotations
 
@@ -6,36 +6,81 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from deltadecode.architecture import text_config
+from transformers.modeling_utils import PreTrainedModel
+
+from deltadecode.config import DeltaConfig
+from deltadecode.engines.transformers.bind import (
+    attach,
+    bind,
+    detach,
+    find_decoder,
+    find_hooks,
+    set_implementation,
+)
 
 State = TypeVar("State")
 
 
 @contextmanager
-def attending(model: Any, name: str, states: dict[int, State], state: State) -> Iterator[State]:
-    """While it lasts, a model attends by a function that finds a state under its configuration.
+def attending(model: Any, name: str, state: State) -> Iterator[State]:
+    """While it lasts, a model attends by another function, whose planned modules carry a state.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Its attention implementation is set, and set back.
+        Its planned modules get the attribute ``name``.
     name : str
         Of a function that is registered with Transformers' interface.
-    states : dict
-        Where that function looks, by the identity of the text decoder's configuration.
     state
-        What it finds there.
-
-    Yields
-    ------
-    object
-        ``state``.
+        What the function finds on the module.
     """
-    key, previous = id(text_config(model)), model.config._attn_implementation
-    states[key] = state
+    decoder = find_decoder(model)
+    with _kept_implementations(model):
+        try:
+            for module in decoder.planned.values():
+                vars(module)[name] = state
+            for config in decoder.configs:
+                config._attn_implementation_internal = name
+            yield state
+        finally:
+            for module in decoder.planned.values():
+                vars(module).pop(name, None)
+
+
+@contextmanager
+def stock_attention(model: Any) -> Iterator[None]:
+    """While it lasts, an enabled model attends as it did before it was enabled."""
+    hook = next((hook for _, _, hook in find_hooks(model)), None)
+    with _kept_implementations(model):
+        set_implementation(model, hook.state.previous if hook and hook.state else None)
+        yield
+
+
+@contextmanager
+def enabled(model: Any, cfg: DeltaConfig) -> Iterator[None]:
+    """While it lasts, DELTA decodes with a plan of its own; an older plan and its counts stay."""
+    before = [(part, hook) for part, _, hook in find_hooks(model)]
+    with _kept_implementations(model):
+        bind(model, cfg)
+        try:
+            yield
+        finally:
+            detach(model)
+            for part, hook in before:
+                if hook.state is None:
+                    hook.install(part)
+                else:
+                    attach(model, find_decoder(model), hook.state)
+
+
+@contextmanager
+def _kept_implementations(model: PreTrainedModel) -> Iterator[None]:
+    configs = {
+        id(part.config): part.config for part in model.modules() if hasattr(part, "config")
+    }.values()
+    kept = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs]
     try:
-        model.set_attn_implementation(name)
-        yield state
+        yield
     finally:
-        model.set_attn_implementation(previous)
-        del states[key]
+        for config, name in kept:
+            config._attn_implementation_internal = name

@@ -16,7 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from deltadecode.engines.transformers import DeltaCache
 from deltadecode.engines.transformers.cache import DeltaLayer
-from deltadecode.engines.transformers.prefill import full_attention
+from deltadecode.engines.transformers.full import full_attention
 from deltadecode.engines.transformers.swap import attending
 from deltadecode.lab.observe import Batch, LayerStep
 
@@ -72,7 +72,7 @@ class Need:
         if total - first < 2 or not bool(used.any()):
             return
         limit = self._visible(batch, first, total)
-        with attending(self._model, NAME, _RUNS, _Run()) as run:
+        with attending(self._model, NAME, _Run()) as run:
             logits = self._forward(batch, first, total)
             full = logits()
             size = torch.linalg.vector_norm(full, dim=2)
@@ -143,16 +143,13 @@ class _Run:
     mask: Tensor | None = None
 
 
-_RUNS: dict[int, _Run] = {}
-
-
 def limited_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention function of Transformers' interface: full, or limited in the layer of a run."""
-    run = _RUNS.get(id(module.config))
-    if run is not None and run.layer is not None and getattr(module, "layer_idx", -1) == run.layer:
+    run: _Run | None = getattr(module, NAME, None)
+    if run is not None and run.layer == module.layer_idx:
         assert run.mask is not None
         attention_mask = run.mask.to(query.device)
     out = full_attention(

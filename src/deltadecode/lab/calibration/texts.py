@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltadecode.architecture import text_config
-from deltadecode.engines.transformers.state import longest_prompt
+from deltadecode.architecture import longest_prompt, text_config
 from deltadecode.errors import CalibrationError
 from deltadecode.lab.generation import encode
 from deltadecode.lab.observe import Prompt

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadecode.architecture import text_config
-from deltadecode.engines.transformers.state import longest_prompt
+from deltadecode.architecture import longest_prompt, text_config
 from deltadecode.errors import EvaluationError
 from deltadecode.lab.evaluation.cells import Cell, Trace, expected_fraction, slug
 from deltadecode.lab.evaluation.records import Records

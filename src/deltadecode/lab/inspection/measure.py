@@ -5,7 +5,7 @@ away. A block takes at most 4 MiB per copy (or one query of all heads, if that i
 three copies are alive at once; what stays is ``4 · T · (Hq + Hkv + 1)`` bytes per layer, for T
 tokens. A model with sliding-window layers adds the mask that Transformers makes for them, T² bytes,
 and with learned sinks in those layers their own blocks of 64 MiB
-(:func:`deltadecode.engines.transformers.prefill.blockwise_attention`).
+(:func:`deltadecode.engines.transformers.full.blockwise_attention`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from deltadecode.architecture import text_config
-from deltadecode.engines.transformers.prefill import full_attention
+from deltadecode.architecture import num_layers, text_config
+from deltadecode.engines.transformers.full import full_attention
 from deltadecode.engines.transformers.swap import attending
 from deltadecode.errors import InspectionError
 from deltadecode.lab.policies.base import Facts, Scores
@@ -176,10 +176,6 @@ class _Run:
             )
 
 
-# The run that measures a model, by the identity of the text decoder's configuration.
-_RUNS: dict[int, _Run] = {}
-
-
 @contextmanager
 def _measuring(model: Any, run: _Run, on_layer: Callable[[int], None]) -> Iterator[None]:
     layers = decoder_layers(model)
@@ -203,7 +199,7 @@ def _measuring(model: Any, run: _Run, on_layer: Callable[[int], None]) -> Iterat
                 if getattr(part, "layer_idx", None) == place and isinstance(projection, nn.Module):
                     hook = projection.register_forward_pre_hook(see_projected(place))
                     stack.callback(hook.remove)
-        stack.enter_context(attending(model, NAME, _RUNS, run))
+        stack.enter_context(attending(model, NAME, run))
         yield
 
 
@@ -225,11 +221,11 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
     InspectionError
         When no list of modules has that length.
     """
-    depth = text_config(model).num_hidden_layers
+    count = num_layers(text_config(model))
     for part in model.modules():
-        if isinstance(part, nn.ModuleList) and len(part) == depth:
+        if isinstance(part, nn.ModuleList) and len(part) == count:
             return list(part)
-    raise InspectionError(f"{type(model).__name__} has no list of its {depth} decoder layers")
+    raise InspectionError(f"{type(model).__name__} has no list of its {count} decoder layers")
 
 
 def measuring_attention(
@@ -266,12 +262,12 @@ def measuring_attention(
     tuple
         Output [1, T, Hq, D], and None in the place of the weights.
     """
-    run = _RUNS.get(id(module.config))
-    layer = getattr(module, "layer_idx", None)
-    if run is None or layer not in run.facts.layers:
+    run: _Run | None = getattr(module, NAME, None)
+    if run is None:
         return full_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         ), None
+    layer: int = module.layer_idx  # type: ignore[assignment]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     out, totals = _added_up(query, key, value, attention_mask, scores, run.block_bytes)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deltadecode.architecture import text_config
+from deltadecode.architecture import num_layers, text_config
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.errors import InspectionError
 from deltadecode.lab.attention_statistics import Captured, Setting, Shift
@@ -175,7 +175,7 @@ def inspect_text(
         When the text never has more pages than the budget.
     """
     facts = Facts.of(model)
-    plan = config.layer_plan(text_config(model).num_hidden_layers, facts.layers)
+    plan = config.layer_plan(num_layers(text_config(model)), facts.layers)
     depth = len(facts.layers)
     setting = Setting(config.budget_pages, config.recent_pages, config.sink_pages)
     captured, shift = Captured(1, depth, [setting], config.page_size), Shift(1, depth)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from deltadecode.architecture import text_config
+from deltadecode.architecture import num_layers, text_config
 from deltadecode.config import DeltaConfig, LayerPlan
-from deltadecode.engines.transformers import disable, enable
+from deltadecode.engines.transformers.swap import enabled
 from deltadecode.lab.policies.base import Counts, Facts, Floats, Policy, pages_of
 
 
@@ -50,17 +50,14 @@ class Delta(Policy):
         room = fields.get("recent_pages", base.recent_pages)
         room += fields.get("sink_pages", base.sink_pages)
         cfg = replace(base, **{"budget_pages": room + 1, **fields})
-        depth = text_config(model).num_hidden_layers
-        return cls(facts, budget, cfg, cfg.layer_plan(depth, facts.layers))
+        layers = num_layers(text_config(model))
+        return cls(facts, budget, cfg, cfg.layer_plan(layers, facts.layers))
 
     @contextmanager
     def decoding(self, model: Any) -> Iterator[None]:
         """While it lasts, ``model.generate`` decodes with DELTA."""
-        enable(model, self.cfg)
-        try:
+        with enabled(model, self.cfg):
             yield
-        finally:
-            disable(model)
 
     def counts(self, prompts: Sequence[int], steps: int) -> Counts:
         """What :func:`deltadecode.stats` counts, row by row; see :meth:`Policy.counts`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deltadecode.engines.transformers.swap import stock_attention
 from deltadecode.lab.policies.base import Counts, Floats, Policy
 
 
@@ -19,9 +20,9 @@ class Full(Policy):
 
     @contextmanager
     def decoding(self, model: Any) -> Iterator[None]:
-        """Leave the model as it is."""
-        del model
-        yield
+        """The attention that the model had before DELTA, where it is enabled."""
+        with stock_attention(model):
+            yield
 
     def counts(self, prompts: Sequence[int], steps: int) -> Counts:
         """Everything is read and kept; see :meth:`Policy.counts`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from deltadecode.engines.transformers.prefill import full_attention
+from deltadecode.engines.transformers.full import full_attention
 from deltadecode.engines.transformers.swap import attending
 from deltadecode.errors import PolicyError
 from deltadecode.lab.policies.base import Counts, Facts, Policy, Scores, View
@@ -134,7 +134,7 @@ class MaskedPolicy(Policy):
     def decoding(self, model: Any) -> Iterator[None]:
         """While it lasts, ``model.generate`` decodes with this policy."""
         try:
-            with attending(model, NAME, _POLICIES, self):
+            with attending(model, NAME, self):
                 yield
         finally:
             self._view = None
@@ -213,10 +213,6 @@ class MaskedPolicy(Policy):
         return out.flatten(1, 2)
 
 
-# The policy that decodes a model, by the identity of the text decoder's configuration.
-_POLICIES: dict[int, MaskedPolicy] = {}
-
-
 def policy_attention(
     module: nn.Module,
     query: Tensor,
@@ -251,13 +247,12 @@ def policy_attention(
     tuple
         Output [B, Q, Hq, D], and None in the place of the weights.
     """
-    policy = _POLICIES.get(id(module.config))
-    number = getattr(module, "layer_idx", None)
-    if policy is None or number not in policy.facts.layers:
+    policy: MaskedPolicy | None = getattr(module, NAME, None)
+    if policy is None:
         return full_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         ), None
-    layer = policy.facts.layers.index(number)
+    layer = policy.facts.layers.index(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if query.shape[2] == 1 and key.shape[2] > 1:

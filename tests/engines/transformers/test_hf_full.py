@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltadecode.engines.transformers import prefill
+from deltadecode.engines.transformers import full
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
@@ -24,7 +24,7 @@ def test_pieces_of_a_batch_are_the_batch(monkeypatch, rows, shared_mask):
     module.num_key_value_groups = 2
 
     def attend():
-        return prefill.full_attention(module, query, key, value, mask, dropout=0.0, scaling=None)
+        return full.full_attention(module, query, key, value, mask, dropout=0.0, scaling=None)
 
     whole = attend()
     seen = []
@@ -33,7 +33,7 @@ def test_pieces_of_a_batch_are_the_batch(monkeypatch, rows, shared_mask):
         seen.append(query.shape[0])
         return rows
 
-    monkeypatch.setattr(prefill, "rows_at_once", some)
+    monkeypatch.setattr(full, "rows_at_once", some)
     torch.testing.assert_close(attend(), whole)
     assert seen == [5]
 
@@ -47,10 +47,10 @@ def test_rows_are_bounded_by_the_mask_over_all_heads(monkeypatch):
             return 4
 
     mask = torch.empty(1, 1, 1958, 1958, dtype=torch.bool)
-    assert prefill.rows_at_once(OnGpu(), mask) == 2**29 // (4 * 1958 * 1958 * 4) == 8
-    assert prefill.rows_at_once(OnGpu(), None) == 200
+    assert full.rows_at_once(OnGpu(), mask) == 2**29 // (4 * 1958 * 1958 * 4) == 8
+    assert full.rows_at_once(OnGpu(), None) == 200
     monkeypatch.setattr(OnGpu, "is_cpu", True)
-    assert prefill.rows_at_once(OnGpu(), mask) == 200
+    assert full.rows_at_once(OnGpu(), mask) == 200
     monkeypatch.setattr(OnGpu, "is_cpu", False)
-    monkeypatch.setattr(prefill, "_MASK_BYTES", 1)
-    assert prefill.rows_at_once(OnGpu(), mask) == 1
+    monkeypatch.setattr(full, "_MASK_BYTES", 1)
+    assert full.rows_at_once(OnGpu(), mask) == 1

@@ -55,6 +55,13 @@ def full_attention(
         [B, Q, Hq, D].
     """
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    queries, tokens = query.shape[2], key.shape[2]
+    if mask is None and causal and 1 < queries < tokens:
+        # Of a prompt the model keeps its last queries only: ``sdpa`` would take them for its first.
+        ones = torch.ones(queries, tokens, dtype=torch.bool, device=query.device)
+        mask = ones.tril(tokens - queries)[None, None]
     if sinks is None and softcap is None:
         if query.shape[2] == 1 and query.is_cpu and dropout == 0.0:
             return _one_query(query, key, value, mask, scaling)
@@ -64,14 +71,13 @@ def full_attention(
             for part in _by_rows(rows, query, key, value, mask)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    causal = kwargs.get("is_causal")
     return blockwise_attention(
         query,
         key,
         value,
         mask,
         scale=query.shape[3] ** -0.5 if scaling is None else scaling,
-        causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+        causal=causal,
         sinks=sinks,
         softcap=softcap,
         dropout=dropout,

@@ -1,0 +1,236 @@
+"""Which modules of a model decode with DELTA: found once, checked, and given their role.
+
+Everything that DELTA knows of a model hangs on its attention modules and on the hook of its
+decoder. So it goes with the model when that is copied, pickled, replicated or dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+
+from deltadecode.architecture import attention_layers, num_layers, text_config
+from deltadecode.config import DeltaConfig
+from deltadecode.engines.transformers.hook import ForwardHook
+from deltadecode.engines.transformers.state import NAME, ROLE, ModelState, Role
+from deltadecode.errors import ArgumentTypeError, UnsupportedModelError
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The Transformers model inside wrappers: PEFT, ``torch.compile``, data parallelism.
+
+    Raises
+    ------
+    ArgumentTypeError
+        When there is none.
+    UnsupportedModelError
+        For PEFT prefix tuning, which decodes from a cache of its own.
+    """
+    part = model
+    while not isinstance(part, PreTrainedModel):
+        adapters = getattr(part, "peft_config", None)
+        for adapter in adapters.values() if isinstance(adapters, dict) else ():
+            if str(getattr(adapter, "peft_type", "")).endswith("PREFIX_TUNING"):
+                raise UnsupportedModelError(
+                    f"{type(part).__name__} cannot decode with DELTA: PEFT prefix tuning passes a "
+                    "cache of its own to the model"
+                )
+        inner = getattr(part, "_orig_mod", None)
+        if inner is None and callable(getattr(part, "get_base_model", None)):
+            inner = part.get_base_model()
+        if inner is None:
+            inner = getattr(part, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise ArgumentTypeError(f"model must be a PreTrainedModel, got {type(model).__name__}")
+        part = inner
+    return part
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether a module is a model that decodes from a cache."""
+    return (
+        isinstance(model, PreTrainedModel)
+        and "past_key_values" in inspect.signature(type(model).forward).parameters
+    )
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The part of a model that holds its planned layers.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        The innermost model around the layers.
+    planned : dict
+        Layer -> its causal self-attention.
+    others : list of nn.Module
+        Its attention modules that are not planned.
+    """
+
+    model: PreTrainedModel
+    planned: dict[int, nn.Module]
+    others: list[nn.Module]
+
+    @property
+    def configs(self) -> list[Any]:
+        """The configuration objects, each once, that say how this part attends."""
+        modules = (self.model, *self.planned.values(), *self.others)
+        return list({id(module.config): module.config for module in modules}.values())
+
+
+def find_decoder(model: PreTrainedModel) -> Decoder:
+    """Find the planned modules of a model, through nested configurations.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the model's class and what cannot be planned.
+    """
+    name = type(model).__name__
+
+    def refusal(reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{name} cannot decode with DELTA: {reason}")
+
+    try:
+        text, layers = text_config(model), attention_layers(model)
+    except UnsupportedModelError as error:
+        raise refusal(str(error)) from None
+    if not model._can_set_attn_implementation():
+        raise refusal("it does not use the attention interface of Transformers")
+    parts = [part for part in model.modules() if takes_cache(part)]
+    if not GenerationMixin._supports_default_dynamic_cache.__func__(type(model)):
+        raise refusal("it decodes from a cache class of its own")
+    found = [(part, list(_attention_modules(part))) for part in parts]
+    found = [(part, modules) for part, modules in found if any(map(_is_causal, modules))]
+    # The same object first; a model may also have been built from a copy of the configuration.
+    fitting = [pair for pair in found if _text(pair[0]) is text] or [
+        pair for pair in found if _alike(_text(pair[0]), text)
+    ]
+    if not fitting:
+        raise refusal("none of its attention layers is causal")
+    if len(fitting) > 1:
+        raise refusal(f"it has {len(fitting)} decoders of one configuration; enable one of them")
+    part, modules = fitting[0]
+    planned: dict[int, nn.Module] = {}
+    for module in filter(_is_causal, modules):
+        layer = module.layer_idx
+        if layer in planned:
+            raise refusal(f"its layer {layer} has two causal attention modules")
+        if layer in layers:
+            planned[layer] = module  # type: ignore[index]
+    missing = [layer for layer in layers if layer not in planned]
+    if missing:
+        raise refusal(f"its layer {missing[0]} has no causal self-attention")
+    chosen = {id(module) for module in planned.values()}
+    others = [module for module in modules if id(module) not in chosen]
+    return Decoder(part, planned, others)  # type: ignore[arg-type]
+
+
+def _attention_modules(part: nn.Module) -> Iterator[nn.Module]:
+    """Modules with a layer number that belong to a model and to no model inside it."""
+    for child in part.children():
+        if takes_cache(child):
+            continue
+        if type(getattr(child, "layer_idx", None)) is int and hasattr(child, "config"):
+            yield child
+        yield from _attention_modules(child)
+
+
+def _is_causal(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_causal", False))
+
+
+def _text(part: Any) -> Any:
+    return part.config.get_text_config(decoder=True)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and num_layers(one) == num_layers(other)
+
+
+def find_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, ForwardHook]]:
+    """The hooks of a model and of all its parts: part, key, hook."""
+    for part in model.modules():
+        for key, hook in part._forward_pre_hooks.items():
+            if isinstance(hook, ForwardHook):
+                yield part, key, hook
+
+
+def find_state(model: nn.Module) -> ModelState | None:
+    """State of a model that decodes with DELTA now; a model loaded by name is bound here.
+
+    Raises
+    ------
+    UnsupportedModelError, DeltaConfigError
+        At the first use of a model that cannot be planned.
+    """
+    for part, _, hook in find_hooks(model):
+        if hook.state is not None:
+            return hook.state if hook.state.active else None
+        if NAME in (part.config._attn_implementation, _text(part)._attn_implementation):
+            return bind(model, None)  # type: ignore[arg-type]
+    return None
+
+
+def bind(model: PreTrainedModel, cfg: DeltaConfig | None) -> ModelState:
+    """Give the modules of a model their roles, in place of older ones, and its decoder the hook.
+
+    Raises
+    ------
+    UnsupportedModelError, DeltaConfigError
+        Before anything has changed.
+    """
+    decoder = find_decoder(model)
+    config = next(iter(decoder.planned.values())).config
+    previous = config._attn_implementation
+    if previous == NAME:
+        hook = next(find_hooks(model), (None, 0, ForwardHook()))[2]
+        previous = hook.state.previous if hook.state is not None else None
+    state = ModelState(config, cfg, previous)
+    attach(model, decoder, state)
+    for used in decoder.configs:
+        used._attn_implementation_internal = NAME
+    return state
+
+
+def set_implementation(model: PreTrainedModel, name: str | None) -> None:
+    """Put an attention implementation wherever ``"delta"`` is; None: each part's default."""
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if getattr(config, "_attn_implementation", None) == NAME:
+            owner = part if isinstance(part, PreTrainedModel) else model
+            wanted = name or owner.get_correct_attn_implementation(None)
+            config._attn_implementation_internal = wanted
+
+
+def attach(model: PreTrainedModel, decoder: Decoder, state: ModelState) -> None:
+    """Hang a state on a model's modules."""
+    detach(model)
+    for layer, module in decoder.planned.items():
+        plan = state.plan
+        vars(module)[ROLE] = Role(state, layer, plan.roles[layer], plan.sources[layer])
+    for module in decoder.others:
+        vars(module)[ROLE] = Role(state, module.layer_idx, "own", None)  # type: ignore[arg-type]
+    ForwardHook(state).install(decoder.model)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Take all hooks and roles away from a model."""
+    for part, key, _ in list(find_hooks(model)):
+        del part._forward_pre_hooks[key]
+        part._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        vars(module).pop(ROLE, None)
+
+
+def await_first_use(model: PreTrainedModel) -> None:
+    """Put a hook on a model that was just set to ``"delta"`` by name, if it has none."""
+    if takes_cache(model) and next(find_hooks(model), None) is None:
+        ForwardHook(first_use=find_state).install(model)

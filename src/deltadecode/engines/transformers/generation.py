@@ -1,0 +1,123 @@
+"""The three methods of ``generate`` that DELTA wraps, once, on Transformers' own class.
+
+They look up the binding of the model they are called on, and do nothing where there is none.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import StaticCache
+from transformers.generation.utils import GenerationMixin
+
+from deltadecode.engines.transformers.bind import find_state
+from deltadecode.engines.transformers.cache import DeltaCache
+from deltadecode.engines.transformers.checks import check_generate
+from deltadecode.engines.transformers.state import ModelState
+from deltadecode.engines.transformers.static_cache import DeltaStaticCache, replace_static
+
+Method = Callable[..., Any]
+
+
+def _generate(stock: Method, state: ModelState, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse what cannot work before anything has run."""
+    check_generate(model, state, _arguments_of(stock, (model, *args), kwargs))
+    return stock(model, *args, **kwargs)
+
+
+def _prepare_cache_for_generation(
+    stock: Method,
+    state: ModelState,
+    model: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Let the class make a cache, and put one of ours in its place."""
+    given = model_kwargs.get("past_key_values")
+    result = stock(model, generation_config, model_kwargs, *args, **kwargs)
+    made = model_kwargs.get("past_key_values")
+    if given is None and made is not None:
+        cache: DeltaCache | DeltaStaticCache
+        if isinstance(made, StaticCache):
+            cache = replace_static(made, model.config, state.cfg.page_size)
+            # With buffers already made, chunks of the prompt run compiled: the last moment.
+            for number, layer in enumerate(cache.layers):
+                keys = getattr(layer, "keys", None)
+                if keys is not None:
+                    state.prepare_counts(number, keys.device)
+        else:
+            cache = DeltaCache(model.config)
+        model_kwargs["past_key_values"] = cache
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+    return result
+
+
+def _prefill(
+    stock: Method,
+    state: ModelState,
+    model: Any,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Mark the passes as prefill, down to a last chunk of one token (R1).
+
+    Unless only one token is new: behind a cache it goes on where decoding stopped, and must give
+    what it would have given then.
+    """
+    cache = model_kwargs.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+    if embeds is not None:
+        new = embeds.shape[1] - past
+    else:
+        # As the class does it: a prompt as long as its mask includes what the cache holds.
+        seen = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        new = input_ids.shape[1] - (past if seen == input_ids.shape[1] else 0)
+    state.local.prefilling = state.static.prefilling = new != 1
+    try:
+        return stock(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    finally:
+        state.local.prefilling = state.static.prefilling = False
+
+
+def wrap_generation() -> None:
+    """Wrap the methods; called once, when the package is imported."""
+    for method, run in (
+        ("generate", _generate),
+        ("_prepare_cache_for_generation", _prepare_cache_for_generation),
+        ("_prefill", _prefill),
+    ):
+        setattr(GenerationMixin, method, _wrapped(getattr(GenerationMixin, method), run))
+
+
+def _wrapped(stock: Method, run: Callable[..., Any]) -> Method:
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = find_state(self)
+        if state is None:
+            return stock(self, *args, **kwargs)
+        return run(stock, state, self, *args, **kwargs)
+
+    return method
+
+
+def _arguments_of(
+    function: Method, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a call by name, those in ``**kwargs`` included, and only what was given."""
+    signature = inspect.signature(function)
+    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named

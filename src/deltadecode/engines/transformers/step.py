@@ -1,0 +1,180 @@
+"""One forward pass: what it is, decided once, and at a decode step where the rows lie.
+
+A pass is a decode step when it brings one new token per row behind a cache; every other pass is
+prefill, full attention in every layer (docs/semantics.md, R1). Nothing of a pass survives it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltadecode.config import DeltaConfig
+from deltadecode.engines.transformers.rows import RowGroup, group_rows
+from deltadecode.errors import ArgumentError
+
+# Of one Δ-layer: number of the row group -> page ids and page counts. A group within the budget
+# selects nothing.
+Selection = dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(eq=False)
+class Rows:
+    """Where the rows of a decode step lie, as one mask tells it.
+
+    Attributes
+    ----------
+    groups : list of RowGroup
+        The rows by where their tokens lie.
+    device : torch.device
+        Where the tensors of ``groups`` are.
+    mask : Tensor or None
+        Attention mask that ``groups`` was read from.
+    every_page : bool
+        No row has more pages than the budget, so that every layer attends to everything (R3).
+    full_tokens, sparse_tokens : int
+        Tokens that a full and a sparse layer read, over all rows.
+    """
+
+    groups: list[RowGroup]
+    device: torch.device
+    mask: Tensor | None
+    every_page: bool
+    full_tokens: int
+    sparse_tokens: int
+
+    @classmethod
+    def of(cls, cfg: DeltaConfig, key: Tensor, mask: Tensor | None) -> Rows:
+        """Read them from a layer's keys [B, Hkv, slots, D] and its mask."""
+        page, budget, recent = cfg.page_size, cfg.budget_pages, cfg.recent_pages
+        groups = group_rows(mask, key)
+        full = sparse = 0
+        every_page = True
+        for group in groups:
+            rows, tokens = len(group.members), group.length
+            pages = -(-tokens // page)
+            full += rows * tokens
+            if pages <= budget:
+                sparse += rows * tokens
+                continue
+            every_page = False
+            # The last page is partial and, if any recent page is forced, selected. Otherwise the
+            # Δ-layer's selection says, and corrects the count.
+            missing = pages * page - tokens if recent else 0
+            sparse += rows * (budget * page - missing)
+        return cls(groups, key.device, mask, every_page, full, sparse)
+
+
+class Step:
+    """One forward pass from any cache but a static one.
+
+    Attributes
+    ----------
+    decodes : bool
+        Whether it is a decode step.
+    full : bool
+        A decode step with full attention in all layers, since gradients are needed.
+    rows : Rows or None
+        Where the rows lie; None before the first planned layer.
+    selections : dict
+        Δ-layer -> what it has selected in this step.
+    """
+
+    def __init__(self, decodes: bool, full: bool = False) -> None:
+        self.decodes, self.full = decodes, full
+        self.rows: Rows | None = None
+        self.selections: dict[int, Selection] = {}
+
+    def see_rows(self, cfg: DeltaConfig, key: Tensor, mask: Tensor | None) -> Rows:
+        """The rows as a layer with these keys and this mask has them."""
+        rows = self.rows
+        # Another layer may have another view of them, as when the model spreads over devices.
+        if (
+            rows is None
+            or rows.mask is not mask
+            or (not rows.every_page and rows.device != key.device)
+        ):
+            rows = self.rows = Rows.of(cfg, key, mask)
+        return rows
+
+
+class LocalPass(threading.local):
+    """The pass in progress. Per thread, so that two threads may decode with one model."""
+
+    prefilling = False  # ``generate`` is at the prompt: one token is its last chunk
+    step: Step | None = None
+
+
+class StaticPass:
+    """The pass in progress from a static cache, as compiled graphs see it.
+
+    Not per thread: what a compiled graph writes to a ``threading.local`` is lost, and it reads the
+    defaults there. So only one thread at a time may use a model that decodes from a static cache.
+    """
+
+    def __init__(self) -> None:
+        self.active = False  # whether the pass reads from a static cache
+        self.prefilling = False
+        self.decodes = False
+        self.full = False
+        self.tokens = 0  # new tokens per row
+        self.step: StaticStep | None = None
+
+
+@dataclass(eq=False)
+class StaticStep:
+    """One decode step from a static cache: where the rows lie, and what Δ-layers have selected.
+
+    Attributes
+    ----------
+    offsets : Tensor
+        [B] int32, slot of each row's first token.
+    seq_lens : Tensor
+        [B] int32, tokens n of each row, the new one included.
+    counted : Tensor
+        int64 scalar: 1, or 0 when the only token is a prompt.
+    tables : dict
+        KV heads, slots and device of a layer -> its block table [B, pages] int32.
+    selections : dict
+        Δ-layer -> page ids and page counts.
+    """
+
+    offsets: Tensor
+    seq_lens: Tensor
+    counted: Tensor
+    tables: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
+    selections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, mask: Tensor | None, key: Tensor) -> StaticStep:
+        """Read it from a boolean mask [B or 1, 1, 1, slots] and keys [B, Hkv, slots, D]."""
+        rows, _, slots, _ = key.shape
+        if mask is None or mask.dtype != torch.bool or mask.shape[1:] != (1, 1, slots):
+            given = "none" if mask is None else f"{mask.dtype} {list(mask.shape)}"
+            raise ArgumentError(
+                f"a decode step from a static cache needs a torch.bool mask [rows, 1, 1, {slots}], "
+                f"got {given}"
+            )
+        valid = mask[:, 0, 0].expand(rows, slots)
+        seq_lens = valid.sum(dim=1, dtype=torch.int32)
+        offsets = valid.int().argmax(dim=1).int()
+        # One token without a past is a prompt.
+        counted = ((offsets + seq_lens).max() > 1).long()
+        return cls(offsets, seq_lens, counted)
+
+    def table(self, key: Tensor, page_size: int) -> Tensor:
+        """Block table of a layer with these keys."""
+        rows, heads, slots, _ = key.shape
+        known = self.tables.get((heads, slots, key.device))
+        if known is not None:
+            return known
+        row = torch.arange(rows, dtype=torch.int32, device=key.device) * (heads * slots)
+        page = torch.arange(slots // page_size, dtype=torch.int32, device=key.device) * page_size
+        table = (row + self.offsets.to(key.device))[:, None] + page
+        # Beyond a row's last page the entries mean nothing, but must name blocks that exist.
+        table = table.clamp(max=(rows - 1) * heads * slots + slots - page_size)
+        self.tables[heads, slots, key.device] = table
+        return table
