@@ -15,9 +15,10 @@ from torch import nn
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
-from deltadecode.architecture import attention_layers, num_layers, text_config
+from deltadecode.architecture import attention_layers
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.hook import ForwardHook
+from deltadecode.engines.transformers.interface import attention_modules, check_interface
 from deltadecode.engines.transformers.state import NAME, ROLE, ModelState, Role
 from deltadecode.errors import ArgumentTypeError, UnsupportedModelError
 
@@ -99,38 +100,24 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         return UnsupportedModelError(f"{name} cannot decode with DELTA: {reason}")
 
     try:
-        text, layers = text_config(model), attention_layers(model)
+        layers = attention_layers(model)
     except UnsupportedModelError as error:
         raise refusal(str(error)) from None
     if not model._can_set_attn_implementation():
         raise refusal("it does not use the attention interface of Transformers")
-    parts = [part for part in model.modules() if takes_cache(part)]
+    # A class method that needs nothing of the class but its name.
     if not GenerationMixin._supports_default_dynamic_cache.__func__(type(model)):
         raise refusal("it decodes from a cache class of its own")
-    found = [(part, list(_attention_modules(part))) for part in parts]
-    found = [(part, modules) for part, modules in found if any(map(_is_causal, modules))]
-    # The same object first; a model may also have been built from a copy of the configuration.
-    fitting = [pair for pair in found if _text(pair[0]) is text] or [
-        pair for pair in found if _alike(_text(pair[0]), text)
-    ]
-    if not fitting:
+    if not attention_modules(model):
         raise refusal("none of its attention layers is causal")
-    if len(fitting) > 1:
-        raise refusal(f"it has {len(fitting)} decoders of one configuration; enable one of them")
-    part, modules = fitting[0]
-    planned: dict[int, nn.Module] = {}
-    for module in filter(_is_causal, modules):
-        layer = module.layer_idx
-        if layer in planned:
-            raise refusal(f"its layer {layer} has two causal attention modules")
-        if layer in layers:
-            planned[layer] = module  # type: ignore[index]
-    missing = [layer for layer in layers if layer not in planned]
-    if missing:
-        raise refusal(f"its layer {missing[0]} has no causal self-attention")
-    chosen = {id(module) for module in planned.values()}
-    others = [module for module in modules if id(module) not in chosen]
-    return Decoder(part, planned, others)  # type: ignore[arg-type]
+    planned = check_interface(model, layers)
+    found = {id(module) for module in planned.values()}
+    for part in filter(takes_cache, model.modules()):
+        own = list(_attention_modules(part))
+        others = [module for module in own if id(module) not in found]
+        if len(own) - len(others) == len(planned):
+            return Decoder(part, planned, others)  # type: ignore[arg-type]
+    raise refusal("its planned layers are not those of one decoder with a cache")
 
 
 def _attention_modules(part: nn.Module) -> Iterator[nn.Module]:
@@ -141,18 +128,6 @@ def _attention_modules(part: nn.Module) -> Iterator[nn.Module]:
         if type(getattr(child, "layer_idx", None)) is int and hasattr(child, "config"):
             yield child
         yield from _attention_modules(child)
-
-
-def _is_causal(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_causal", False))
-
-
-def _text(part: Any) -> Any:
-    return part.config.get_text_config(decoder=True)
-
-
-def _alike(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and num_layers(one) == num_layers(other)
 
 
 def find_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, ForwardHook]]:
@@ -174,7 +149,10 @@ def find_state(model: nn.Module) -> ModelState | None:
     for part, _, hook in find_hooks(model):
         if hook.state is not None:
             return hook.state if hook.state.active else None
-        if NAME in (part.config._attn_implementation, _text(part)._attn_implementation):
+        if NAME in (
+            part.config._attn_implementation,
+            part.config.get_text_config(decoder=True)._attn_implementation,
+        ):
             return bind(model, None)  # type: ignore[arg-type]
     return None
 
