@@ -188,10 +188,11 @@ class DeltaCache(DynamicCache):
         planned = attention_layers(config)
         super().__init__(config=config)
         self.num_layers = num_layers(text_config(config))
+        # Some versions leave out layers that share the keys of others; for the decoder of an
+        # encoder-decoder they count the encoder's layers.
+        while len(self.layers) < self.num_layers:
+            self.layers.append(DynamicLayer())
         for layer in planned:
-            # Layers that share the keys of others have no place in some versions' caches.
-            if layer >= len(self.layers):
-                break
             # A window as long as the longest sequence counts as full attention, but comes as a
             # sliding-window layer. Anything else is a layer with a state of its own: left alone.
             if type(self.layers[layer]) in (DynamicLayer, DynamicSlidingWindowLayer):

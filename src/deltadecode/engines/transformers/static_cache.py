@@ -111,10 +111,12 @@ class DeltaStaticCache(StaticCache):
         self.room = max_cache_len  # a property of the class has the other name in some versions
         self.page_size = page_size
         self.num_layers = num_layers(text_config(config))
+        while len(self.layers) < self.num_layers:  # as in DeltaCache
+            self.layers.append(StaticLayer(max_cache_len))
         for layer in planned:
-            if layer >= len(self.layers):  # shares the keys of another layer
-                break
             stock = self.layers[layer]
+            if type(stock).__name__ == "DummyLayer":  # the layer reads the keys of another
+                continue
             # A window as long as the longest sequence counts as full attention, but comes as a
             # sliding-window layer.
             if type(stock) not in (StaticLayer, StaticSlidingWindowLayer):
