@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def on_import(name: str, callback: Callable[[], None]) -> None:
@@ -38,17 +38,24 @@ class _Watcher(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self._name:
             return None
-        # Taken out first: the search below asks all finders again.
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        load = spec.loader.exec_module
+        # To look for the module is not to import it: the watcher stays until its code has run.
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                self._call_after(spec.loader)
+                return spec
+        return None
+
+    def _call_after(self, loader: Any) -> None:
+        load = loader.exec_module
 
         def load_and_call(module: ModuleType) -> None:
             load(module)
-            self._callback()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self._callback()
 
-        # On this loader object only; it belongs to this one spec.
-        spec.loader.exec_module = load_and_call  # type: ignore[method-assign]
-        return spec
+        # On this loader object only; it belongs to one spec.
+        loader.exec_module = load_and_call

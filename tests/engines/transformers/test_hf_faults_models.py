@@ -108,9 +108,7 @@ def make_omni() -> PreTrainedModel:
         "audio_config": {**audio, "encoder_ffn_dim": 16, "output_dim": 32},
         "vision_config": {**vision, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
     }
-    config = AutoConfig.for_model(
-        "qwen2_5_omni", thinker_config=thinker, enable_audio_output=False
-    )
+    config = AutoConfig.for_model("qwen2_5_omni", thinker_config=thinker, enable_audio_output=False)
     config.thinker_config.vision_start_token_id = 59
     return seeded(Qwen2_5OmniForConditionalGeneration, config)
 
@@ -222,11 +220,13 @@ def test_the_cache_that_a_checkpoint_of_gemma_asks_for() -> None:
 
 
 def test_an_attention_that_selects_for_itself_is_refused() -> None:
-    config = AutoConfig.for_model("minimax_m3_vl")
-    text = config.get_text_config()
-    text.update({**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1})
+    kind = type(AutoConfig.for_model("minimax_m3_vl").get_text_config())
+    config = kind(
+        **{**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1},
+        layer_types=["full_attention", "full_attention"] + ["minimax_m3_sparse"] * 4,
+    )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text)
+        model = AutoModelForCausalLM.from_config(config)
     refused(model, "block_indices")
 
 

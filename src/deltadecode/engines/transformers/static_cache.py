@@ -42,8 +42,6 @@ class DeltaStaticLayer(StaticLayer):
         key_states, value_states : Tensor
             [B, Hkv, tokens, D]; the tokens are not stored yet.
         """
-        if key_states.dtype != value_states.dtype:
-            key_states, value_states = one_dtype(key_states, value_states)
         # The class allocates what it takes for the number of tokens.
         tokens, self.max_cache_len = self.max_cache_len, self.slots
         super().lazy_initialization(key_states, value_states)
@@ -71,8 +69,8 @@ class DeltaStaticLayer(StaticLayer):
         self.cumulative_length.add_(added)
         # One token too many must fail as it does in the stock layer, not land in the spare slots.
         place = torch.where(place < self.max_cache_len, place, self.slots)
-        self.keys.index_copy_(2, place, key_states.to(self.keys.dtype))
-        self.values.index_copy_(2, place, value_states.to(self.values.dtype))
+        self.keys.index_copy_(2, place, key_states)
+        self.values.index_copy_(2, place, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -130,6 +128,20 @@ class DeltaStaticCache(StaticCache):
                     f"of Transformers {transformers.__version__}; use a DeltaCache"
                 )
             self.layers[layer] = DeltaStaticLayer(max_cache_len, page_size)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store tokens of one layer, in the dtype that it holds."""
+        layer = self.layers[layer_idx]
+        if layer.is_initialized and layer.keys is not None:
+            dtype = layer.keys.dtype
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        elif key_states.dtype != value_states.dtype:
+            key_states, value_states = one_dtype(key_states, value_states)
+        stored: tuple[Tensor, Tensor]
+        stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return stored
 
 
 def replace_static(stock: StaticCache, config: Any, page_size: int) -> DeltaStaticCache:
