@@ -243,7 +243,7 @@ def test_the_result_is_written_even_if_drawing_fails(found, tmp_path, monkeypatc
     assert json.loads(path.read_text()) == found
     assert path.name in said[0]
     assert str(error) in said[1]
-    assert ("deltadecode[bench]" in said[1]) == isinstance(error, ImportError)
+    assert ("deltadecode[lab]" in said[1]) == isinstance(error, ImportError)
 
 
 def test_the_figure_lies_beside_the_result(found, tmp_path):

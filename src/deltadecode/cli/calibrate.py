@@ -92,7 +92,7 @@ def calibrate(
         if path is not None and not path.resolve().parent.is_dir():
             raise BadInput(f"the folder of {str(path)!r} does not exist")
     if figure is not None and importlib.util.find_spec("matplotlib") is None:
-        raise BadInput("--figure needs matplotlib: pip install 'deltadecode[bench]'")
+        raise BadInput("--figure needs matplotlib: pip install 'deltadecode[lab]'")
     folder = model_folder(model)
     check_model_path(folder)
     quiet_libraries()

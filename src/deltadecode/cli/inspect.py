@@ -175,7 +175,7 @@ def check_installed() -> None:
     """
     for name in ("plotly", "matplotlib"):
         if importlib.util.find_spec(name) is None:
-            raise BadInput(f"inspect needs {name}; pip install 'deltadecode[inspect]' brings it")
+            raise BadInput(f"inspect needs {name}; pip install 'deltadecode[lab]' brings it")
 
 
 def check_folder(folder: Path) -> None:

@@ -25,13 +25,7 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """How pages are selected: K pages, the last L and the first S of them always.
-
-    Attributes
-    ----------
-    budget_pages, recent_pages, sink_pages : int
-        K, L and S; K > L + S.
-    """
+    """How pages are selected: K pages, the last L and the first S of them always; K > L + S."""
 
     budget_pages: int
     recent_pages: int
@@ -57,17 +51,6 @@ class Captured:
     R[i, j] = Σ_{u ∈ T_i} m_j(u) ÷ Σ_u m_j(u), averaged over the observed steps with more than K
     pages; of a step with no more pages every layer captures everything, and it is left out. The
     diagonal is what a layer could keep at best. The divisor is 1 but for learned sinks.
-
-    Parameters
-    ----------
-    problems : int
-        Texts of the run, for sums by text.
-    layers : int
-        Full-attention layers of the model.
-    settings : sequence of Setting
-        What to measure, in one run.
-    page_size : int
-        Tokens of a page, P.
     """
 
     def __init__(
@@ -105,24 +88,10 @@ class Captured:
                 self._steps[rows, number] += 1
 
     def matrix(self, setting: Setting, problems: Sequence[int] | None = None) -> Matrix:
-        """R over some texts, each observed step of them with the same weight.
+        """R [layers, layers] over some texts (default: all), each observed step weighing the same.
 
-        Parameters
-        ----------
-        setting : Setting
-            One of those that were measured.
-        problems : sequence of int, optional
-            Numbers of the texts; by default all.
-
-        Returns
-        -------
-        ndarray
-            [layers, layers] float64, by place among the full-attention layers.
-
-        Raises
-        ------
-        CalibrationError
-            When none of their observed steps has more than K pages.
+        Indices are places among the full-attention layers. Raises CalibrationError when no observed
+        step has more than K pages.
         """
         number = self.settings.index(setting)
         rows = slice(None) if problems is None else list(problems)
@@ -159,13 +128,6 @@ class Shift:
     a_l is the mean over query heads of layer l's attention at one decode step, a vector over the
     tokens; the shift is averaged over the observed steps (arXiv 2510.09883 leaves open how heads
     and steps are put together).
-
-    Parameters
-    ----------
-    problems : int
-        Texts of the run.
-    layers : int
-        Full-attention layers of the model.
     """
 
     def __init__(self, problems: int, layers: int) -> None:
@@ -186,18 +148,7 @@ class Shift:
         self._before = now
 
     def curve(self, problems: Sequence[int] | None = None) -> Matrix:
-        """The shift into each layer.
-
-        Parameters
-        ----------
-        problems : sequence of int, optional
-            Numbers of the texts; by default all.
-
-        Returns
-        -------
-        ndarray
-            [layers] float64; the first is 0, as no layer comes before it.
-        """
+        """The shift into each layer, [layers], over some texts (default: all); the first is 0."""
         rows = slice(None) if problems is None else list(problems)
         steps = self._steps[rows].sum().clamp(min=1)
         found: Matrix = (self._sums[rows].sum(dim=0) / steps).numpy()

@@ -30,47 +30,16 @@ _LEAST_ROOM = 16
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample in tokens.
-
-    Attributes
-    ----------
-    sample : Sample
-        The sample.
-    prompt : list of int
-        Token ids.
-    reference : list of int
-        Token ids of what a perfect model writes; empty if there is no such text.
-    room : int
-        New tokens, at most. A row of a batch is cut there, whatever its neighbours need.
-    """
+    """A sample in tokens."""
 
     sample: Sample
     prompt: list[int]
-    reference: list[int]
-    room: int
+    reference: list[int]  # what a perfect model writes; empty if there is no such text
+    room: int  # most new tokens; a row of a batch is cut there, whatever its neighbours need
 
 
 def encode(samples: Sequence[Sample], tokenizer: Any, *, chat: bool) -> list[Encoded]:
-    """Encode samples.
-
-    Parameters
-    ----------
-    samples : sequence of Sample
-        The samples.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        Of the model.
-    chat : bool
-        Whether prompts go through the tokenizer's chat template.
-
-    Returns
-    -------
-    list of Encoded
-
-    Raises
-    ------
-    EvaluationError
-        When there is no chat template.
-    """
+    """Encode samples; EvaluationError when ``chat`` finds no chat template."""
     if chat and not getattr(tokenizer, "chat_template", None):
         raise EvaluationError("--chat needs a tokenizer with a chat template; this one has none")
     found = []
@@ -189,28 +158,12 @@ def solve_batch(
     *,
     keep_outputs: bool,
 ) -> list[dict[str, Any]]:
-    """Generate answers and check them.
+    """Generate answers and check them; a record for each sample.
 
-    Parameters
-    ----------
-    model, tokenizer
-        Of Transformers.
-    policy : Policy
-        How to decode.
-    batch : sequence of Encoded
-        Rows that go together.
-    on_step : callable
-        Told the number of new tokens so far.
-    keep_outputs : bool
-        Whether a record holds the whole text.
-
-    Returns
-    -------
-    list of dict
-        A record for each: ``seed``, ``score``, ``answer``, ``tokens`` (new ones, the end token
-        included), ``ended``, ``first_wrong`` (place of the first token that differs from the
-        reference, None if none does or there is no reference), ``hash`` of the new tokens,
-        ``prompt`` tokens, and what :func:`reads` says.
+    A record holds ``seed``, ``score``, ``answer``, ``tokens`` (new ones, the end token included),
+    ``ended``, ``first_wrong`` (place of the first token that differs from the reference, None if
+    none does or there is no reference), ``hash`` of the new tokens, ``prompt`` tokens, what
+    :func:`reads` says and, with ``keep_outputs``, the ``text``.
     """
     steps = max(each.room for each in batch)
     output = new_tokens(model, tokenizer, policy, batch, steps, on_step)
@@ -246,22 +199,11 @@ def lead_batch(
     continuation: Tensor,
     on_step: OnStep,
 ) -> list[dict[str, Any]]:
-    """Lead a policy along the full-attention continuation.
+    """Lead a policy along ``continuation`` [B, steps], what full attention wrote to its end token.
 
-    Parameters
-    ----------
-    model, tokenizer, policy, batch, on_step
-        As in :func:`solve_batch`.
-    continuation : Tensor
-        [B, steps] token ids, from full attention; the end token included.
-
-    Returns
-    -------
-    list of dict
-        Records with ``nll``, the mean negative log-probability of a token, which is the score's
-        basis: ``score`` is the share of tokens that the policy would have written itself;
-        ``first_wrong`` is the first place where it would not. The first token, which prefill
-        gives, is left out of both.
+    A record holds ``nll``, the mean negative log-probability of a token; ``score``, the share of
+    tokens that the policy would have written itself; ``first_wrong``, the first place where it
+    would not. The first token, which prefill gives, is left out of all.
     """
     leader = _Leader(continuation.to(model.device))
     steps = continuation.shape[1]
@@ -292,24 +234,10 @@ def lead_batch(
 
 
 def reads(counts: Any, row: int, prompt: int, steps: int) -> dict[str, float]:
-    """What one row read and kept.
+    """What a row read and kept in its own decode steps; those after its end do not count.
 
-    Parameters
-    ----------
-    counts : Counts
-        Of the batch.
-    row : int
-        The row.
-    prompt : int
-        Tokens of its prompt.
-    steps : int
-        Its decode steps; those after its end do not count.
-
-    Returns
-    -------
-    dict
-        ``read`` and ``metadata`` are sums over the steps, ``full`` is that of full attention,
-        ``kept`` is the most at any step; all are means over the full-attention layers.
+    ``read`` and ``metadata`` are sums over the steps, ``full`` is that of full attention, ``kept``
+    is the most at any step; all are means over the full-attention layers.
     """
     lengths = prompt + np.arange(1, steps + 1)
     return {

@@ -31,47 +31,22 @@ Progress = Callable[[float, "float | None"], None]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text to generate from.
+    """One text to generate from."""
 
-    Attributes
-    ----------
-    number : int
-        From 0, the place among all texts of a run; rows of a batch are told apart by it.
-    ids : list of int
-        Token ids, at least two.
-    """
-
-    number: int
-    ids: list[int]
+    number: int  # place among all texts of a run; rows of a batch are told apart by it
+    ids: list[int]  # at least two
 
 
 @dataclass(eq=False)
 class LayerStep:
     """What full attention does in one layer at one decode step, for all rows of a batch.
 
-    Attributes
-    ----------
-    step : int
-        Decode step of the batch, from 0.
-    place, layer : int
-        Place among the full-attention layers, from 0, and the model's own number.
-    last : bool
-        Whether no full-attention layer comes after it at this step.
-    problems : Tensor
-        [B] int64, :attr:`Prompt.number` of each row.
-    active : Tensor
-        [B] bool: False where a row has ended and what it attends to means nothing.
-    view : View
-        Where the tokens of each row lie among the slots; rows are padded on the left.
-    probabilities : Tensor
-        [B, Hq, slots] float32 α, the softmax over all tokens (docs/semantics.md, R2); 0 in the
-        padding. With learned sinks a head's sum is less than 1.
-    page_scores : Tensor
-        [B, N] float32 S_u, by a row's own pages.
-    page_mass : Tensor
-        [B, N] float32 m(u): mean over the query heads of α, summed over the page.
-    value : Tensor
-        [B, Hkv, slots, D], values of the cache.
+    ``place`` is among the full-attention layers, ``layer`` the model's own number. ``problems`` [B]
+    int64 is :attr:`Prompt.number` of each row. ``active`` [B] is False where a row has ended.
+    ``probabilities`` [B, Hq, slots] float32 is α, the softmax over all tokens (docs/semantics.md,
+    R2), 0 in the padding; with learned sinks a head's sum is less than 1. ``page_scores`` [B, N]
+    float32 is S_u by a row's own pages, ``page_mass`` [B, N] float32 m(u), the mean over the query
+    heads of α, summed over the page. ``value`` is the cache's [B, Hkv, slots, D].
     """
 
     step: int
@@ -97,10 +72,7 @@ class Watcher(Protocol):
     def see(self, seen: LayerStep) -> None:
         """Look at one layer; layers come in ascending order, step after step.
 
-        Parameters
-        ----------
-        seen : LayerStep
-            Valid during the call; tensors that are kept must not be changed.
+        Tensors that are kept must not be changed.
         """
 
 
@@ -108,27 +80,15 @@ class Watcher(Protocol):
 class Batch:
     """What a batch has come to when its generation is over.
 
-    Attributes
-    ----------
-    problems : Tensor
-        [B] int64, :attr:`Prompt.number` of each row.
-    ids : Tensor
-        [B, slots] int64, prompts and what was written; the cache lacks the last one.
-    mask : Tensor
-        [B, slots] int64, 0 in the padding on the left.
-    ended : Tensor
-        [B, slots] bool, what comes after a row's end.
-    width : int
-        Slots of the prompts.
-    cache : DeltaCache
-        Keys and values; may be cut or overwritten.
+    ``ids``, ``mask`` (0 in the padding on the left) and ``ended`` (after a row's end) are
+    [B, slots]. The cache, which may be cut or overwritten, lacks the last token.
     """
 
-    problems: Tensor
+    problems: Tensor  # [B] int64, Prompt.number of each row
     ids: Tensor
     mask: Tensor
     ended: Tensor
-    width: int
+    width: int  # slots of the prompts
     cache: DeltaCache
 
 
@@ -137,29 +97,11 @@ class BatchWatcher(Watcher, Protocol):
     """Looks at whole batches too."""
 
     def end_batch(self, batch: Batch) -> None:
-        """Look at a batch when its generation is over.
-
-        Parameters
-        ----------
-        batch : Batch
-            Valid during the call.
-        """
+        """Look at a batch when its generation is over."""
 
 
 class Observed(MaskedPolicy):
-    """Full attention that shows every so many decode steps to watchers.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    watchers : sequence of Watcher
-        Who looks.
-    page_size : int
-        Tokens of a page, P.
-    stride : int
-        Steps 0, stride, 2 · stride, ... are shown.
-    """
+    """Full attention that shows the steps 0, stride, 2 · stride, ... to watchers."""
 
     name = "observed"
     paper = "stock attention, watched"
@@ -172,13 +114,7 @@ class Observed(MaskedPolicy):
         self.problems = self.active = torch.zeros(0)
 
     def begin_batch(self, problems: Tensor) -> None:
-        """Name the rows of the next ``generate`` call; all of them are active.
-
-        Parameters
-        ----------
-        problems : Tensor
-            [B] int64.
-        """
+        """Name the rows of the next ``generate`` call, [B] int64; all of them are active."""
         self.problems, self.active = problems, torch.ones_like(problems, dtype=torch.bool)
 
     def select(self, layer: int, look: Look, view: View) -> None:
@@ -190,24 +126,7 @@ class Observed(MaskedPolicy):
         return lengths
 
     def attend(self, layer: int, look: Look, value: Tensor, view: View) -> Tensor:
-        """Full attention; at an observed step from weights that are shown before they go.
-
-        Parameters
-        ----------
-        layer : int
-            Place among the full-attention layers, from 0.
-        look : Look
-            Query and keys.
-        value : Tensor
-            [B, Hkv, slots, D].
-        view : View
-            Where the rows lie.
-
-        Returns
-        -------
-        Tensor
-            [B, Hq, D].
-        """
+        """Full attention [B, Hq, D]; at an observed step its weights are shown before they go."""
         if view.step % self.stride:
             return _unseen(look, value, view)
         weights = look.weights
@@ -244,34 +163,12 @@ def observe(
     batch: int = BATCH,
     progress: Progress = lambda done, left: None,
 ) -> None:
-    """Continue prompts greedily with full attention, and let watchers see every so many steps.
+    """Continue prompts greedily with full attention, and let watchers see every ``stride``-th step.
 
-    Memory beside the model, its KV cache and prefill: the weights of one layer and step, a few
-    times batch · Hq · n · 4 bytes, and what the watchers keep. No map of queries by keys is made.
-
-    Parameters
-    ----------
-    model, tokenizer
-        Of Transformers; the model in evaluation mode.
-    prompts : sequence of Prompt
-        Taken longest last, so that rows of a batch need little padding.
-    watchers : sequence of Watcher
-        Who looks.
-    page_size : int
-        Tokens of a page, P.
-    new_tokens : int
-        At most so many are generated for each prompt.
-    stride : int
-        Every so manieth decode step is observed.
-    batch : int
-        Rows that go together.
-    progress : callable
-        See :data:`Progress`.
-
-    Raises
-    ------
-    CalibrationError
-        When there is nothing to observe.
+    Prompts go longest last, so that rows of a batch need little padding. Memory beside the model,
+    its KV cache and prefill: the weights of one layer and step, a few times batch · Hq · n · 4
+    bytes, and what the watchers keep. No map of queries by keys is made. Raises CalibrationError
+    when there is nothing to observe.
     """
     if not prompts:
         raise CalibrationError("there are no prompts to observe")

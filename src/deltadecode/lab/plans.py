@@ -22,19 +22,10 @@ Places = tuple[int, ...]
 
 
 def losses(r: Matrix, need: Matrix | None = None) -> Matrix:
-    """What a sparse layer j loses with source i: w_j (1 - R[i, j]).
+    """What a sparse layer j loses with source i: w_j (1 - R[i, j]), scaled so that w sums to 1.
 
-    Parameters
-    ----------
-    r : ndarray
-        [layers, layers], see :class:`deltadecode.lab.attention_statistics.Captured`.
-    need : ndarray, optional
-        [layers] w, see :class:`deltadecode.lab.calibration.need.Need`; by default all alike.
-
-    Returns
-    -------
-    ndarray
-        [layers, layers], scaled so that w sums to 1.
+    ``r`` [layers, layers] is of :class:`deltadecode.lab.attention_statistics.Captured`, ``need``
+    [layers] is w of :class:`deltadecode.lab.calibration.need.Need`; by default all are alike.
     """
     weights = np.ones(len(r)) if need is None else np.asarray(need, dtype=np.float64)
     found: Matrix = weights / weights.sum() * (1.0 - r)
@@ -59,31 +50,14 @@ def recall(r: Matrix, full: Places) -> float:
 
 
 def best_plan(loss: Matrix, count: int, dense: int = 0) -> Places:
-    """The plan of a size that keeps most, by dynamic programming.
+    """The plan of F = ``count`` full layers that keeps most, by dynamic programming.
 
     With g(i, k) = Σ_{i<j<k} loss[i, j], what the layers between full layers i and k lose, the least
     that the layers before i lose with i as the m-th full layer is
     V(m, i) = min_{h<i} V(m-1, h) + g(h, i), and the plan ends with the i of the least
-    V(F, i) + g(i, layers). Exact, in F · layers² steps.
-
-    Parameters
-    ----------
-    loss : ndarray
-        [layers, layers], see :func:`losses`.
-    count : int
-        Full layers F.
-    dense : int
-        Dense layers D; places 0 to D are then full, the last of them as the first Δ-layer.
-
-    Returns
-    -------
-    tuple of int
-        Ties go to the lower places.
-
-    Raises
-    ------
-    CalibrationError
-        When no sparse layer would be left.
+    V(F, i) + g(i, layers). Exact, in F · layers² steps. Places 0 to D = ``dense`` are full, the
+    last of them as the first Δ-layer. Ties go to the lower places. Raises CalibrationError when no
+    sparse layer would be left.
     """
     layers = len(loss)
     check_size(layers, count, dense)
@@ -118,27 +92,9 @@ def paper_plan(shift: Sequence[float] | Matrix, count: int, dense: int = 0) -> P
     The layer behind the dense ones is the first Δ-layer, since every sparse layer needs one. The
     layers behind it but the last, which would select for nobody, are cut into as many runs of equal
     length as there are Δ-layers left to place (the first runs are one longer where it does not come
-    out even); each run gives the layer into which the shift is largest. The authors' own plans
-    keep to such runs: 2 14 22 of 28 layers, 2 6 42 of 48.
-
-    Parameters
-    ----------
-    shift : sequence of float
-        [layers], d(l - 1, l); see :class:`deltadecode.lab.attention_statistics.Shift`.
-    count : int
-        Full layers F.
-    dense : int
-        Dense layers D.
-
-    Returns
-    -------
-    tuple of int
-        Ties go to the lower place.
-
-    Raises
-    ------
-    CalibrationError
-        When no sparse layer would be left.
+    out even); each run gives the layer into which the shift is largest, ties the lower one. The
+    authors' own plans keep to such runs: 2 14 22 of 28 layers, 2 6 42 of 48. Raises
+    CalibrationError when no sparse layer would be left.
     """
     check_size(len(shift), count, dense)
     runs = np.array_split(np.arange(dense + 1, len(shift) - 1), max(count - dense - 1, 1))
@@ -151,43 +107,17 @@ def paper_plan(shift: Sequence[float] | Matrix, count: int, dense: int = 0) -> P
 
 
 def all_plans(layers: int, count: int, dense: int = 0) -> Iterator[Places]:
-    """Every plan of a size, for checks; there are (layers - D - 1) over (F - D - 1) of them.
-
-    Parameters
-    ----------
-    layers : int
-        Full-attention layers of the model.
-    count : int
-        Full layers F.
-    dense : int
-        Dense layers D.
-
-    Yields
-    ------
-    tuple of int
-    """
+    """Every plan of a size, for checks; there are (layers - D - 1) over (F - D - 1) of them."""
     for rest in combinations(range(dense + 1, layers), count - dense - 1):
         yield (*range(dense + 1), *rest)
 
 
 def hand_picked(layers: int, count: int, dense: int = 0) -> dict[str, Places]:
-    """Plans of a size that a person might write down without measuring.
+    """Plans of a size that a person might write down without measuring, by name.
 
-    Parameters
-    ----------
-    layers : int
-        Full-attention layers of the model.
-    count : int
-        Full layers F.
-    dense : int
-        Dense layers D.
-
-    Returns
-    -------
-    dict
-        Name -> plan: ``even`` spreads the Δ-layers evenly, ``early`` puts one behind every sparse
-        layer from the start (as long as there is room for it), ``late`` has all but the first at
-        the end, one sparse layer after each.
+    ``even`` spreads the Δ-layers evenly, ``early`` puts one behind every sparse layer from the
+    start (as long as there is room for it), ``late`` has all but the first at the end, one sparse
+    layer after each.
     """
     free, width = count - dense - 1, layers - dense
     even = [dense + round(width * (k + 1) / (count - dense)) for k in range(free)]
@@ -203,21 +133,7 @@ def hand_picked(layers: int, count: int, dense: int = 0) -> dict[str, Places]:
 
 
 def random_plans(layers: int, count: int, dense: int, draws: int, seed: int = 0) -> list[Places]:
-    """Distinct plans of a size, each as likely as any other.
-
-    Parameters
-    ----------
-    layers, count, dense : int
-        See :func:`all_plans`.
-    draws : int
-        How many, at most as there are.
-    seed : int
-        Of the draws.
-
-    Returns
-    -------
-    list of tuple
-    """
+    """Distinct plans of a size, each as likely as any other; at most as many as there are."""
     generator = np.random.default_rng(seed)
     most = math.comb(layers - dense - 1, count - dense - 1)
     found: dict[Places, None] = {}
@@ -228,22 +144,7 @@ def random_plans(layers: int, count: int, dense: int, draws: int, seed: int = 0)
 
 
 def dense_and_delta(full: Places, layers: Sequence[int], dense: int) -> tuple[Places, Places]:
-    """Layer numbers of a plan.
-
-    Parameters
-    ----------
-    full : tuple of int
-        Places.
-    layers : sequence of int
-        The model's number of each place.
-    dense : int
-        How many of them are dense.
-
-    Returns
-    -------
-    tuple
-        Dense and Δ-layers, in the model's numbering.
-    """
+    """Dense and Δ-layers of a plan, from places to the model's layer numbers."""
     numbers = tuple(layers[place] for place in full)
     return numbers[:dense], numbers[dense:]
 
@@ -254,20 +155,7 @@ def leading_dense(full: Places) -> int:
 
 
 def check_size(layers: int, count: int, dense: int) -> None:
-    """Refuse a plan that leaves no layer sparse.
-
-    Parameters
-    ----------
-    layers : int
-        Full-attention layers of the model.
-    count, dense : int
-        Full layers, and how many of them are dense.
-
-    Raises
-    ------
-    CalibrationError
-        Naming both sides.
-    """
+    """Refuse a plan that leaves no layer sparse, with CalibrationError."""
     if count - dense < 1:
         raise CalibrationError(f"a plan needs at least one Δ-layer, got {count - dense}")
     if count >= layers:

@@ -156,7 +156,7 @@ def write_with_figure(
     try:
         draw(path.with_suffix(".png"))
     except ImportError as error:
-        say(f"no figure drawn: {reason(error)}; pip install 'deltadecode[bench]' brings matplotlib")
+        say(f"no figure drawn: {reason(error)}; pip install 'deltadecode[lab]' brings matplotlib")
     except Exception as error:  # the numbers are written, and are worth more than their picture
         say(f"no figure drawn: {reason(error)}")
     else:

@@ -119,9 +119,10 @@ def test_no_model_and_no_report_is_one_line(run):
     assert code == 2 and "Missing argument 'MODEL'" in err
 
 
-def test_the_module_is_the_command():
+def test_help_names_the_options():
+    command = "from deltadecode.cli import main; main(['eval', '--help'])"
     done = subprocess.run(
-        [sys.executable, "-m", "deltadecode.lab.evaluation", "--help"],
+        [sys.executable, "-c", command],
         capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "160"},
     )  # fmt: skip
     assert "--attended-fraction" in done.stdout
@@ -136,4 +137,4 @@ def test_a_run_without_scipy_ends_well_and_a_report_says_what_to_install(
     code, out, err = run(model, *TASK, "--policies", "full", "--out", tmp_path / "s")
     assert code == 0 and out == "" and "are complete; compare them with --report" in err
     code, _, err = run("--report", tmp_path / "s")
-    assert code == 2 and "pip install 'deltadecode[eval]'" in err and err.count("\n") == 1
+    assert code == 2 and "pip install 'deltadecode[lab]'" in err and err.count("\n") == 1

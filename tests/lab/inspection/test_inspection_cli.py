@@ -165,7 +165,7 @@ def test_a_missing_library_says_what_to_install(run, model, tmp_path, monkeypatc
         importlib.util, "find_spec", lambda name: None if name == "plotly" else find(name)
     )
     code, _, err = run(model, *TASK, "-o", tmp_path / "r")
-    assert code == 2 and "needs plotly; pip install 'deltadecode[inspect]' brings it" in err
+    assert code == 2 and "needs plotly; pip install 'deltadecode[lab]' brings it" in err
 
 
 def test_the_figures_have_a_name_each():

@@ -12,15 +12,7 @@ _PLANS = (("calibrated", "tab:blue", "o", 1.08), ("cosine-shift", "tab:orange", 
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw the shift into each layer and what each needs, with our plan and the paper's.
-
-    Parameters
-    ----------
-    report : dict
-        See :func:`deltadecode.lab.calibration.report.report`.
-    path : Path
-        PNG file to write.
-    """
+    """Draw the shift into each layer and what each needs, with our plan and the paper's (PNG)."""
     layers = report["layers"]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -29,19 +29,10 @@ Floats = NDArray[np.float64]
 class Wish:
     """The plan that is asked for.
 
-    Attributes
-    ----------
-    base : DeltaConfig
-        Gives page size, budget, recent and sink pages.
-    dense : int
-        Dense layers.
-    deltas : int or None
-        Δ-layers.
-    fraction : float or None
-        Attended fraction: the budget is solved for it; without ``deltas``, for every number of full
-        layers, of which that which keeps most is taken, its dense layers chosen with it.
-    recall : float or None
-        Instead of the two: the fewest Δ-layers with which the plan keeps so much.
+    ``base`` gives page size, budget, recent and sink pages. For a ``fraction`` (attended) the
+    budget is solved; without ``deltas`` it is solved for every number of full layers, and the one
+    that keeps most is taken, its dense layers chosen with it. A ``recall`` instead of the two asks
+    for the fewest Δ-layers that keep so much.
     """
 
     base: DeltaConfig
@@ -67,37 +58,15 @@ class Wish:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan by place, with its pages.
+    """A plan by place among the full-attention layers, with its pages."""
 
-    Attributes
-    ----------
-    full : tuple of int
-        Full layers.
-    dense : int
-        How many of them are dense.
-    setting : Setting
-        K, L and S.
-    """
-
-    full: Places
-    dense: int
+    full: Places  # places of the full layers
+    dense: int  # how many of them are dense
     setting: Setting
 
 
 class Measurement:
-    """Full attention on some texts, as far as plans need it.
-
-    Parameters
-    ----------
-    model
-        Of Transformers.
-    prompts : sequence of Prompt
-        At least two.
-    wish : Wish
-        Says which settings to measure.
-    new_tokens : int
-        Generated for each.
-    """
+    """Full attention on at least two texts, as far as plans need it."""
 
     def __init__(self, model: Any, prompts: Sequence[Prompt], wish: Wish, new_tokens: int) -> None:
         if len(prompts) < 2:
@@ -199,22 +168,9 @@ def offers(setting: Setting) -> list[Setting]:
 
 
 def fitted(found: Measurement) -> dict[str, Candidate]:
-    """The plans: ours, ours without weights, and the paper's, all of one size.
+    """Plans of one size: ``calibrated``, ``captured-mass`` (without weights) and ``cosine-shift``.
 
-    Parameters
-    ----------
-    found : Measurement
-        After its run.
-
-    Returns
-    -------
-    dict
-        ``calibrated``, ``captured-mass`` and ``cosine-shift``.
-
-    Raises
-    ------
-    CalibrationError
-        When nothing could be measured, or no plan reaches the recall.
+    Raises CalibrationError when nothing was measured, or no plan reaches the recall.
     """
     need, wish = found.need.weights(found.fit), found.wish
     chosen = wish.deltas is None and wish.recall is None
@@ -252,20 +208,9 @@ def fitted(found: Measurement) -> dict[str, Candidate]:
 
 
 def described(found: Measurement, plan: Candidate) -> dict[str, Any]:
-    """A plan with what it keeps, for a report or a file.
+    """A plan's DeltaConfig fields with its ``kept``, ``recall`` and ``attended_fraction``.
 
-    Parameters
-    ----------
-    found : Measurement
-        After its run.
-    plan : Candidate
-        The plan.
-
-    Returns
-    -------
-    dict
-        Fields of :class:`DeltaConfig`; ``kept`` and ``recall``, each of the texts that were fitted
-        and of those held out; ``attended_fraction``.
+    ``kept`` and ``recall`` are each of the texts that were fitted and of those held out.
     """
     numbers = found.facts.layers
     dense, delta = plans.dense_and_delta(plan.full, numbers, plan.dense)
@@ -293,17 +238,7 @@ def described(found: Measurement, plan: Candidate) -> dict[str, Any]:
 def offered(found: Measurement, plan: Candidate) -> list[dict[str, Any]]:
     """What the plan of the same size keeps with other recent and sink pages, best first.
 
-    Parameters
-    ----------
-    found : Measurement
-        After its run.
-    plan : Candidate
-        Gives the size, and the pages to compare with.
-
-    Returns
-    -------
-    list of dict
-        As of :func:`described`; empty where only one setting was measured.
+    Entries are as of :func:`described`; none where only one page budget was measured.
     """
     need = found.need.weights(found.fit)
     lines = []

@@ -27,28 +27,15 @@ TOKENS = 32
 class Need:
     """w_j: how far the logits move when layer j alone reads recent and sink pages only.
 
-    When a batch has been generated, its last tokens go through the model again in one piece, from
-    the cache of what was before them, once with full attention and once for each layer j with that
-    layer limited. With z the centred logits of a token, w_j is the mean of
-    ‖z_j - z‖ ÷ ‖z‖ over tokens. Captured mass alone does not say this: a layer may attend far away
-    to no effect.
+    When a batch has been generated, its last tokens (at most ``tokens`` of a text) go through the
+    model again in one piece, from the cache of what was before them, once with full attention and
+    once for each layer j with that layer limited. With z the centred logits of a token, w_j is the
+    mean of ‖z_j - z‖ ÷ ‖z‖ over tokens. Captured mass alone does not say this: a layer may attend
+    far away to no effect.
 
     Memory: the logits of ``batch · tokens`` tokens three times over, and sums of problems · layers.
     A model with sliding-window or recurrent layers, whose caches cannot be cut, prefills each text
     once more and holds its cache twice.
-
-    Parameters
-    ----------
-    model
-        Of Transformers.
-    problems : int
-        Texts of the run.
-    layers : sequence of int
-        Numbers of the full-attention layers.
-    page_size, recent_pages, sink_pages : int
-        P, L and S: what a limited layer may read.
-    tokens : int
-        The last so many of a text are measured, at most.
     """
 
     def __init__(
@@ -118,18 +105,7 @@ class Need:
         return logits
 
     def weights(self, problems: Sequence[int] | None = None) -> NDArray[np.float64]:
-        """W over some texts, each token of them with the same weight.
-
-        Parameters
-        ----------
-        problems : sequence of int, optional
-            Numbers of the texts; by default all.
-
-        Returns
-        -------
-        ndarray
-            [layers] float64.
-        """
+        """The weights w, [layers], over some texts (default: all), each token weighing the same."""
         rows = slice(None) if problems is None else list(problems)
         count = self._counts[rows].sum().clamp(min=1)
         found: NDArray[np.float64] = (self._sums[rows].sum(dim=0) / count).numpy()

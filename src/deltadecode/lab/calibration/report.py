@@ -20,22 +20,10 @@ _EXHAUSTIVE = 200_000  # plans that are counted out in seconds
 def report(found: Measurement) -> dict[str, Any]:
     """Fit the plans and say what was measured.
 
-    Parameters
-    ----------
-    found : Measurement
-        After its run.
-
-    Returns
-    -------
-    dict
-        ``plans`` by name and ``offers``, see :func:`deltadecode.lab.calibration.fit.described`;
-        ``layers`` with the ``shift`` into each and its ``need``; ``texts``, ``observed_steps`` and
-        ``tokens`` (shortest and longest text).
-
-    Raises
-    ------
-    CalibrationError
-        When nothing could be measured, or no plan is what was asked for.
+    ``plans`` by name and ``offers``, see :func:`deltadecode.lab.calibration.fit.described`;
+    ``layers`` with the ``shift`` into each and its ``need``; ``texts``, ``observed_steps`` and
+    ``tokens`` (shortest and longest text). Raises CalibrationError when nothing could be measured,
+    or no plan is what was asked for.
     """
     made = fitted(found)
     ours = made[CALIBRATED]
@@ -55,17 +43,9 @@ def report(found: Measurement) -> dict[str, Any]:
 def against(found: Measurement) -> dict[str, Any]:
     """The calibrated plan among others of its size.
 
-    Parameters
-    ----------
-    found : Measurement
-        After its run.
-
-    Returns
-    -------
-    dict
-        ``peers``: hand-picked and random plans as of :func:`described`; ``exhaustive``: how many
-        plans of the size there are, the best of them for each half, and how many keep more than
-        the calibrated one (None where there are too many); ``r``: R [i][j] of both halves.
+    ``peers``: hand-picked and random plans as of :func:`described`; ``exhaustive``: how many plans
+    of the size there are, the best of them for each half, and how many keep more than the
+    calibrated one (None where there are too many); ``r``: R [i][j] of both halves.
     """
     ours = fitted(found)[CALIBRATED]
     layers, count, dense = len(found.facts.layers), len(ours.full), ours.dense
@@ -114,26 +94,10 @@ def _exhaustive(found: Measurement, ours: Candidate) -> dict[str, Any] | None:
 def plan_file(
     report: dict[str, Any], model: Any, name: str, data: str, command: str
 ) -> tuple[DeltaConfig, dict[str, Any]]:
-    """The calibrated plan and where it comes from, for :meth:`DeltaConfig.save`.
+    """The calibrated plan and its ``meta``, for :meth:`DeltaConfig.save`.
 
-    Parameters
-    ----------
-    report : dict
-        See :func:`report`.
-    model : transformers.PreTrainedModel or configuration
-        The model.
-    name : str
-        Its name.
-    data : str
-        What it was calibrated on.
-    command : str
-        What made it.
-
-    Returns
-    -------
-    tuple
-        The configuration, and ``meta``: title, source, model, config_hash, data, date, versions,
-        expected (recall and kept share of the held-out texts, attended fraction) and all plans.
+    ``meta`` holds title, source, model, config_hash, data, date, versions, expected (recall and
+    kept share of the held-out texts, attended fraction) and all plans.
     """
     ours = report["plans"][CALIBRATED]
     fields = DeltaConfig().to_dict()

@@ -19,25 +19,12 @@ FIRST_SEED = 2_000_000_000
 
 
 def read_texts(path: Path, count: int | None = None) -> list[Sample]:
-    """Texts of a JSONL file.
+    """Texts of a JSONL file in UTF-8, the first ``count`` of them (default: all).
 
-    Parameters
-    ----------
-    path : Path
-        In UTF-8; each line that is not blank is an object with a ``prompt`` and, optionally, a
-        ``completion``: what follows it, as some model wrote it. Other keys are ignored.
-    count : int, optional
-        Take so many from the start; by default all.
-
-    Returns
-    -------
-    list of Sample
-        Their seeds count from 0; the completion is the reference.
-
-    Raises
-    ------
-    CalibrationError
-        When the file cannot be read, is empty, or a line is something else, with its number.
+    Each line that is not blank is an object with a ``prompt`` and, optionally, a ``completion``:
+    what follows it, as some model wrote it; it becomes the sample's reference. Other keys are
+    ignored. Seeds count from 0. Raises CalibrationError, with the line's number, when the file
+    cannot be read, is empty, or a line is something else.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -71,23 +58,7 @@ def _parsed(line: str, where: str) -> tuple[str, str]:
 
 
 def task_texts(task: Task, tokenizer: Any, count: int, seed: int = FIRST_SEED) -> list[Sample]:
-    """Texts of a task.
-
-    Parameters
-    ----------
-    task : Task
-        Makes them.
-    tokenizer
-        Of the model.
-    count : int
-        How many.
-    seed : int
-        Of the first; the next have the next ones.
-
-    Returns
-    -------
-    list of Sample
-    """
+    """So many samples of a task, from the seed on."""
 
     def tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
@@ -102,29 +73,9 @@ def make_prompts(
 
     A text that has a reference starts inside it: the i-th of n at i / (n - 1) of the way to the
     last place with ``new_tokens`` behind it, so that early and late decode steps are seen without
-    generating every text in full. A text without one starts behind its prompt.
-
-    Parameters
-    ----------
-    model, tokenizer
-        Of Transformers.
-    texts : sequence of Sample
-        The texts.
-    new_tokens : int
-        At most so many are generated for each.
-    chat : bool
-        Whether prompts go through the tokenizer's chat template.
-
-    Returns
-    -------
-    list of Prompt
-
-    Raises
-    ------
-    CalibrationError
-        When a text is too long for the model, or its prompt has no token.
-    EvaluationError
-        When there is no chat template.
+    generating every text in full. A text without one starts behind its prompt. Raises
+    CalibrationError when a text is too long for the model or its prompt has no token, and
+    EvaluationError when ``chat`` finds no chat template.
     """
     found = []
     longest = longest_prompt(text_config(model))

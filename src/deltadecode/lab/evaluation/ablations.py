@@ -23,28 +23,12 @@ def cells_of(
     layers: Sequence[int] = (),
     measured: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Cell]:
-    """The cells of an ablation, full attention first.
+    """The cells of an ablation, full attention first; ``plan`` is what everything else keeps.
 
-    Parameters
-    ----------
-    name : str
-        One of :data:`ABLATIONS`.
-    plan : DeltaConfig
-        The model's own plan, which everything not under test keeps.
-    layers : sequence of int
-        Numbers of the model's full-attention layers, for ``plans``.
-    measured : mapping, optional
-        For ``plans``: what a calibration found, by name, ours first; each with ``dense_layers``
-        and ``delta_layers``, and with page settings where they are not the model's own.
-
-    Returns
-    -------
-    list of Cell
-
-    Raises
-    ------
-    EvaluationError
-        For an unknown name; the message lists the known. For ``plans`` without a calibration.
+    Only ``plans`` needs ``layers``, the model's full-attention layers, and ``measured``: what a
+    calibration found, by name, ours first, each with ``dense_layers`` and ``delta_layers``, and
+    with page settings where they are not the model's own. Raises EvaluationError for an unknown
+    name, or for ``plans`` without a calibration.
     """
     if name == PLANS:
         cells = _plans(plan, layers, measured or {})

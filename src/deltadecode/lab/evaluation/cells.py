@@ -18,21 +18,11 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._+=-]+")
 
 @dataclass(frozen=True)
 class Cell:
-    """A policy with a budget.
+    """A policy with a budget."""
 
-    Attributes
-    ----------
-    policy : str
-        Name and options, as :func:`deltadecode.lab.policies.parse_policy` reads them.
-    budget : int
-        Tokens that a sparse layer may read; 0 for full attention.
-    fraction : float or None
-        Attended fraction that the budget was solved for.
-    """
-
-    policy: str
-    budget: int
-    fraction: float | None = None
+    policy: str  # name and options, as parse_policy reads them
+    budget: int  # tokens that a sparse layer may read; 0 for full attention
+    fraction: float | None = None  # attended fraction that the budget was solved for
 
     def make(self, model: Any) -> Policy:
         """The policy, for a model."""
@@ -46,17 +36,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Trace:
-    """How long the decoding is that a fraction is about.
+    """How long the decoding is that a fraction is about: tokens of a prompt, and decode steps."""
 
-    Attributes
-    ----------
-    prompt, longest_prompt : int
-        Tokens of a typical prompt, and of the longest.
-    steps : int
-        Decode steps.
-    """
-
-    prompt: int
+    prompt: int  # of a typical sample
     longest_prompt: int
     steps: int
 
@@ -75,33 +57,11 @@ def make_cells(
     *,
     overhead: bool = False,
 ) -> list[Cell]:
-    """All policies at all budgets and fractions; every one is checked.
+    """All policies at all budgets (tokens) and attended fractions; every one is checked.
 
-    Parameters
-    ----------
-    policies : sequence of str
-        Names with options; ``full`` has no budget and comes once.
-    budgets : sequence of int
-        Tokens of a sparse layer.
-    fractions : sequence of float
-        Attended fractions, between 0 and 1; see :func:`solve_budget`.
-    model : transformers.PreTrainedModel or configuration
-        The model.
-    trace : Trace
-        Typical lengths.
-    overhead : bool
-        Whether a fraction covers what a policy reads besides keys and values.
-
-    Returns
-    -------
-    list of Cell
-
-    Raises
-    ------
-    PolicyError
-        When a policy is unknown or cannot keep to a budget.
-    EvaluationError
-        When there is nothing to run.
+    ``full`` has no budget and comes once. ``overhead`` is as of :func:`solve_budget`. Raises
+    PolicyError when a policy is unknown or cannot keep to a budget, EvaluationError when there is
+    nothing to run.
     """
     if not policies:
         raise EvaluationError("--policies names no policy")
@@ -132,29 +92,11 @@ def solve_budget(
 ) -> int:
     """The largest budget with which a policy is expected to read no more than a fraction.
 
-    Parameters
-    ----------
-    text : str
-        The policy.
-    model : transformers.PreTrainedModel or configuration
-        The model.
-    fraction : float
-        Tokens read ÷ tokens of full attention, over all decode steps and layers.
-    trace : Trace
-        Lengths over which the steps are summed.
-    overhead : bool
-        Whether to count what the policy reads besides keys and values, such as Quest's bounds.
-
-    Returns
-    -------
-    int
-        Where the reads depend on the data (``quest``, ``tidal`` under grouped queries) an upper
-        bound of them is taken, so that the policy may read less.
-
-    Raises
-    ------
-    PolicyError
-        When the policy reads more with any budget that it can keep to.
+    The fraction is tokens read ÷ tokens of full attention, over all steps of the trace and all
+    layers; with ``overhead`` also what the policy reads besides keys and values, such as Quest's
+    bounds. Where the reads depend on the data (``quest``, ``tidal`` under grouped queries) an upper
+    bound of them is taken, so that the policy may read less. Raises PolicyError when the policy
+    reads more with any budget that it can keep to.
     """
     if not 0 < fraction < 1:
         raise EvaluationError(f"an attended fraction must be between 0 and 1, got {fraction}")
@@ -187,20 +129,7 @@ def solve_budget(
 
 
 def expected_fraction(policy: Policy, trace: Trace) -> float:
-    """Share of full attention's reads that a policy is expected to read over a trace.
-
-    Parameters
-    ----------
-    policy : Policy
-        The policy.
-    trace : Trace
-        Its steps.
-
-    Returns
-    -------
-    float
-        An upper bound where the reads depend on the data.
-    """
+    """Share of full attention's reads that a policy is expected to read; may be an upper bound."""
     lengths = trace.lengths
     return float(policy.expected(lengths, trace.prompt).sum() / lengths.sum())
 

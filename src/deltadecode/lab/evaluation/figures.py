@@ -21,20 +21,8 @@ _APART = 1.12  # of neighbouring numbers on a logarithmic axis, lest they overla
 def draw(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
     """Draw accuracy over the budget, over the reads, and where the traces go wrong.
 
-    Parameters
-    ----------
-    rows : sequence of dict
-        Of one or more tasks; see :func:`deltadecode.lab.evaluation.summary.summarize`.
-    folder : Path
-        Where to write.
-    name : str
-        First part of the files' names.
-
-    Returns
-    -------
-    list of Path
-        ``<name>-budget.png``, ``<name>-reads.png`` and, if any sample of a task with a reference
-        went wrong, ``<name>-first-wrong.png``.
+    Files are ``<name>-budget.png``, ``<name>-reads.png`` and, if any sample of a task with a
+    reference went wrong, ``<name>-first-wrong.png``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tasks: dict[str, list[dict[str, Any]]] = {}

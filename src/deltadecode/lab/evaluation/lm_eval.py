@@ -25,32 +25,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run tasks of the harness; its own greedy or sampled ``generate`` decodes with the policy.
 
-    Parameters
-    ----------
-    model, tokenizer
-        Of Transformers.
-    cell : Cell
-        Policy and budget.
-    tasks : sequence of str
-        Names that the harness knows.
-    include : Path or None
-        Folder with further task files of the harness.
-    limit : int or None
-        Samples of each task; None: all.
-    batch : int
-        Rows that go together.
-    seed : int
-        Of everything that the harness draws.
-
-    Returns
-    -------
-    dict
-        ``results`` per task as the harness reports them, and ``samples``, the number of each.
-
-    Raises
-    ------
-    EvaluationError
-        When the harness is not installed, or a task is unknown or scored without decoding.
+    ``include`` is a folder with further task files; ``limit`` is in samples of each task. Gives
+    ``results`` per task as the harness reports them, and ``samples``, the number of each. Raises
+    EvaluationError when the harness is not installed, or a task is unknown or scored without
+    decoding.
     """
     try:
         import lm_eval

@@ -29,45 +29,16 @@ def digest(values: Any) -> str:
 
 @dataclass
 class Records:
-    """The file of one cell.
-
-    Attributes
-    ----------
-    path : Path
-        The file.
-    settings : dict
-        What decides the results: model, task, policy, budget, seed, dtype. Another file is foreign.
-    made_by : dict
-        What else the header holds: commit, machine, versions.
-    samples : dict
-        Seed -> record.
-    """
+    """The file of one cell."""
 
     path: Path
-    settings: dict[str, Any]
-    made_by: dict[str, Any]
-    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, Any]  # what decides the results: model, task, policy, budget, seed, dtype
+    made_by: dict[str, Any]  # what else the header holds: commit, machine, versions
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)  # by seed
 
     @classmethod
     def open(cls, path: Path, settings: dict[str, Any], made_by: dict[str, Any]) -> Records:
-        """Continue a file, or start one.
-
-        Parameters
-        ----------
-        path : Path
-            Its folder is made if need be.
-        settings, made_by : dict
-            See the class.
-
-        Returns
-        -------
-        Records
-
-        Raises
-        ------
-        EvaluationError
-            When the file is of another evaluation, or broken.
-        """
+        """Continue a file, or start one; EvaluationError if it is of another evaluation."""
         if path.exists() and path.stat().st_size:
             found = cls.read(path, repair=True)
             if digest(found.settings) != digest(settings):
@@ -87,23 +58,10 @@ class Records:
 
     @classmethod
     def read(cls, path: Path, *, repair: bool = False) -> Records:
-        """Read a file.
+        """Read a file; ``repair`` cuts a torn last line off it.
 
-        Parameters
-        ----------
-        path : Path
-            The file.
-        repair : bool
-            Whether to cut a torn last line off the file.
-
-        Returns
-        -------
-        Records
-
-        Raises
-        ------
-        EvaluationError
-            When it cannot be read, is no such file, or is broken anywhere but in a torn last line.
+        Raises EvaluationError when it cannot be read, is no such file, or is broken anywhere but in
+        a torn last line.
         """
         try:
             raw = path.read_bytes()

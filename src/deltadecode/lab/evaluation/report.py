@@ -19,18 +19,8 @@ _MADE_BY = ("commit", "machine", "versions")
 def make_result(cells: Sequence[Records], command: str) -> dict[str, Any]:
     """The result of cells, as every benchmark of the project writes it.
 
-    Parameters
-    ----------
-    cells : sequence of Records
-        See :func:`deltadecode.lab.evaluation.summary.load`.
-    command : str
-        Command that makes the report from the files.
-
-    Returns
-    -------
-    dict
-        Commit, machine and versions are those that made the samples, not those of the report.
-        Where the files disagree, ``commits`` lists all of theirs.
+    Commit, machine and versions are those that made the samples, not those of the report. Where the
+    files disagree, ``commits`` lists all of theirs.
     """
     rows = summarize(cells)
     found = result("eval", command, rows)
@@ -47,44 +37,16 @@ def make_result(cells: Sequence[Records], command: str) -> dict[str, Any]:
 
 
 def write(found: dict[str, Any], folder: Path, tag: str) -> list[Path]:
-    """Write a result and its figures.
-
-    Parameters
-    ----------
-    found : dict
-        See :func:`make_result`.
-    folder : Path
-        Made if it does not exist.
-    tag : str
-        Last part of the file's name.
-
-    Returns
-    -------
-    list of Path
-        ``eval-<date>-<tag>.json`` and the figures, which begin with the same name.
-    """
+    """Write ``eval-<date>-<tag>.json`` and its figures, which begin with the same name."""
     path = write_result(found, folder, tag)
     return [path, *draw(found["rows"], folder, path.stem)]
 
 
 def fill_document(document: Path, tag: str, found: dict[str, Any], files: Sequence[Path]) -> None:
-    """Replace what stands between ``<!-- eval:TAG -->`` and ``<!-- /eval:TAG -->``.
+    """Replace what stands between ``<!-- eval:TAG -->`` and ``<!-- /eval:TAG -->`` of a document.
 
-    Parameters
-    ----------
-    document : Path
-        A Markdown file with both marks.
-    tag : str
-        Which marks.
-    found : dict
-        The result.
-    files : sequence of Path
-        The result file and its figures, named relative to the document.
-
-    Raises
-    ------
-    EvaluationError
-        When the document cannot be read or lacks the marks.
+    Files are named relative to it. Raises EvaluationError when it cannot be read or lacks the
+    marks.
     """
     begin, end = f"<!-- eval:{tag} -->", f"<!-- /eval:{tag} -->"
     try:

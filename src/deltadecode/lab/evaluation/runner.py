@@ -35,34 +35,17 @@ _TYPICAL_ANSWER = 0.5  # of the room, for tasks without a reference
 
 @dataclass
 class Evaluation:
-    """A model, a task and its samples.
-
-    Attributes
-    ----------
-    model, tokenizer
-        Of Transformers.
-    task : Task
-        Makes the samples.
-    samples, seed : int
-        Seeds are ``seed``, ``seed + 1``, ...
-    batch : int
-        Rows that go together.
-    chat : bool
-        Whether prompts go through the tokenizer's chat template.
-    keep_outputs : bool
-        Whether records hold the whole texts.
-    made_by : dict
-        For the headers of the files: commit, machine, versions.
-    """
+    """A model, a task and its samples."""
 
     model: Any
     tokenizer: Any
     task: Task
-    samples: int
+    samples: int  # seeds are seed, seed + 1, ...
     seed: int = 0
-    batch: int = 16
-    chat: bool = False
-    keep_outputs: bool = False
+    batch: int = 16  # rows that go together
+    chat: bool = False  # whether prompts go through the tokenizer's chat template
+    keep_outputs: bool = False  # whether records hold the whole texts
+    # for the headers of the files: commit, machine, versions
     made_by: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,26 +100,10 @@ class Evaluation:
         return folder / f"{name}__{cell.budget}.jsonl"
 
     def run(self, cells: Sequence[Cell], folder: Path, progress: Progress) -> list[Records]:
-        """Run what the files of the cells lack.
+        """Run what the files of the cells lack; gives one file per cell, each with all samples.
 
-        Parameters
-        ----------
-        cells : sequence of Cell
-            Checked, see :func:`deltadecode.lab.evaluation.cells.make_cells`.
-        folder : Path
-            Where the files are; made if it does not exist.
-        progress : callable
-            See :data:`Progress`.
-
-        Returns
-        -------
-        list of Records
-            One per cell, each with all samples.
-
-        Raises
-        ------
-        EvaluationError
-            When a file is foreign or broken; before anything runs.
+        Cells come checked from :func:`deltadecode.lab.evaluation.cells.make_cells`. Raises
+        EvaluationError before anything runs when a file is foreign or broken.
         """
         opened, trace = [], self.trace()
         for cell in cells:
@@ -205,17 +172,7 @@ class _Clock:
 
 
 def fingerprint(model: Any) -> str:
-    """Hash of the shapes of a model's weights and of the first few of each.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The model; where it lies on disk plays no part.
-
-    Returns
-    -------
-    str
-    """
+    """Hash of a model's weights: their shapes, and the first few numbers of each."""
     found = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in sorted(model.named_parameters()):
         found.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -16,12 +16,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval.
-
-    Attributes
-    ----------
-    mean, low, high : float
-    """
+    """A mean with its 95 % interval."""
 
     mean: float
     low: float
@@ -34,31 +29,18 @@ def can_report() -> bool:
 
 
 def check_installed() -> None:
-    """Refuse to report without SciPy and matplotlib.
-
-    Raises
-    ------
-    EvaluationError
-        When one of them is not installed.
-    """
+    """Refuse to report without SciPy and matplotlib."""
     if not can_report():
         raise EvaluationError(
-            "intervals need SciPy and figures matplotlib: pip install 'deltadecode[eval]'"
+            "intervals need SciPy and figures matplotlib: pip install 'deltadecode[lab]'"
         )
 
 
 def mean_interval(values: NDArray[np.float64]) -> Interval:
-    """Mean of scores.
+    """Mean of scores [samples].
 
-    Parameters
-    ----------
-    values : ndarray
-        [samples]. If all are 0 or 1, the interval is Wilson's, which is sound where all are
-        equal; else it is from the bootstrap.
-
-    Returns
-    -------
-    Interval
+    If all are 0 or 1, the interval is Wilson's, which is sound where all are equal; else it is from
+    the bootstrap.
     """
     from scipy import stats
 
@@ -69,21 +51,13 @@ def mean_interval(values: NDArray[np.float64]) -> Interval:
 
 
 def paired_difference(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Interval:
-    """Mean of ours - theirs over the same samples, from the paired bootstrap.
+    """Mean of ours - theirs over the same samples [samples], from the paired bootstrap.
 
-    Parameters
-    ----------
-    ours, theirs : ndarray
-        [samples], in one order.
-
-    Returns
-    -------
-    Interval
-        Percentiles of 10,000 resamples of the samples, from one seed. Without any difference it
-        is [0, 0], which is no proof that there is none.
+    The interval is of percentiles of 10,000 resamples, from one seed. Without any difference it is
+    [0, 0], which is no proof that there is none.
     """
     if ours.shape != theirs.shape:
-        raise ValueError(f"the samples must be the same, got {ours.shape} and {theirs.shape}")
+        raise EvaluationError(f"the samples must be the same, got {ours.shape} and {theirs.shape}")
     return _bootstrap(ours - theirs)
 
 

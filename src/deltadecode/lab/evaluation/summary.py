@@ -23,19 +23,7 @@ _APART = ("policy", "budget")  # what tells the cells of one experiment apart
 def load(paths: Iterable[Path]) -> list[Records]:
     """Read files of cells, those in folders included.
 
-    Parameters
-    ----------
-    paths : iterable of Path
-        Files and folders.
-
-    Returns
-    -------
-    list of Records
-
-    Raises
-    ------
-    EvaluationError
-        When there is none, one cannot be read, or two are of the same cell.
+    Raises EvaluationError when there is none, one cannot be read, or two are of the same cell.
     """
     files: list[Path] = []
     for path in paths:
@@ -55,22 +43,10 @@ def load(paths: Iterable[Path]) -> list[Records]:
 
 
 def summarize(cells: Sequence[Records]) -> list[dict[str, Any]]:
-    """One row per cell, the experiments one after the other.
+    """One row of a result file per cell, the experiments one after the other.
 
-    Parameters
-    ----------
-    cells : sequence of Records
-        Of one or more experiments (model, task, seed, dtype), each with one cell of ``full``.
-
-    Returns
-    -------
-    list of dict
-        Rows of a result file.
-
-    Raises
-    ------
-    EvaluationError
-        When an experiment has no full attention, or a cell lacks samples.
+    An experiment is a model, task, seed and dtype. Raises EvaluationError when one has no run of
+    ``full``, or a cell lacks samples.
     """
     experiments: dict[str, list[Records]] = {}
     for records in cells:
@@ -251,19 +227,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
     """Say for each cell of DELTA which peers are better with no more reads, and which worse.
 
-    Parameters
-    ----------
-    rows : sequence of dict
-        See :func:`summarize`.
-    within : float
-        Two cells read the same if their ``reads`` differ by no more than this. What a
-        policy reads besides keys and values is not in that fraction, but named.
-
-    Returns
-    -------
-    list of str
-        One line for each cell of DELTA, where there are peers. Ahead or level are peers that read
-        the same or less, behind are those that read the same or more; the oracle is no peer.
+    Two cells read the same if their ``reads`` differ by no more than ``within``; what a policy
+    reads besides keys and values is not in that fraction, but named. Ahead or level are peers that
+    read the same or less, behind are those that read the same or more; the oracle is no peer.
     """
     found = []
     for name, lines in _parts(rows).items():

@@ -20,21 +20,7 @@ _NAMES = {"dense": "dense", "delta": "Δ-layer", "sparse": "sparse"}
 
 
 def draw(report: dict[str, Any], pages: PageMap, folder: Path) -> list[Path]:
-    """Draw all figures.
-
-    Parameters
-    ----------
-    report : dict
-        See :func:`deltadecode.lab.inspection.report.make_report`.
-    pages : PageMap
-        Of the same inspection.
-    folder : Path
-        Where to write :data:`deltadecode.lab.inspection.names.FIGURE_FILES`.
-
-    Returns
-    -------
-    list of Path
-    """
+    """Draw all figures, :data:`deltadecode.lab.inspection.names.FIGURE_FILES`."""
     written = []
     for name, (size, paint) in zip(FIGURE_FILES, _PAINTERS, strict=True):
         figure = Figure(figsize=size, layout="constrained")

@@ -35,21 +35,12 @@ BLOCK_BYTES = 4 * 2**20
 class LayerMeasure:
     """What one full-attention layer does with a text of T tokens.
 
-    Attributes
-    ----------
-    layer : int
-        The model's own number.
-    mean : Tensor
-        [Hq, T] float32: mean weight of each token over the queries that see it, the token's own
-        included; α of Gu et al. (arXiv 2410.10781), section 3.
-    learned : Tensor or None
-        [Hq] float32: mean weight over all queries of the learned sink, the extra logit in the
-        denominator, if the layer has one.
-    gate : Tensor or None
-        [Hq] float32: mean over tokens of the norm of a head's output behind the output gate to that
-        before it; None where nothing lies between attention and its output projection.
-    value_norm : Tensor
-        [Hkv, T] float32: Euclidean norm of each token's value.
+    ``mean`` [Hq, T] float32 is the mean weight of each token over the queries that see it, the
+    token's own included; α of Gu et al. (arXiv 2410.10781), section 3. ``learned`` [Hq] is the mean
+    weight over all queries of the learned sink, the extra logit in the denominator. ``gate`` [Hq]
+    is the mean over tokens of the norm of a head's output behind the output gate to that before it;
+    None where nothing lies between attention and its output projection. ``value_norm`` [Hkv, T] is
+    the Euclidean norm of each token's value.
     """
 
     layer: int
@@ -61,44 +52,22 @@ class LayerMeasure:
 
 @dataclass(frozen=True)
 class HiddenMeasure:
-    """The hidden states that leave one decoder layer.
+    """The hidden states that leave one decoder layer."""
 
-    Attributes
-    ----------
-    norm : Tensor
-        [T] float32: Euclidean norm of each token's hidden state.
-    peak : float
-        Largest magnitude of any entry.
-    peak_token, peak_channel : int
-        Where it is.
-    median : float
-        Median magnitude of all entries.
-    """
-
-    norm: Tensor
-    peak: float
+    norm: Tensor  # [T] float32, Euclidean norm of each token's hidden state
+    peak: float  # largest magnitude of any entry
     peak_token: int
     peak_channel: int
-    median: float
+    median: float  # median magnitude of all entries
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A text, as :func:`measure` sees it go through a model.
-
-    Attributes
-    ----------
-    tokens : int
-        T.
-    attention : tuple of LayerMeasure
-        One per full-attention layer, ascending.
-    hidden : tuple of HiddenMeasure
-        One per decoder layer.
-    """
+    """A text of T tokens, as :func:`measure` sees it go through a model."""
 
     tokens: int
-    attention: tuple[LayerMeasure, ...]
-    hidden: tuple[HiddenMeasure, ...]
+    attention: tuple[LayerMeasure, ...]  # one per full-attention layer, ascending
+    hidden: tuple[HiddenMeasure, ...]  # one per decoder layer
 
 
 def measure(
@@ -107,31 +76,10 @@ def measure(
     on_layer: Callable[[int], None] = lambda done: None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Measure:
-    """Read a text in one pass of full attention.
+    """Read a text, [1, T] token ids with T ≥ 2, in one pass of full attention; gives CPU tensors.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A causal model with full-attention layers. Its attention implementation is set to one that
-        measures, and back.
-    ids : Tensor
-        [1, T] token ids, T ≥ 2.
-    on_layer : callable
-        Told the number of decoder layers that are done.
-    block_bytes : int
-        Bytes of the float32 weights of a block of queries.
-
-    Returns
-    -------
-    Measure
-        On the CPU.
-
-    Raises
-    ------
-    InspectionError
-        When there are other rows than one, or less than two tokens.
-    UnsupportedModelError
-        When the model has no full-attention layer.
+    ``block_bytes`` are those of the float32 weights of a block of queries. Raises InspectionError
+    for other shapes, and UnsupportedModelError when the model has no full-attention layer.
     """
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
         raise InspectionError(f"a measured text is [1, T >= 2] token ids, got {list(ids.shape)}")
@@ -204,23 +152,7 @@ def _measuring(model: Any, run: _Run, on_layer: Callable[[int], None]) -> Iterat
 
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:
-    """The decoder layers of a model, in order.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A causal model.
-
-    Returns
-    -------
-    sequence of nn.Module
-        As many as the configuration says.
-
-    Raises
-    ------
-    InspectionError
-        When no list of modules has that length.
-    """
+    """The decoder layers of a model, in order; InspectionError when no list has their number."""
     count = num_layers(text_config(model))
     for part in model.modules():
         if isinstance(part, nn.ModuleList) and len(part) == count:

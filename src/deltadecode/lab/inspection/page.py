@@ -21,15 +21,8 @@ _FLOOR = -5.0  # log10 of the least attention mass that is told from none
 def write_page(report: dict[str, Any], pages: PageMap, path: Path) -> None:
     """Write the page.
 
-    Parameters
-    ----------
-    report : dict
-        See :func:`deltadecode.lab.inspection.report.make_report`.
-    pages : PageMap
-        Drawn as an image of bytes: log10 of the mass from 1e-5 to 1 in 250 steps. Beyond 1,024
-        pages, neighbours are put together: masses add up, and one selected page marks the whole.
-    path : Path
-        File to write.
+    The page map is an image of bytes: log10 of the mass from 1e-5 to 1 in 250 steps. Beyond 1,024
+    pages, neighbours are put together: masses add up, and one selected page marks the whole.
     """
     from plotly.offline import get_plotlyjs
 
@@ -54,17 +47,9 @@ def write_page(report: dict[str, Any], pages: PageMap, path: Path) -> None:
 def drawn_map(pages: PageMap) -> dict[str, Any]:
     """The page map as the page holds it.
 
-    Parameters
-    ----------
-    pages : PageMap
-        Of one generation.
-
-    Returns
-    -------
-    dict
-        ``shape`` [steps, layers, drawn pages]; ``pooled`` pages of one drawn one; ``floor``, the
-        log10 of level 0, level 250 being 0; ``steps`` and ``lengths``; and in base64 ``levels``, a
-        byte each, and ``selected``, a bit each.
+    ``shape`` [steps, layers, drawn pages]; ``pooled`` pages of one drawn one; ``floor``, the log10
+    of level 0, level 250 being 0; ``steps`` and ``lengths``; and in base64 ``levels``, a byte each,
+    and ``selected``, a bit each.
     """
     pooled = -(-pages.mass.shape[2] // _WIDEST)
     mass = _pool(pages.mass, pooled).sum(axis=3)

@@ -22,12 +22,7 @@ class PageMaps:
     """The attention to pages, and the pages that would be selected, of every observed step.
 
     Keeps 5 bytes per observed step, full-attention layer and page; nothing per token or head. One
-    text only.
-
-    Parameters
-    ----------
-    config : DeltaConfig
-        Page size, budget, recent and sink pages; its layers are not looked at.
+    text only. The layers of the configuration are not looked at.
     """
 
     def __init__(self, config: DeltaConfig) -> None:
@@ -52,17 +47,7 @@ class PageMaps:
         self._selected[-1].append(selected)
 
     def finish(self) -> PageMap:
-        """Put the steps together.
-
-        Returns
-        -------
-        PageMap
-
-        Raises
-        ------
-        InspectionError
-            When no step was observed.
-        """
+        """Put the steps together; InspectionError when none was observed."""
         if not self.steps:
             raise InspectionError(
                 "no decode step was observed: the model ended its text with the first token; give "
@@ -101,19 +86,11 @@ class PageMaps:
 class PageMap:
     """One generation by step, layer and page.
 
-    Attributes
-    ----------
-    page_size : int
-        Tokens of a page, P.
-    steps, lengths : ndarray
-        [steps] int64: number of each observed decode step, and its tokens n.
-    mass : ndarray
-        [steps, layers, N] float32: mean over query heads of α, summed over the page.
-    selected : ndarray
-        [steps, layers, N] bool: pages that each layer's own scores S_u would select (R4).
-    chosen : ndarray
-        Like ``selected`` without the pages that are forced at that step, recent and sink ones, and
-        without steps of no more pages than the budget: what the scores decide.
+    ``steps`` and ``lengths`` [steps] int64 are the number of each observed decode step and its
+    tokens n. ``mass`` [steps, layers, N] float32 is the mean over query heads of α, summed over the
+    page. ``selected``, like it, are the pages that each layer's own scores S_u would select (R4).
+    ``chosen`` is ``selected`` without the pages that are forced at that step, recent and sink ones,
+    and without steps of no more pages than the budget: what the scores decide.
     """
 
     page_size: int
@@ -129,13 +106,9 @@ class PageMap:
         return np.asarray(self.chosen.any(axis=(1, 2)))
 
     def overlap(self) -> Matrix:
-        """Jaccard overlap of the pages that two layers choose at one step.
+        """Jaccard overlap [layers, layers] of the pages that two layers choose at one step.
 
-        Returns
-        -------
-        ndarray
-            [layers, layers] float64, pages of both ÷ pages of either, averaged over the steps over
-            the budget; NaN where there are none.
+        Pages of both ÷ pages of either, averaged over the steps over the budget; NaN without any.
         """
         chosen = self.chosen[self.over_budget].astype(np.float32)
         both = chosen @ chosen.transpose(0, 2, 1)
@@ -154,18 +127,10 @@ class PageMap:
         return found if len(steps) > 1 else found[:0]
 
     def drift(self, layer: int) -> Matrix:
-        """How many of the pages that a layer chooses it has chosen before.
+        """How many of the pages that a layer (by place) chooses it has chosen before, [lags].
 
-        Parameters
-        ----------
-        layer : int
-            Place among the full-attention layers.
-
-        Returns
-        -------
-        ndarray
-            [lags] float64: Jaccard overlap of the pages chosen at two steps that are so far apart,
-            averaged over all such pairs.
+        Jaccard overlap of the pages chosen at two steps that are so far apart, averaged over such
+        pairs.
         """
         chosen = self.chosen[self.over_budget, layer].astype(np.float32)
         both = chosen @ chosen.T
@@ -173,18 +138,10 @@ class PageMap:
         return self._by_lag(both / np.maximum(sizes[:, None] + sizes[None] - both, 1))
 
     def held(self, layer: int) -> Matrix:
-        """How much of a layer's attention an older choice of its own still holds.
+        """How much of a layer's (by place) attention its own older choice still holds, [lags].
 
-        Parameters
-        ----------
-        layer : int
-            Place among the full-attention layers.
-
-        Returns
-        -------
-        ndarray
-            [lags] float64: share of the attention at a step on the pages that were chosen so many
-            steps before, with the recent and sink pages of the step itself.
+        Share of the attention at a step on the pages that were chosen so many steps before, with
+        the recent and sink pages of the step itself.
         """
         over = self.over_budget
         mass, chosen = self.mass[over, layer], self.chosen[over, layer]
@@ -214,11 +171,6 @@ class Entropy:
     """Entropy of each head's attention, averaged over the observed steps.
 
     With learned sinks, of what a head spends on tokens, scaled to 1.
-
-    Parameters
-    ----------
-    layers, heads : int
-        Full-attention layers of the model, and query heads of one.
     """
 
     def __init__(self, layers: int, heads: int) -> None:

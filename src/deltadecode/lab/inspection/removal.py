@@ -21,34 +21,18 @@ from deltadecode.lab.policies.pages import choose_pages, page_numbers, page_sums
 
 @dataclass(frozen=True)
 class Removal:
-    """One way to treat the sink pages.
+    """One way to treat the sink pages, judged by the tokens that full attention wrote.
 
-    Attributes
-    ----------
-    name : str
-        Its name in the report.
-    perplexity : float
-        exp of the mean negative log-probability of the tokens that full attention wrote, the first
-        one left out: it comes from the prompt.
-    agreement : float
-        Share of them that it would have written too.
+    The first token is left out: it comes from the prompt.
     """
 
     name: str
-    perplexity: float
-    agreement: float
+    perplexity: float  # exp of the mean negative log-probability
+    agreement: float  # share of tokens that it would have written too
 
 
 class DeltaWithout(DeltaVariant):
-    """DELTA whose sparse layers never read some pages; Δ-layers choose others instead.
-
-    Parameters
-    ----------
-    facts, budget, cfg, plan
-        See :class:`deltadecode.lab.policies.delta.Delta`.
-    hidden : range
-        Pages that no sparse layer reads.
-    """
+    """DELTA whose sparse layers never read the ``hidden`` pages; Δ-layers choose others instead."""
 
     name = "delta-without"
     paper = "DELTA without some pages"
@@ -74,17 +58,7 @@ class DeltaWithout(DeltaVariant):
 
 
 class FullWithout(MaskedPolicy):
-    """Full attention whose decode steps read some pages in no layer.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    page_size : int
-        Tokens of a page.
-    hidden : range
-        The pages.
-    """
+    """Full attention whose decode steps read the ``hidden`` pages in no layer."""
 
     name = "full-without"
     paper = "stock attention without some pages"
@@ -108,23 +82,10 @@ class FullWithout(MaskedPolicy):
 def treatments(
     facts: Facts, cfg: DeltaConfig, plan: LayerPlan, prompt: int
 ) -> list[tuple[str, Policy]]:
-    """All treatments of the first max(S, 1) pages, with what each is compared with.
+    """All treatments of the first max(S, 1) pages, with what each is compared with, by name.
 
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    cfg : DeltaConfig
-        Plan and budget. Without room for a sink page, K = L + 1, none is forced in.
-    plan : LayerPlan
-        What each layer does.
-    prompt : int
-        Tokens of the prompt, whose middle has the control's pages.
-
-    Returns
-    -------
-    list of tuple
-        Name and policy.
+    Without room for a sink page, K = L + 1, none is forced in. The control's pages lie in the
+    middle of the prompt.
     """
     count = max(cfg.sink_pages, 1)
     budget = cfg.page_size * cfg.budget_pages
@@ -155,26 +116,7 @@ def remove(
     policies: Sequence[tuple[str, Policy]],
     on_step: Callable[[int], None] = lambda steps: None,
 ) -> Iterator[Removal]:
-    """Lead each treatment along what full attention wrote.
-
-    Parameters
-    ----------
-    model, tokenizer
-        Of Transformers.
-    prompt : sequence of int
-        Token ids.
-    continuation : Tensor
-        [1, steps] token ids, steps ≥ 2.
-    policies : sequence of tuple
-        See :func:`treatments`.
-    on_step : callable
-        Told the number of tokens that are done, over all treatments.
-
-    Yields
-    ------
-    Removal
-        One after the other.
-    """
+    """Lead each treatment along ``continuation`` [1, steps ≥ 2], what full attention wrote."""
     encoded = unchecked(prompt, continuation.shape[1])
     for place, (name, policy) in enumerate(policies):
         before = place * continuation.shape[1]

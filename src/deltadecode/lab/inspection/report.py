@@ -22,31 +22,16 @@ def make_report(
     epsilon: float = EPSILON,
     least_queries: int = LEAST_QUERIES,
 ) -> dict[str, Any]:
-    """Everything but the page map.
+    """Everything but the page map; ``made_by`` (command, commit, versions, text ...) goes first.
 
-    Parameters
-    ----------
-    found : Inspection
-        What was measured.
-    show_token : callable
-        Text of a token id.
-    made_by : dict
-        ``command``, ``commit``, ``machine``, ``versions``, ``model`` and ``text``; goes first.
-    epsilon, least_queries
-        See :func:`deltadecode.lab.inspection.sinks.sink_heads`.
-
-    Returns
-    -------
-    dict
-        ``made_by``'s, then ``tokens`` (prompt, new, observed steps and their stride), ``plan``
-        (the configuration, and the role and source of each full-attention layer), ``layers``
-        (numbers of the full-attention layers, by which all lists and matrices go), ``shift``,
-        ``overlap``, ``captured``, ``drift`` (``lags`` in decode steps; per layer of the model, the
-        ``overlap`` of choices so far apart and the attention ``held`` by a choice so old; the
-        overlap of two choices by ``chance``),
-        ``recall`` (per sparse layer: the mass that lies on the pages of its source
-        Δ-layer, the most that any K pages chosen by its own scores hold, and their ratio),
-        ``entropy_bits`` [layers][heads], ``token_texts`` by position, ``sinks`` and ``removal``.
+    ``tokens`` (prompt, new, observed steps and their stride), ``plan`` (the configuration, and the
+    role and source of each full-attention layer), ``layers`` (numbers of the full-attention layers,
+    by which all lists and matrices go), ``shift``, ``overlap``, ``captured``, ``drift`` (``lags``
+    in decode steps; per layer of the model, the ``overlap`` of choices so far apart and the
+    attention ``held`` by a choice so old; the overlap of two choices by ``chance``), ``recall``
+    (per sparse layer: the mass that lies on the pages of its source Δ-layer, the most that any K
+    pages chosen by its own scores hold, and their ratio), ``entropy_bits`` [layers][heads],
+    ``token_texts`` by position, ``sinks`` and ``removal``.
     """
     layers = list(found.facts.layers)
     texts = [show_token(token) for token in found.ids]
@@ -91,18 +76,7 @@ def make_report(
 
 
 def result_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a result file: how each treatment of the sink pages compares, and the recall.
-
-    Parameters
-    ----------
-    report : dict
-        See :func:`make_report`.
-
-    Returns
-    -------
-    list of dict
-        See :func:`deltadecode.lab.results.row`; less is better in all.
-    """
+    """Rows of a result file: each treatment of the sink pages, and the recall; less is better."""
     rows = []
     treatments = report["removal"]["treatments"]
     for each in treatments[1:]:
@@ -120,17 +94,7 @@ def result_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
-    """What a person reads first, a line each.
-
-    Parameters
-    ----------
-    report : dict
-        See :func:`make_report`.
-
-    Returns
-    -------
-    list of str
-    """
+    """What a person reads first, a line each."""
     sinks, tokens = report["sinks"], report["tokens"]
     lines = [
         f"{tokens['prompt']} tokens of prompt, {tokens['new']} new; {tokens['observed_steps']} "

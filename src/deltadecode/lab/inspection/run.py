@@ -30,70 +30,28 @@ Tell = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that was measured of one text.
+    """Everything that was measured of one text."""
 
-    Attributes
-    ----------
-    config : DeltaConfig
-        As it was inspected with; see :func:`fit_config`.
-    plan : LayerPlan
-        What each layer does.
-    facts : Facts
-        Of the model.
-    stride : int
-        Every so manieth decode step was observed.
-    prompt : int
-        Tokens of the prompt.
-    ids : list of int
-        Token ids of the prompt and of what full attention wrote.
-    pages : PageMap
-        By observed step, full-attention layer and page.
-    captured : ndarray
-        R[i, j], [layers, layers]; see :class:`deltadecode.lab.attention_statistics.Captured`.
-    shift : ndarray
-        [layers]; see :class:`deltadecode.lab.attention_statistics.Shift`.
-    entropy : ndarray
-        [layers, Hq], bits.
-    measured : Measure
-        The whole text in one pass.
-    removal : list of Removal
-        Empty if it was not asked for.
-    """
-
-    config: DeltaConfig
+    config: DeltaConfig  # as it was inspected with, see fit_config
     plan: LayerPlan
     facts: Facts
-    stride: int
-    prompt: int
-    ids: list[int]
+    stride: int  # every so manieth decode step was observed
+    prompt: int  # tokens of the prompt
+    ids: list[int]  # of the prompt and of what full attention wrote
     pages: PageMap
-    captured: Any
-    shift: Any
-    entropy: Any
-    measured: Measure
-    removal: list[Removal]
+    captured: Any  # R [layers, layers]
+    shift: Any  # [layers]
+    entropy: Any  # [layers, Hq], bits
+    measured: Measure  # the whole text in one pass
+    removal: list[Removal]  # empty if it was not asked for
 
 
 def fit_config(config: DeltaConfig, prompt: int, steps: int) -> DeltaConfig:
     """A budget that leaves something to select in a text that is short for the plan's own.
 
-    Parameters
-    ----------
-    config : DeltaConfig
-        The plan.
-    prompt, steps : int
-        Tokens of the prompt, and new tokens at most.
-
-    Returns
-    -------
-    DeltaConfig
-        The same, if the text has more pages than K before half of it is written; else with K a
-        quarter of its pages then, and L and S no more than fit.
-
-    Raises
-    ------
-    InspectionError
-        When the text has less than 8 pages.
+    The plan's own, if the text has more pages than K before half of its new tokens are written;
+    else K is a quarter of its pages then, and L and S no more than fit. Raises InspectionError when
+    the text has less than 8 pages.
     """
     pages = -(-(prompt + steps // 2) // config.page_size)
     if pages > config.budget_pages:
@@ -113,17 +71,8 @@ def fit_config(config: DeltaConfig, prompt: int, steps: int) -> DeltaConfig:
 def stride_for(steps: int, page_size: int) -> int:
     """Steps from one observed step to the next, so that about 96 are observed.
 
-    Parameters
-    ----------
-    steps : int
-        New tokens.
-    page_size : int
-        Tokens of a page. The stride shares no divisor with it, or all observed steps would stand
-        at the same places of their pages.
-
-    Returns
-    -------
-    int
+    The stride shares no divisor with the page size, or all observed steps would stand at the same
+    places of their pages.
     """
     stride = -(-steps // OBSERVED)
     while math.gcd(stride, page_size) > 1:
@@ -143,36 +92,12 @@ def inspect_text(
 ) -> Inspection:
     """Continue a prompt greedily with full attention, and measure.
 
-    Memory beside the model and its cache: the weights of one layer and step (4 · Hq · n bytes, a
-    few copies); 5 bytes per observed step, full-attention layer and page; and what
-    :mod:`deltadecode.lab.inspection.measure` says.
-
-    Parameters
-    ----------
-    model, tokenizer
-        Of Transformers; the model in evaluation mode.
-    prompt : sequence of int
-        Token ids.
-    config : DeltaConfig
-        A plan of this model, with a budget below the pages of the text; see :func:`fit_config`.
-    steps : int
-        New tokens at most, 2 or more.
-    removal_steps : int
-        Tokens of the continuation that each treatment of the sink pages is led along; less than 2:
-        none is tried.
-    tell : callable
-        See :data:`Tell`.
-
-    Returns
-    -------
-    Inspection
-
-    Raises
-    ------
-    InspectionError
-        When the model ends the text at once.
-    CalibrationError
-        When the text never has more pages than the budget.
+    The budget must be below the pages of the text, see :func:`fit_config`. Each treatment of the
+    sink pages is led along ``removal_steps`` tokens of the continuation; with less than 2 none is
+    tried. Memory beside the model and its cache: the weights of one layer and step (4 · Hq · n
+    bytes, a few copies); 5 bytes per observed step, full-attention layer and page; and what
+    :mod:`deltadecode.lab.inspection.measure` says. Raises InspectionError when the model ends the
+    text at once, CalibrationError when the text never has more pages than the budget.
     """
     facts = Facts.of(model)
     plan = config.layer_plan(num_layers(text_config(model)), facts.layers)

@@ -27,50 +27,24 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Sink:
-    """A token that is a sink in at least one head.
+    """A token that is a sink in at least one head."""
 
-    Attributes
-    ----------
-    position : int
-        Token number, from 0.
-    heads : int
-        Heads of all full-attention layers whose mean weight on it exceeds ε.
-    mean : float
-        Largest mean weight of any head.
-    layer, head : int
-        Which one that is; the layer is the model's own number.
-    value_ratio : float
-        Norm of its value ÷ the median over tokens, geometric mean over the KV heads of the heads
-        that it is a sink in. Below 1: a drain.
-    hidden_ratio : float
-        Norm of its hidden state ÷ the median over tokens, at the layer where that is largest.
-    """
-
-    position: int
-    heads: int
-    mean: float
-    layer: int
+    position: int  # token number, from 0
+    heads: int  # heads of all full-attention layers whose mean weight on it exceeds ε
+    mean: float  # largest mean weight of any head
+    layer: int  # of that head, in the model's own numbering
     head: int
+    # norm of its value ÷ the median over tokens, geometric mean over the KV heads of the heads
+    # that it is a sink in; below 1: a drain
     value_ratio: float
+    # norm of its hidden state ÷ the median over tokens, at the layer where that is largest
     hidden_ratio: float
 
 
 def sink_heads(found: Measure, epsilon: float, least_queries: int) -> Tensor:
-    """Which tokens are sinks of which heads.
+    """Which tokens are sinks of which heads: I(α > ε) [layers, Hq, T] bool (Gu et al., section 3).
 
-    Parameters
-    ----------
-    found : Measure
-        Of a text of T tokens.
-    epsilon : float
-        ε in (0, 1).
-    least_queries : int
-        Queries that must see a token for it to count, from 1; at most half of the text's.
-
-    Returns
-    -------
-    Tensor
-        [full-attention layers, Hq, T] bool: I(α > ε) of Gu et al., section 3.
+    A token counts only if ``least_queries`` queries see it, at most half of the text's.
     """
     least = _least(found, least_queries)
     above = torch.stack([each.mean > epsilon for each in found.attention])
@@ -79,19 +53,7 @@ def sink_heads(found: Measure, epsilon: float, least_queries: int) -> Tensor:
 
 
 def find_sinks(found: Measure, above: Tensor) -> list[Sink]:
-    """The sinks of a text, those of most heads first.
-
-    Parameters
-    ----------
-    found : Measure
-        Of the text.
-    above : Tensor
-        See :func:`sink_heads`.
-
-    Returns
-    -------
-    list of Sink
-    """
+    """The sinks of a text, those of most heads first; ``above`` is as of :func:`sink_heads`."""
     means = torch.stack([each.mean for each in found.attention])
     values = torch.stack([_to_median(each.value_norm) for each in found.attention])
     hidden = torch.stack([_to_median(each.norm) for each in found.hidden])
@@ -125,28 +87,14 @@ def describe(
 ) -> dict[str, Any]:
     """Sink metrics of a text, as the report and ``--json`` have them.
 
-    Parameters
-    ----------
-    found : Measure
-        Of the text.
-    tokens : list of str
-        Its T tokens, as a person reads them.
-    page_size : int
-        Tokens of a page.
-    epsilon, least_queries
-        See :func:`sink_heads`.
-
-    Returns
-    -------
-    dict
-        ``epsilon``, ``least_queries``, ``tokens``; ``first_token_rate`` (share of all heads whose
-        mean weight on token 0 exceeds ε, the metric of Gu et al.); ``rate`` (share of heads with
-        any sink); ``layers``: per full-attention layer its ``rate`` and per head the token with the
-        largest mean weight (``top_token``, ``top_mean``) and the mean weight on token 0
-        (``first_mean``), the ``learned`` sink's share and the output ``gate`` where there are such;
-        ``sinks``: see :class:`Sink`, with the ``token`` and its ``page``, ``kinds``: how often each
-        token text is a sink; ``hidden``: per decoder layer the largest magnitude, its place and
-        ratio to the median, and the largest ratio of a token's norm to the median.
+    ``epsilon``, ``least_queries``, ``tokens``; ``first_token_rate`` (share of all heads whose mean
+    weight on token 0 exceeds ε, the metric of Gu et al.); ``rate`` (share of heads with any sink);
+    ``layers``: per full-attention layer its ``rate`` and per head the token with the largest mean
+    weight (``top_token``, ``top_mean``) and the mean weight on token 0 (``first_mean``), the
+    ``learned`` sink's share and the output ``gate`` where there are such; ``sinks``: see
+    :class:`Sink`, with the ``token`` and its ``page``; ``kinds``: how often each token text is a
+    sink; ``hidden``: per decoder layer the largest magnitude, its place and ratio to the median,
+    and the largest ratio of a token's norm to the median.
     """
     above = sink_heads(found, epsilon, least_queries)
     least = _least(found, least_queries)

@@ -52,45 +52,18 @@ _PLAN_FIELDS = ("page_size", "recent_pages", "sink_pages", "dense_layers", "delt
 
 
 def policy_class(name: str) -> type[Policy]:
-    """Class of a policy.
-
-    Parameters
-    ----------
-    name : str
-        Without options.
-
-    Returns
-    -------
-    type
-
-    Raises
-    ------
-    PolicyError
-        For an unknown name; the message lists the known.
-    """
+    """Class of a policy, by its name without options; PolicyError lists the known names."""
     if name not in POLICIES:
         raise PolicyError(f"unknown policy {name!r}; there are {', '.join(POLICIES)}")
     return POLICIES[name][0]
 
 
 def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of a policy.
+    """Name and options of a policy, from ``name:option=value:option=value``.
 
-    Parameters
-    ----------
-    text : str
-        ``name`` or ``name:option=value:option=value``. A value is a number, a word, or numbers
-        with ``+`` between them (``2+9``; a single layer is written ``2+``, none is ``+``).
-
-    Returns
-    -------
-    tuple
-        The name, and the options by name; a list of numbers is a tuple.
-
-    Raises
-    ------
-    PolicyError
-        For an unknown policy or option, listing the known.
+    A value is a number, a word, or numbers with ``+`` between them, which become a tuple (``2+9``;
+    a single layer is written ``2+``, none is ``+``). Raises PolicyError for an unknown policy or
+    option, listing the known.
     """
     name, *parts = text.strip().split(":")
     kind = policy_class(name)
@@ -108,26 +81,12 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def make_policy(text: str, model: Any, budget: int) -> Policy:
-    """Make a policy for a model.
+    """Make a policy for a model or configuration; ``text`` is as of :func:`parse_policy`.
 
-    Parameters
-    ----------
-    text : str
-        See :func:`parse_policy`.
-    model : transformers.PreTrainedModel or configuration
-        Gives the layers and heads, and DELTA's plan; policies with pages take their size from
-        that plan unless an option says otherwise, so that all of them have pages of one size.
-    budget : int
-        Tokens that a sparse layer may read; of no matter to ``full``.
-
-    Returns
-    -------
-    Policy
-
-    Raises
-    ------
-    PolicyError
-        When the name or an option is unknown, or the policy cannot keep to the budget.
+    The budget is in tokens that a sparse layer may read; of no matter to ``full``. Policies with
+    pages take their size from the model's DELTA plan unless an option says otherwise, so that all
+    of them have pages of one size. Raises PolicyError when the name or an option is unknown, or the
+    policy cannot keep to the budget.
     """
     name, options = parse_policy(text)
     kind, fixed = POLICIES[name]

@@ -22,16 +22,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a policy needs to know of a model.
+    """What a policy needs to know of a model."""
 
-    Attributes
-    ----------
-    layers : tuple of int
-        Numbers of the full-attention layers, ascending; other layers keep their own attention.
-    query_heads, kv_heads : int
-        Heads of one layer.
-    """
-
+    # the full-attention layers, ascending; other layers keep their own attention
     layers: tuple[int, ...]
     query_heads: int
     kv_heads: int
@@ -47,36 +40,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Scores:
-    """How a model turns queries and keys into logits (docs/semantics.md, R7).
+    """How a model turns queries and keys into logits (docs/semantics.md, R7)."""
 
-    Attributes
-    ----------
-    scale : float
-        Factor on q · k.
-    softcap : float or None
-        Logits become ``softcap * tanh(logit / softcap)``.
-    sinks : Tensor or None
-        [Hq], one more logit in each softmax denominator.
-    """
-
-    scale: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    scale: float  # factor on q · k
+    softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+    sinks: Tensor | None = None  # [Hq], one more logit in each softmax denominator
 
     def logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Logits of each query head over its KV head's keys.
 
-        Parameters
-        ----------
-        query : Tensor
-            [B, Hq, Q, D].
-        key : Tensor
-            [B, Hkv, T, D].
-
-        Returns
-        -------
-        Tensor
-            [B, Hkv, G, Q, T] with G = Hq / Hkv; float32, float64 for float64 input.
+        From query [B, Hq, Q, D] and key [B, Hkv, T, D] to [B, Hkv, G, Q, T] with G = Hq / Hkv;
+        float32, float64 for float64 input.
         """
         rows, heads, queries, dim = query.shape
         kv_heads, tokens = key.shape[1:3]
@@ -88,19 +62,9 @@ class Scores:
         return logits.view(rows, kv_heads, heads // kv_heads, queries, tokens)
 
     def weights(self, logits: Tensor, read: Tensor) -> Tensor:
-        """Softmax over the tokens that are read.
+        """Softmax of logits [B, Hkv, G, Q, T] over the tokens that the mask ``read`` lets through.
 
-        Parameters
-        ----------
-        logits : Tensor
-            [B, Hkv, G, Q, T].
-        read : Tensor
-            Boolean, broadcasts to the logits; a query that reads nothing gets weights of 0.
-
-        Returns
-        -------
-        Tensor
-            Like ``logits``; with sinks, the weights of a query sum to less than 1.
+        A query that reads nothing gets weights of 0; with sinks, weights sum to less than 1.
         """
         logits = logits.masked_fill(~read, -torch.inf)
         tokens = logits.shape[-1]
@@ -113,27 +77,13 @@ class Scores:
 
 @dataclass(eq=False)
 class View:
-    """The rows of a batch at one forward pass: left-padded, the new token last.
+    """The rows of a batch at one forward pass: left-padded, the new token last."""
 
-    Attributes
-    ----------
-    start : Tensor
-        [B] int64, slot of each row's first token.
-    prompt : Tensor
-        [B] int64, tokens of each row's prompt.
-    slots : int
-        Slots of the cache, the new token's included.
-    step : int
-        Number of the decode step, from 0; -1 for the prompt.
-    padded : bool
-        Whether any row has padding.
-    """
-
-    start: Tensor
-    prompt: Tensor
-    slots: int
-    step: int
-    padded: bool
+    start: Tensor  # [B] int64, slot of each row's first token
+    prompt: Tensor  # [B] int64, tokens of each row's prompt
+    slots: int  # of the cache, the new token's included
+    step: int  # number of the decode step, from 0; -1 for the prompt
+    padded: bool  # whether any row has padding
 
     @cached_property
     def position(self) -> Tensor:
@@ -153,18 +103,12 @@ class View:
 
 @dataclass(frozen=True)
 class Counts:
-    """What decoding read and kept, averaged over the full-attention layers.
+    """What decoding read and kept, averaged over the full-attention layers; all [steps, B] float64.
 
-    Attributes
-    ----------
-    read : ndarray
-        [steps, B] float64: tokens whose keys and values a step reads. Where the query heads of a
-        KV head read different tokens, those that any of them reads; the mean over KV heads.
-    kept : ndarray
-        [steps, B] float64: tokens whose keys and values stay in memory at that step.
-    metadata : ndarray
-        [steps, B] float64: what a policy reads besides, in tokens: two vectors of the size of a
-        head count as one token's key and value.
+    ``read`` are the tokens whose keys and values a step reads. Where the query heads of a KV head
+    read different tokens, those that any of them reads; the mean over KV heads. ``kept`` are the
+    tokens whose keys and values stay in memory at that step. ``metadata`` is what a policy reads
+    besides, in tokens: two vectors of the size of a head count as one token's key and value.
     """
 
     read: Floats
@@ -173,19 +117,9 @@ class Counts:
 
 
 class Policy(ABC):
-    """One way to decode from a cache.
+    """One way to decode from a cache; PolicyError when it cannot keep to the budget.
 
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens that a sparse layer may read at a step, the new one included.
-
-    Raises
-    ------
-    PolicyError
-        When the policy cannot keep to the budget.
+    The budget is in tokens that a sparse layer may read at a step, the new one included.
     """
 
     name: ClassVar[str]
@@ -202,65 +136,25 @@ class Policy(ABC):
 
     @abstractmethod
     def counts(self, prompts: Sequence[int], steps: int) -> Counts:
-        """What the last ``generate`` call read and kept.
+        """What the first ``steps`` decode steps of the last ``generate`` call read and kept.
 
-        Parameters
-        ----------
-        prompts : sequence of int
-            Tokens of each row's prompt.
-        steps : int
-            Decode steps to report, from the first.
-
-        Returns
-        -------
-        Counts
+        ``prompts`` are the tokens of each row's prompt.
         """
 
     @abstractmethod
     def expected(self, lengths: Floats, prompt: int) -> Floats:
         """Tokens that a step reads, averaged over layers, as far as they are known before.
 
-        Parameters
-        ----------
-        lengths : ndarray
-            Tokens n in the cache at each step, the new one included.
-        prompt : int
-            Tokens of the prompt.
-
-        Returns
-        -------
-        ndarray
-            Like ``lengths``. An upper bound where it depends on the data.
+        ``lengths`` are the tokens n in the cache at each step, the new one included. An upper bound
+        where it depends on the data.
         """
 
     def overhead(self, lengths: Floats) -> Floats:
-        """Other reads of a step, averaged over layers; see :attr:`Counts.metadata`.
-
-        Parameters
-        ----------
-        lengths : ndarray
-            Tokens n in the cache at each step.
-
-        Returns
-        -------
-        ndarray
-            Like ``lengths``, in tokens; none by default.
-        """
+        """Other reads of a step in tokens, averaged over layers; see :attr:`Counts.metadata`."""
         return np.zeros_like(lengths)
 
     def check(self, longest_prompt: int) -> None:
-        """Refuse prompts that leave no room in the budget.
-
-        Parameters
-        ----------
-        longest_prompt : int
-            Tokens.
-
-        Raises
-        ------
-        PolicyError
-            Naming the budget and what it must be.
-        """
+        """Refuse prompts, in tokens, that leave no room in the budget, with PolicyError."""
         del longest_prompt
 
     def _refuse(self, rule: str) -> PolicyError:
@@ -268,26 +162,7 @@ class Policy(ABC):
 
 
 def pages_of(policy: Policy, budget: int, page_size: int, least: int) -> int:
-    """Whole pages of a budget.
-
-    Parameters
-    ----------
-    policy : Policy
-        For the message.
-    budget, page_size : int
-        Tokens.
-    least : int
-        Pages that the policy needs.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    PolicyError
-        When there are fewer.
-    """
+    """Whole pages of a budget in tokens; PolicyError when there are fewer than ``least``."""
     pages = budget // page_size
     if pages < least:
         raise policy._refuse(f"it needs {least} pages of {page_size} tokens, {least * page_size}")

@@ -19,18 +19,8 @@ class Delta(Policy):
     """DELTA: :func:`deltadecode.enable`, no second implementation.
 
     Δ- and dense layers read everything, sparse layers K pages. A last page that is partly filled
-    counts as it is if recent pages are selected, and as full if L = 0.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of a sparse layer, K · P.
-    cfg : DeltaConfig
-        The plan; its page budget is replaced.
-    plan : LayerPlan
-        What each layer does.
+    counts as it is if recent pages are selected, and as full if L = 0. The budget is K · P tokens
+    and replaces that of ``cfg``.
     """
 
     name = "delta"

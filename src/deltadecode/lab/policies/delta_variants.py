@@ -19,24 +19,11 @@ from deltadecode.lab.policies.pages import choose_pages, page_sums, page_tokens
 class DeltaVariant(MaskedPolicy):
     """DELTA as a masked policy; with the default options it decodes as :class:`Delta` does.
 
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of a sparse layer, K · P.
-    cfg : DeltaConfig
-        The plan; its page budget is replaced.
-    plan : LayerPlan
-        What each layer does.
-    heads : str
-        Over query heads, a token's score is the ``"max"`` of its weights (R2) or the ``"mean"``.
-    per_layer : int
-        1: a sparse layer chooses pages by its own weights instead of taking those of its Δ-layer.
-        Like the oracle it is then not charged for looking.
-    refresh : int
-        Pages are chosen at every so many steps; at those between, all layers but the dense ones
-        read the last choice, recent and sink pages. 1 is DELTA.
+    ``heads``: over query heads, a token's score is the ``"max"`` of its weights (R2) or the
+    ``"mean"``. ``per_layer`` 1: a sparse layer chooses pages by its own weights instead of taking
+    those of its Δ-layer; like the oracle it is then not charged for looking. ``refresh``: pages are
+    chosen at every so many steps; at those between, all layers but the dense ones read the last
+    choice, recent and sink pages. 1 is DELTA.
     """
 
     name = "delta-variant"

@@ -20,18 +20,11 @@ class H2O(MaskedPolicy):
     Half of the budget goes to recent tokens and half to heavy hitters (section 5). Each token
     adds up the softmax weights that it got from every query since it came, those of the prompt
     included; while the cache is over budget, the token with the least sum goes, recent ones
-    excepted. Budgets are per layer and head.
+    excepted. Budgets are per layer and KV head.
 
     Under grouped-query attention, which the paper has not, the query heads of a KV head add up
     into one sum. The prompt is evicted at its end, not query by query as the algorithm has it,
     which is what the authors' code does too. The token being decoded counts in the budget.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of each layer and KV head.
     """
 
     name = "h2o"
@@ -82,25 +75,10 @@ class H2O(MaskedPolicy):
 
 
 def accumulated(query: Tensor, key: Tensor, scores: Scores, view: View, first: int) -> Tensor:
-    """Weights that tokens get from the prompt's queries, added up.
+    """Weights that tokens get from the prompt's queries, added up; [B, Hkv, G, T] float32.
 
-    Parameters
-    ----------
-    query : Tensor
-        [B, Hq, T, D].
-    key : Tensor
-        [B, Hkv, T, D].
-    scores : Scores
-        Turns them into weights.
-    view : View
-        Where the rows lie; queries in the padding add nothing.
-    first : int
-        Slot of the first query that counts.
-
-    Returns
-    -------
-    Tensor
-        [B, Hkv, G, T] float32, over causal attention.
+    Attention is causal. ``query`` is [B, Hq, T, D], ``key`` [B, Hkv, T, D]; queries in the padding
+    and before slot ``first`` add nothing.
     """
     rows, heads, slots, _ = query.shape
     kv_heads = key.shape[1]
@@ -118,24 +96,7 @@ def accumulated(query: Tensor, key: Tensor, scores: Scores, view: View, first: i
 
 
 def keep_heavy(sums: Tensor, view: View, budget: int, recent: int) -> Tensor:
-    """The recent tokens and those with the largest sums.
-
-    Parameters
-    ----------
-    sums : Tensor
-        [B, Hkv, slots].
-    view : View
-        Where the rows lie.
-    budget : int
-        Tokens to keep, at most.
-    recent : int
-        Last tokens, kept whatever their sum.
-
-    Returns
-    -------
-    Tensor
-        Boolean, like ``sums``.
-    """
+    """Mask of the ``recent`` last tokens and those with the largest sums; sums [B, Hkv, slots]."""
     exists = view.exists[:, None].expand(sums.shape)
     if view.slots <= budget:
         return exists

@@ -29,16 +29,7 @@ NAME = "deltadecode_policy"
 class Look:
     """What full attention would see at one layer of a decode step; computed when asked for.
 
-    Parameters
-    ----------
-    query : Tensor
-        [B, Hq, D].
-    key : Tensor
-        [B, Hkv, slots, D], the new token's last.
-    scores : Scores
-        Turns them into logits and weights.
-    view : View
-        Where the rows lie.
+    ``query`` is [B, Hq, D], ``key`` [B, Hkv, slots, D] with the new token's last.
     """
 
     def __init__(self, query: Tensor, key: Tensor, scores: Scores, view: View) -> None:
@@ -55,12 +46,9 @@ class Look:
         return self.weights_of(None)
 
     def weights_of(self, read: Tensor | None) -> Tensor:
-        """The softmax over the tokens that a mask lets through, 0 elsewhere.
+        """The softmax over the tokens that a mask lets through (None: all), 0 elsewhere.
 
-        Parameters
-        ----------
-        read : Tensor or None
-            Boolean, broadcasts to [B, Hkv, G, slots]; None: all tokens.
+        The mask broadcasts to [B, Hkv, G, slots].
         """
         exists = self.view.exists[:, None, None]
         read = exists if read is None else read & exists
@@ -83,51 +71,22 @@ class MaskedPolicy(Policy):
     def prefill(self, layer: int, query: Tensor, key: Tensor, scores: Scores, view: View) -> None:
         """See the prompt of one layer, after its attention; by default nothing is done with it.
 
-        Parameters
-        ----------
-        layer : int
-            Place among the full-attention layers, from 0.
-        query : Tensor
-            [B, Hq, T, D].
-        key : Tensor
-            [B, Hkv, T, D].
-        scores : Scores
-            Turns them into logits and weights.
-        view : View
-            Where the rows lie.
+        ``layer`` is a place among the full-attention layers. query [B, Hq, T, D], key
+        [B, Hkv, T, D].
         """
 
     @abstractmethod
     def select(self, layer: int, look: Look, view: View) -> Tensor | None:
-        """Choose what a layer reads at a decode step.
+        """Choose what a layer reads at a decode step; None: everything.
 
-        Parameters
-        ----------
-        layer : int
-            Place among the full-attention layers, from 0.
-        look : Look
-            The query, the keys, and what full attention would make of them.
-        view : View
-            Where the rows lie.
-
-        Returns
-        -------
-        Tensor or None
-            Boolean, broadcasts to [B, Hkv, G, slots]; None: everything. Padding is left out
-            whatever it says.
+        ``layer`` is a place among the full-attention layers. The mask broadcasts to
+        [B, Hkv, G, slots]; padding is left out whatever it says.
         """
 
     def observe(self, layer: int, weights: Tensor, view: View) -> None:
-        """See the attention weights of a decode step, as for eviction; by default nothing is done.
+        """See the attention weights [B, Hkv, G, slots] of a decode step, as for eviction.
 
-        Parameters
-        ----------
-        layer : int
-            Place among the full-attention layers, from 0.
-        weights : Tensor
-            [B, Hkv, G, slots], 0 for what was not read.
-        view : View
-            Where the rows lie.
+        Weights are 0 for what was not read; ``layer`` is a place among the full-attention layers.
         """
 
     @contextmanager
@@ -181,24 +140,7 @@ class MaskedPolicy(Policy):
         return view
 
     def attend(self, layer: int, look: Look, value: Tensor, view: View) -> Tensor:
-        """Attend with one query per row: select, count what is read, observe.
-
-        Parameters
-        ----------
-        layer : int
-            Place among the full-attention layers, from 0.
-        look : Look
-            Query and keys.
-        value : Tensor
-            [B, Hkv, slots, D].
-        view : View
-            Where the rows lie.
-
-        Returns
-        -------
-        Tensor
-            [B, Hq, D].
-        """
+        """Attend with one query per row: select, count what is read, observe; gives [B, Hq, D]."""
         read = self.select(layer, look, view)
         if read is None:
             weights = look.weights

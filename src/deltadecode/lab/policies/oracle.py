@@ -15,15 +15,6 @@ class Oracle(MaskedPolicy):
 
     It knows full attention's weights without reading for them, which no real policy can; only
     the pages it then attends to are counted. No page is forced.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of each layer.
-    page_size : int
-        Tokens of a page.
     """
 
     name = "oracle"

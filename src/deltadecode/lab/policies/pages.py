@@ -9,23 +9,9 @@ from deltadecode.lab.policies.base import View
 
 
 def by_page(values: Tensor, view: View, page_size: int, fill: float) -> Tensor:
-    """Lay values per token out by page; pages count from a row's own first token.
+    """Lay values [B, ..., slots] out by page, [B, ..., N, P] with N = ⌈slots / P⌉.
 
-    Parameters
-    ----------
-    values : Tensor
-        [B, ..., slots] of any dtype.
-    view : View
-        Where the rows lie.
-    page_size : int
-        Tokens of a page, P.
-    fill : float
-        Value of places that hold no token.
-
-    Returns
-    -------
-    Tensor
-        [B, ..., N, P] with N = ⌈slots / P⌉.
+    Pages count from a row's own first token; places that hold no token get ``fill``.
     """
     slots = values.shape[-1]
     if view.padded:
@@ -55,20 +41,7 @@ def used_pages(view: View, page_size: int) -> Tensor:
 
 
 def largest(rank: Tensor, count: int) -> Tensor:
-    """Mask of the largest values along the last dimension; ties go to the first of them.
-
-    Parameters
-    ----------
-    rank : Tensor
-        [..., places].
-    count : int
-        How many to mark, at most all.
-
-    Returns
-    -------
-    Tensor
-        Boolean, like ``rank``.
-    """
+    """Mask of the ``count`` largest values along the last dimension; ties go to the first ones."""
     # Not topk: which of several equal values it takes would hang on the padding.
     order = rank.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, order, True)
@@ -77,25 +50,9 @@ def largest(rank: Tensor, count: int) -> Tensor:
 def choose_pages(
     page_scores: Tensor, view: View, page_size: int, pages: int, recent: int = 0, sink: int = 0
 ) -> Tensor:
-    """The pages with the largest scores; the last and first ones whatever they score (R3, R4).
+    """Mask of the pages with the largest scores, and of recent and sink pages (R3, R4).
 
-    Parameters
-    ----------
-    page_scores : Tensor
-        [B, ..., N]. Ties go to the lower page.
-    view : View
-        Where the rows lie.
-    page_size : int
-        Tokens of a page.
-    pages : int
-        How many to choose, at most.
-    recent, sink : int
-        Last and first pages that are always among them.
-
-    Returns
-    -------
-    Tensor
-        Boolean, like ``page_scores``.
+    Scores are [B, ..., N]; ties go to the lower page. ``pages`` is how many to choose, at most.
     """
     count = page_scores.shape[-1]
     shape = (-1, *[1] * (page_scores.dim() - 2), count)

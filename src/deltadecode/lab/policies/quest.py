@@ -17,8 +17,8 @@ class Quest(MaskedPolicy):
     """Each head reads the K pages with the largest upper bound on q · k (section 3.3, algorithm 1).
 
     A page keeps the channel-wise minimum m and maximum M of its keys (after the rotary embedding);
-    its bound is Σ_d max(q_d m_d, q_d M_d). The first two layers read everything (section 3.4). The
-    current page is one of the K, as in the authors' kernels.
+    its bound is Σ_d max(q_d m_d, q_d M_d). The first two layers (``dense``) read everything
+    (section 3.4). The current page is one of the K, as in the authors' kernels.
 
     Under grouped-query attention, which the paper has not, each *query* head chooses (``shared``
     0); the tokens read are those that any query head of a KV head reads, up to G times the budget.
@@ -27,19 +27,6 @@ class Quest(MaskedPolicy):
 
     The bounds themselves are two vectors a page in every sparse layer: reported as metadata, one
     token's worth a page.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of a sparse layer and head.
-    page_size : int
-        Tokens of a page; 16 in the paper.
-    shared : int
-        See above.
-    dense : int
-        First layers that read everything.
     """
 
     name = "quest"

@@ -16,30 +16,17 @@ _SPARE = 64  # pages
 class RaaS(MaskedPolicy):
     """Evict the page that has gone unused for the longest time (section 3).
 
-    Every page has the time of its last use: the step at which its attention weight was above α,
-    or at which it began. When a new page would go over budget, the page with the oldest time goes,
-    the earliest of several. The prompt is never evicted, since tokens that matter again after a
-    long time are in it; so the budget must hold the prompt. With ``keep_prompt`` 0
-    (``raas-evict``) it may go like everything else, which is not the paper's method but fits in
-    budgets that the paper's does not; the prompt's pages then count as used in the order in which
-    they stand.
+    Every page has the time of its last use: the step at which its attention weight was above α
+    (``alpha``, 0.0001 in the paper), or at which it began. When a new page would go over budget,
+    the page with the oldest time goes, the earliest of several. The prompt is never evicted, since
+    tokens that matter again after a long time are in it; so the budget must hold the prompt. With
+    ``keep_prompt`` 0 (``raas-evict``) it may go like everything else, which is not the paper's
+    method but fits in budgets that the paper's does not; the prompt's pages then count as used in
+    the order in which they stand.
 
     Deviations: weights are exact, where the authors' pages estimate them from a representative
     key; a page's weight is the sum over its tokens, and the largest of the query heads that share
     a KV head. Times are kept for each layer and KV head.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of each layer and KV head, the prompt included.
-    page_size : int
-        Tokens of a page; 16 in the paper.
-    alpha : float
-        Weight above which a page is in use; 0.0001 in the paper.
-    keep_prompt : int
-        See above.
     """
 
     name = "raas"

@@ -18,19 +18,6 @@ class RandomPages(MaskedPolicy):
 
     What a page draws hangs on the page, the layer, the length of the row and the seed, and on
     nothing else of the batch (docs/semantics.md, R6).
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of each layer.
-    page_size : int
-        Tokens of a page.
-    recent_pages : int
-        L, always read.
-    seed : int
-        Of the draws.
     """
 
     name = "random"

@@ -13,23 +13,13 @@ from deltadecode.lab.policies.masked import Look, MaskedPolicy
 class SnapKV(MaskedPolicy):
     """Keep an observation window and the prompt tokens that it votes for (section 4, listing 1).
 
-    At the end of prefill each head adds up the weights that the window's queries give to the
-    tokens before it, smooths them with a one-dimensional pooling, and keeps the largest. What is
-    generated is never evicted, so that the reads grow with the answer: the budget is the prompt's.
+    At the end of prefill each head adds up the weights that the queries of the prompt's last
+    ``window`` tokens give to the tokens before it, smooths them with a one-dimensional pooling over
+    ``kernel`` tokens, and keeps the largest. What is generated is never evicted, so that the reads
+    grow with the answer: the budget is the prompt's, the window included.
 
     Under grouped-query attention, which the paper has not, the query heads of a KV head add up
     their votes. The pooling is the maximum, the paper's kernel size is 7 for most of its tests.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of the prompt that each layer and KV head keeps, the window included.
-    window : int
-        Last tokens of the prompt, whose queries vote; 32 as in the paper.
-    kernel : int
-        Tokens that are pooled, odd.
     """
 
     name = "snapkv"

@@ -10,20 +10,11 @@ from deltadecode.lab.policies.masked import Look, MaskedPolicy
 
 
 class Streaming(MaskedPolicy):
-    """The first four tokens and the last ones, in every layer (section 3.2, figure 4).
+    """The first four tokens (table 2) and the last ones, in every layer (section 3.2, figure 4).
 
     Deviation: tokens keep the rotary positions that they had. The paper numbers positions within
     the cache, so as to go past the length a model was trained for; here contexts stay within it,
     and the window's relative positions are the same either way.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of each layer: sinks and window together.
-    sinks : int
-        First tokens; 4 in the paper (table 2).
     """
 
     name = "streaming"

@@ -33,19 +33,6 @@ class Tidal(MaskedPolicy):
     in chunks. As in the paper no token is forced, the new one neither; with ``recent`` and
     ``sinks``, an option of the authors' later code, the last and first tokens take their share of
     the budget.
-
-    Parameters
-    ----------
-    facts : Facts
-        Of the model.
-    budget : int
-        Tokens of a sparse layer and head.
-    layers : sequence of int, optional
-        The selection layers, in the model's numbering.
-    shared : int
-        See above.
-    recent, sinks : int
-        Last and first tokens that are always among the chosen.
     """
 
     name = "tidal"

@@ -12,6 +12,7 @@ import random
 import re
 from dataclasses import dataclass
 
+from deltadecode.errors import EvaluationError
 from deltadecode.lab.tasks.vocabulary import NAMES
 
 PLAIN_STEP_TOKENS = 18
@@ -25,31 +26,14 @@ _ANSWER = re.compile(r"the answer is (\w+ \d)\b")
 
 @dataclass(frozen=True)
 class Problem:
-    """One chain problem.
+    """One chain problem."""
 
-    Attributes
-    ----------
-    prompt : str
-        The facts and the question; the model continues after its last character.
-    solution : str
-        The full text that a perfect model writes, one line per step and one for the answer.
-    answer : str
-        The last node and its digit, such as ``"kamo 7"``.
-    steps : int
-        Number of steps in the solution, the answer line not counted.
-    facts : int
-        Number of facts in the prompt, distractors included.
-    recalls : tuple of (int, int)
-        For every step that recalls a generated line: its own index and that line's index.
-    seed : int
-        The seed that made this problem.
-    """
-
-    prompt: str
-    solution: str
-    answer: str
-    steps: int
-    facts: int
+    prompt: str  # the facts and the question; the model continues after its last character
+    solution: str  # what a perfect model writes, one line per step and one for the answer
+    answer: str  # the last node and its digit, such as "kamo 7"
+    steps: int  # of the solution, the answer line not counted
+    facts: int  # in the prompt, distractors included
+    # for every step that recalls a generated line: its own index and that line's index
     recalls: tuple[tuple[int, int], ...]
     seed: int
 
@@ -63,7 +47,7 @@ def _choose_recalls(rng: random.Random, steps: int, min_back: int) -> dict[int, 
     wanted = steps // RECALL_SHARE
     first = -(-min_back // PLAIN_STEP_TOKENS) + 1
     if max(steps - first, 0) < wanted:
-        raise ValueError(
+        raise EvaluationError(
             f"min_back={min_back} leaves {max(steps - first, 0)} of {steps} steps that can recall, "
             f"and {wanted} must"
         )
@@ -119,29 +103,16 @@ def make_problem(
     distractors: int = DEFAULT_DISTRACTORS,
     min_back: int | None = None,
 ) -> Problem:
-    """Make the chain problem of a seed.
+    """Make the chain problem of a seed; 213 steps write about 4,130 tokens.
 
-    Parameters
-    ----------
-    seed : int
-        The same seed and sizes give the same problem.
-    steps : int
-        Steps of the solution. 213 write about 4,130 tokens.
-    distractors : int
-        Facts about nodes that the walk never visits.
-    min_back : int, optional
-        Least distance in tokens from a recalled line to the step that needs it. Default: 1,000,
-        or a third of the solution for problems too short for that.
-
-    Raises
-    ------
-    ValueError
-        If the names do not suffice for the facts, or `min_back` leaves too few steps that can
-        recall.
+    ``distractors`` are facts about nodes that the walk never visits. ``min_back`` is the least
+    distance in tokens from a recalled line to the step that needs it. Default: 1,000, or a third of
+    the solution for problems too short for that. Raises EvaluationError if the names do not suffice
+    for the facts, or ``min_back`` leaves too few steps that can recall.
     """
     needed = steps + 1 + distractors
     if steps < 1 or distractors < 0 or needed > len(NAMES):
-        raise ValueError(
+        raise EvaluationError(
             f"steps={steps} and distractors={distractors} need {needed} names; "
             f"there are {len(NAMES)}, and steps must be at least 1"
         )

@@ -8,19 +8,11 @@ from deltadecode.errors import DeltaDecodeError
 
 
 def model_path() -> Path:
-    """Directory of the embedded model.
+    """Directory of the embedded model, a 24-layer Llama of 14 million parameters in bfloat16.
 
-    ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load it: a
-    24-layer Llama of 14 million parameters in bfloat16, trained on chain problems only.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    DeltaDecodeError
-        When the distribution ``deltadecode-embedded`` is not installed.
+    ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load it. It was
+    trained on chain problems only. Raises DeltaDecodeError when the distribution
+    ``deltadecode-embedded`` is not installed.
     """
     try:
         import deltadecode_embedded

@@ -19,15 +19,7 @@ from deltadecode.lab.tasks.sample import Sample, Task, Verdict
 
 
 class Chain(Task):
-    """The embedded model's task; see :func:`deltadecode.lab.tasks.make_problem`.
-
-    Parameters
-    ----------
-    steps : int
-        Steps of a solution.
-    distractors : int
-        Facts that no step needs.
-    """
+    """The embedded model's task; see :func:`deltadecode.lab.tasks.make_problem`."""
 
     name = "chain"
 
@@ -50,19 +42,10 @@ class Chain(Task):
 class Perplexity(Task):
     """How likely a policy finds what full attention would have written; needs no answers.
 
-    The prompt of another task, or a piece of a text, is continued greedily with full attention;
-    each policy is then led along that continuation, and its log-probabilities are added up.
-
-    Parameters
-    ----------
-    tokens : int
-        Tokens of the continuation.
-    prompts : str
-        Task whose prompts are taken, with its default options but for the length; or ``"text"``.
-    length : int
-        Tokens of a prompt, about, if the task has a length.
-    file : str
-        Text file in UTF-8 for ``prompts=text``; each sample takes a piece at a place of its own.
+    The prompt of another task (``prompts``, of ``length`` tokens if it has a length), or a piece of
+    a text, is continued greedily with full attention by ``tokens`` tokens; each policy is then led
+    along that continuation, and its log-probabilities are added up. ``prompts="text"`` reads the
+    UTF-8 ``file``; each sample takes a piece at a place of its own.
     """
 
     name = "perplexity"
@@ -71,16 +54,18 @@ class Perplexity(Task):
         self, tokens: int = 256, prompts: str = "needle", length: int = 2048, file: str = ""
     ) -> None:
         if tokens < 2 or length < 64:
-            raise ValueError("task 'perplexity' needs tokens >= 2 and length >= 64")
+            raise EvaluationError("task 'perplexity' needs tokens >= 2 and length >= 64")
         self.tokens, self.prompts, self.length, self.file = tokens, prompts, length, file
         if prompts == "text":
             try:
                 Path(file).read_text(encoding="utf-8")
             except (OSError, UnicodeError) as error:
-                raise ValueError(f"cannot read the text {file!r} of task 'perplexity'") from error
+                raise EvaluationError(
+                    f"cannot read the text {file!r} of task 'perplexity'"
+                ) from error
         elif prompts not in TASKS or prompts == self.name:
             others = ", ".join(name for name in TASKS if name != self.name)
-            raise ValueError(f"prompts of task 'perplexity' must be text, {others}")
+            raise EvaluationError(f"prompts of task 'perplexity' must be text, {others}")
 
     def sample(self, seed: int, count_tokens: Callable[[str], int]) -> Sample:
         """Take the prompt of a seed; there is nothing to check."""
@@ -105,21 +90,10 @@ TASKS: dict[str, type[Task]] = {
 
 
 def make_task(text: str) -> Task:
-    """Make a task from its name and options.
+    """Make a task from ``name`` or ``name:option=value:option=value``.
 
-    Parameters
-    ----------
-    text : str
-        ``name`` or ``name:option=value:option=value``.
-
-    Returns
-    -------
-    Task
-
-    Raises
-    ------
-    EvaluationError
-        For an unknown task or option, listing the known, or a value that cannot be.
+    Raises EvaluationError for an unknown task or option, listing the known, or a value that cannot
+    be.
     """
     name, *parts = text.strip().split(":")
     if name not in TASKS:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from deltadecode.errors import EvaluationError
 from deltadecode.lab.tasks.sample import Sample, Task, match_all
 
 _FILLER = (
@@ -35,24 +36,18 @@ _KINDS = ("single", "multikey", "multivalue")
 class Needle(Task):
     """Needles, each a key with a seven-digit code, in filler; the question asks for one key.
 
-    Parameters
-    ----------
-    kind : str
-        ``"single"``: one needle. ``"multikey"``: ``needles`` keys, of which one is asked for.
-        ``"multivalue"``: one key with ``needles`` codes, all of which are asked for.
-    length : int
-        Tokens of the prompt, about.
-    needles : int
-        See ``kind``.
+    ``kind`` is ``"single"``: one needle; ``"multikey"``: ``needles`` keys, of which one is asked
+    for; or ``"multivalue"``: one key with ``needles`` codes, all of which are asked for. ``length``
+    is in tokens of the prompt, about.
     """
 
     name = "needle"
 
     def __init__(self, kind: str = "single", length: int = 4096, needles: int = 4) -> None:
         if kind not in _KINDS:
-            raise ValueError(f"kind of task 'needle' must be one of {', '.join(_KINDS)}")
+            raise EvaluationError(f"kind of task 'needle' must be one of {', '.join(_KINDS)}")
         if length < 64 or needles < 1:
-            raise ValueError("task 'needle' needs length >= 64 and needles >= 1")
+            raise EvaluationError("task 'needle' needs length >= 64 and needles >= 1")
         self.kind, self.length, self.needles = kind, length, needles
 
     def sample(self, seed: int, count_tokens: Callable[[str], int]) -> Sample:
@@ -77,21 +72,15 @@ class Needle(Task):
 class VariableTracking(Task):
     """Chains of assignments in filler; the question asks for all names that hold one value.
 
-    Parameters
-    ----------
-    length : int
-        Tokens of the prompt, about.
-    hops : int
-        Assignments after the first of each chain; 4 in the paper's base setting.
-    chains : int
-        Chains, of which one is asked for.
+    ``length`` is in tokens of the prompt, about. ``hops`` are the assignments after the first of
+    each chain, 4 in the paper's base setting; one chain of ``chains`` is asked for.
     """
 
     name = "tracking"
 
     def __init__(self, length: int = 4096, hops: int = 4, chains: int = 1) -> None:
         if length < 64 or hops < 1 or chains < 1:
-            raise ValueError("task 'tracking' needs length >= 64, hops >= 1 and chains >= 1")
+            raise EvaluationError("task 'tracking' needs length >= 64, hops >= 1 and chains >= 1")
         self.length, self.hops, self.chains = length, hops, chains
 
     def sample(self, seed: int, count_tokens: Callable[[str], int]) -> Sample:
@@ -130,25 +119,7 @@ def haystack(
     *,
     ordered: bool = False,
 ) -> str:
-    """Filler sentences with the needles at random places among them.
-
-    Parameters
-    ----------
-    rng : random.Random
-        Draws the filler and the places.
-    needles : sequence of str
-        Sentences to hide.
-    tokens : int
-        Tokens of the whole, at most if the needles leave room.
-    count_tokens : callable
-        Tokens of a text.
-    ordered : bool
-        Whether the needles keep their order.
-
-    Returns
-    -------
-    str
-    """
+    """At most so many tokens of filler, with the needles at random places or in their order."""
     sizes = [max(count_tokens(" " + sentence), 1) for sentence in _FILLER]
     left = tokens - sum(count_tokens(" " + needle) for needle in needles)
     sentences: list[str] = []

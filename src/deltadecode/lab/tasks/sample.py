@@ -10,18 +10,10 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a checker says of a generated text.
+    """What a checker says of a generated text."""
 
-    Attributes
-    ----------
-    score : float
-        From 0 to 1; 1 is right.
-    answer : str or None
-        What was understood as the answer.
-    """
-
-    score: float
-    answer: str | None
+    score: float  # from 0 to 1; 1 is right
+    answer: str | None  # what was understood as the answer
 
 
 def no_verdict(text: str) -> Verdict:
@@ -31,26 +23,12 @@ def no_verdict(text: str) -> Verdict:
 
 @dataclass(frozen=True)
 class Sample:
-    """One problem.
-
-    Attributes
-    ----------
-    seed : int
-        The same seed and task give the same sample.
-    prompt : str
-        What the model continues.
-    reference : str
-        What a perfect model writes; empty where there are many ways to be right.
-    room : int
-        New tokens that an answer may take, if it is not the reference that says so.
-    check : callable
-        Text to :class:`Verdict`.
-    """
+    """One problem; the same seed and task give the same."""
 
     seed: int
     prompt: str
-    reference: str
-    room: int
+    reference: str  # what a perfect model writes; empty where there are many ways to be right
+    room: int  # new tokens that an answer may take, if it is not the reference that says so
     check: Callable[[str], Verdict]
 
 
@@ -61,34 +39,11 @@ class Task(ABC):
 
     @abstractmethod
     def sample(self, seed: int, count_tokens: Callable[[str], int]) -> Sample:
-        """Make the sample of a seed.
-
-        Parameters
-        ----------
-        seed : int
-            Any.
-        count_tokens : callable
-            Tokens of a text, by the model's tokenizer, for tasks that fill a length.
-
-        Returns
-        -------
-        Sample
-        """
+        """Make the sample of a seed; tasks that fill a length count by the model's tokenizer."""
 
 
 def match_all(expected: Sequence[str]) -> Callable[[str], Verdict]:
-    """Checker that looks for every expected string, as RULER's metric does.
-
-    Parameters
-    ----------
-    expected : sequence of str
-        What must be in the text; at least one.
-
-    Returns
-    -------
-    callable
-        Its score is the share of them that is there (RULER, arXiv 2404.06654, section 3).
-    """
+    """Checker whose score is the share of expected strings in a text (RULER, section 3)."""
 
     def check(text: str) -> Verdict:
         found = [each for each in expected if each.casefold() in text.casefold()]

@@ -40,11 +40,5 @@ PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of `text`; the shipped tokenizer gives the same ids.
-
-    Raises
-    ------
-    KeyError
-        If a word is not in the vocabulary.
-    """
+    """Token ids of `text`, as the shipped tokenizer gives; KeyError for an unknown word."""
     return [TOKEN_IDS[word] for word in text.replace("\n", " \n ").split(" ") if word]
