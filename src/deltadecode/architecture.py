@@ -122,6 +122,18 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
     return full
 
 
+def kv_heads(config: Any) -> int | None:
+    """KV heads of a full-attention layer; None where a configuration says nothing of them.
+
+    Gemma 4 gives each layer numbers of its own, and raises where one is asked for all.
+    """
+    per_layer = getattr(config, "per_layer_config", None)
+    if per_layer is not None:
+        config = per_layer[attention_layers(config)[0]]
+    found: int | None = getattr(config, "num_key_value_heads", None)
+    return found
+
+
 def signature(model_or_config: Any) -> dict[str, object]:
     """Read the facts by which a calibrated profile recognises a model.
 
@@ -143,13 +155,13 @@ def signature(model_or_config: Any) -> dict[str, object]:
     """
     config = text_config(model_or_config)
     heads = getattr(config, "num_attention_heads", None)
-    kv_heads = getattr(config, "num_key_value_heads", None)
+    own = kv_heads(config)
     return {
         "model_type": getattr(config, "model_type", None),
         "hidden_size": getattr(config, "hidden_size", None),
         "num_hidden_layers": num_layers(config),
         "num_attention_heads": heads,
-        "num_key_value_heads": heads if kv_heads is None else kv_heads,
+        "num_key_value_heads": heads if own is None else own,
     }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_cases import Tokenizer, captured, eager_steps, shift, tiny_model, token_ids
+from shared_kv_models import FAMILIES, FULL_LAYERS, shared_kv_model
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from deltadecode.errors import CalibrationError
@@ -53,6 +54,18 @@ def test_captured_mass_and_shift_are_those_of_eager_maps(model, prompts):
     r = kept.matrix(SETTINGS[1])
     off = r[~np.eye(5, dtype=bool)]
     assert r.diagonal().min() > off.min() + 0.05  # the layers differ: the test could fail
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_reuse_keys_are_seen_like_others(family):
+    """At the first decode step too, which follows a prompt that stock runs in part only."""
+    model, ids = shared_kv_model(family), token_ids(41, 0)
+    kept, shifts = measure(model, [Prompt(0, ids)], layers=len(FULL_LAYERS), stride=1)
+    steps = [step[list(FULL_LAYERS)] for step in eager_steps(model, ids, NEW)]
+    expected, count = captured(steps, SIZE, 5, 2, 1, stride=1)
+    assert count == kept.steps(SETTINGS[0]) == NEW - 1
+    np.testing.assert_allclose(kept.matrix(SETTINGS[0]), expected, atol=1e-5)
+    np.testing.assert_allclose(shifts.curve(), shift(steps, 1), atol=1e-5)
 
 
 def test_observing_does_not_change_what_is_written(model, prompts):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_cases import Tokenizer, tiny_model, token_ids
+from shared_kv_models import FAMILIES, FULL_LAYERS, shared_kv_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from deltadecode.lab.calibration.need import Need
@@ -65,11 +66,13 @@ def gemma():
     return Gemma3ForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "sliding"])
+@pytest.mark.parametrize("family", ["llama", "sliding", *FAMILIES])
 def test_need_is_that_of_a_layer_limited_by_hand(family):
     # Gemma's sliding-window caches cannot be cut, and take the other way.
-    model = tiny_model() if family == "llama" else gemma()
-    layers = range(5) if family == "llama" else (1, 3)
+    model, layers = {
+        "llama": lambda: (tiny_model(), range(5)),
+        "sliding": lambda: (gemma(), (1, 3)),
+    }.get(family, lambda: (shared_kv_model(family), FULL_LAYERS))()
     prompts = [Prompt(i, token_ids(length, i)) for i, length in enumerate((41, 30))]
     need = Need(model, 2, layers, SIZE, RECENT, SINK, tokens=LAST)
     observe(model, Tokenizer(), prompts, [need], page_size=SIZE, new_tokens=NEW, batch=2)

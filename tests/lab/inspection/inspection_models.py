@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from shared_kv_models import FAMILIES, shared_kv_model
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3NextConfig
 
 from deltadecode.lab.tasks import model_path
@@ -31,6 +32,8 @@ EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 
 def make(name: str) -> Any:
     """A model in float32, whose stock attention is eager."""
+    if name in FAMILIES:
+        return shared_kv_model(name, "eager")
     options = {"attn_implementation": "eager", "dtype": torch.float32}
     if name == "embedded":
         return AutoModelForCausalLM.from_pretrained(model_path(), **options).eval()
@@ -65,7 +68,7 @@ def make(name: str) -> Any:
     return model.eval()
 
 
-NAMES = ("embedded", "llama", "learned", "off-by-one", "gated")
+NAMES = ("embedded", "llama", "learned", "off-by-one", "gated", *FAMILIES)
 
 
 def prompt(model: Any, tokens: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ import base64
 import numpy as np
 import pytest
 import torch
-from inspection_models import eager_maps, full_layers, make, prompt
+from inspection_models import FAMILIES, eager_maps, full_layers, make, prompt
 
 from deltadecode import DeltaConfig
 from deltadecode.errors import InspectionError
@@ -29,7 +29,7 @@ def config_for(model, **changes):
     return DeltaConfig(**{**values, **changes})
 
 
-@pytest.fixture(scope="module", params=["llama", "learned", "gated"])
+@pytest.fixture(scope="module", params=["llama", "learned", "gated", *FAMILIES])
 def case(request):
     model = make(request.param)
     ids = prompt(model, PROMPT)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from inspection_models import make, prompt
+from inspection_models import FAMILIES, make, prompt
 from test_inspection_pages import Tokenizer, config_for
 
 from deltadecode.config import DeltaConfig
@@ -15,7 +15,7 @@ from deltadecode.lab.policies.delta import Delta
 PROMPT, STEPS, PAGE = 40, 10, 4
 
 
-@pytest.fixture(scope="module", params=["llama", "learned"])
+@pytest.fixture(scope="module", params=["llama", "learned", *FAMILIES])
 def case(request):
     model = make(request.param)
     ids = prompt(model, PROMPT)

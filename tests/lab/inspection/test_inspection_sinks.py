@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from inspection_models import NAMES, eager_maps, full_layers, make, prompt
+from inspection_models import COMMON, FAMILIES, NAMES, eager_maps, full_layers, make, prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from deltadecode.errors import InspectionError, UnsupportedModelError
 from deltadecode.lab.inspection.measure import HiddenMeasure, LayerMeasure, Measure, measure
@@ -108,31 +109,57 @@ def test_the_gate_is_what_lies_between_attention_and_its_projection(case):
 
 
 def test_value_norms_are_those_of_the_value_projection(case):
-    _, model, ids, found, _ = case
+    name, model, ids, found, _ = case
     for each in found.attention:
         seen = []
-        projection = model.model.layers[each.layer].self_attn.v_proj
+        # Gemma normalizes its values; layers from 4 on reuse those of layer 3.
+        gemma = name in FAMILIES
+        attention = model.model.layers[min(each.layer, 3) if gemma else each.layer].self_attn
+        projection = attention.v_norm if gemma else attention.v_proj
         hook = projection.register_forward_hook(
             lambda module, inputs, out, seen=seen: seen.append(out)
         )
         eager_maps(model, ids)
         hook.remove()
-        values = seen[0].view(TOKENS, model.config.num_key_value_heads, -1)
+        kv_heads = 1 if name == "gemma4" else model.config.num_key_value_heads
+        values = seen[0].view(TOKENS, kv_heads, -1)
         expected = values.pow(2).sum(dim=2).sqrt().T
         torch.testing.assert_close(each.value_norm, expected, rtol=0, atol=1e-4)
 
 
 def test_hidden_states_are_the_model_s_own(case):
-    _, model, _, found, output = case
+    name, model, _, found, output = case
     assert len(found.hidden) == model.config.num_hidden_layers
     # The last of them is given behind the final norm.
     for each, states in zip(found.hidden, output.hidden_states[1:-1], strict=False):
+        if name == "gemma3n":  # states of all AltUp streams; layers read and write the first
+            assert states.dim() == 4
+            states = states[model.config.altup_active_idx]
         torch.testing.assert_close(each.norm, states[0].norm(dim=1), rtol=1e-4, atol=1e-4)
         assert each.peak == pytest.approx(states.abs().max().item(), rel=1e-4)
         assert states[0, each.peak_token, each.peak_channel].abs() == pytest.approx(
             each.peak, rel=1e-4
         )
         assert each.median == pytest.approx(states.abs().median().item(), rel=1e-4)
+
+
+def test_the_layers_are_those_of_the_text_part():
+    """A vision tower as deep as the text part comes before it."""
+    size = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**COMMON, "layer_types": ["full_attention"] * 4},
+        vision_config={**size, "intermediate_size": 16, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4, image_token_index=60, boi_token_index=59, eoi_token_index=58,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    ids = prompt(model.model.language_model, 40)[:, :40].clamp(max=50)
+    found = measure(model, ids)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        states = model(ids, output_hidden_states=True).hidden_states
+    for each, expected in zip(found.hidden, states[1:-1], strict=False):
+        torch.testing.assert_close(each.norm, expected[0].norm(dim=1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_is_left_as_it_was():

@@ -1,6 +1,7 @@
 """Rows, logits and models made by hand for the tests of policies."""
 
 import torch
+from shared_kv_models import FAMILIES, shared_kv_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from deltadecode import DeltaConfig
@@ -38,7 +39,9 @@ def tokens(read, view, row=0, kv_head=0, head=0):
 
 
 def tiny_model(family="llama", **changes):
-    """Six layers, attention far from uniform."""
+    """Six full-attention layers, attention far from uniform; five of eight in Gemma."""
+    if family in FAMILIES:
+        return shared_kv_model(family)
     config, model = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),

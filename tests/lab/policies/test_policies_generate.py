@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from policy_cases import PLAN, prompts, tiny_model
+from shared_kv_models import FULL_LAYERS
 
 import deltadecode as dd
 from deltadecode.errors import DeltaConfigError, PolicyError
-from deltadecode.lab.policies import POLICIES, make_policy, parse_policy
+from deltadecode.lab.policies import POLICIES, Facts, make_policy, parse_policy
 
 PLAN_OPTIONS = "page_size=4:recent_pages=2:sink_pages=1:dense_layers=0+:delta_layers=1+"
 SPECS = {
@@ -58,7 +59,7 @@ def alone(model, spec, budget, lengths, row):
     return torch.stack(new.logits, 1)[0], policy.counts([lengths[row]], STEPS)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma4"])
 def model(request):
     return tiny_model(request.param).double()
 
@@ -89,10 +90,10 @@ def test_a_row_of_a_batch_gives_what_it_gives_alone(model, name):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_budget_for_everything_gives_full_attention(llama, name):
+def test_a_budget_for_everything_gives_full_attention(model, name):
     lengths = [20, 13]
-    _, logits, counts, _ = run(llama, SPECS[name], 64, lengths)
-    full = run(llama, "full", 1, lengths)
+    _, logits, counts, _ = run(model, SPECS[name], 64, lengths)
+    full = run(model, "full", 1, lengths)
     torch.testing.assert_close(logits, full[1], atol=1e-6, rtol=1e-6)
     np.testing.assert_allclose(counts.read, full[2].read)
 
@@ -114,6 +115,24 @@ def test_reads_keep_to_the_budget_and_to_what_was_expected(llama, name):
     np.testing.assert_allclose(counts.kept, kept, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_the_whole_prompt_votes_in_layers_that_reuse_keys(name):
+    """Gemma 4's reusing layers see one query of a prompt unless they are asked for all."""
+    model, seen = tiny_model("gemma4"), []
+    policy = make_policy(SPECS[name], model, 20)
+    ids, _ = prompts([33])
+    policy.prefill = lambda layer, query, *rest: seen.append((layer, query.shape[2]))
+    with policy.decoding(model):
+        model.generate(ids, max_new_tokens=1, do_sample=False)
+    assert seen == [(place, 33) for place in range(len(FULL_LAYERS))]
+    assert not model._forward_pre_hooks
+
+
+def test_layers_with_heads_of_their_own_count_those_of_full_attention():
+    facts = Facts.of(tiny_model("gemma4"))
+    assert facts == Facts(FULL_LAYERS, query_heads=4, kv_heads=1)
+
+
 def test_delta_counts_are_those_of_the_product(llama):
     lengths = [33, 26]
     cfg = PLAN
@@ -128,10 +147,10 @@ def test_delta_counts_are_those_of_the_product(llama):
     assert counts.read.sum() * 6 == pytest.approx(attended)
 
 
-def test_the_variant_with_nothing_changed_is_delta(llama):
+def test_the_variant_with_nothing_changed_is_delta(model):
     lengths = [33, 26]
-    _, exact, counts, _ = run(llama, SPECS["delta"], 20, lengths)
-    _, variant, variant_counts, _ = run(llama, SPECS["delta-variant"], 20, lengths)
+    _, exact, counts, _ = run(model, SPECS["delta"], 20, lengths)
+    _, variant, variant_counts, _ = run(model, SPECS["delta-variant"], 20, lengths)
     torch.testing.assert_close(variant, exact, atol=1e-6, rtol=1e-6)
     np.testing.assert_allclose(variant_counts.read, counts.read, rtol=1e-6)
 

@@ -127,11 +127,13 @@ class _Run:
 @contextmanager
 def _measuring(model: Any, run: _Run, on_layer: Callable[[int], None]) -> Iterator[None]:
     layers = decoder_layers(model)
+    stream = getattr(text_config(model), "altup_active_idx", 0)
 
     def see_hidden(place: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             states = output if isinstance(output, Tensor) else output[0]
-            run.hidden[place] = _hidden(states[0])
+            # Gemma 3n's layers pass several streams on, and work in one of them.
+            run.hidden[place] = _hidden(states[0] if states.dim() == 3 else states[stream, 0])
             on_layer(place + 1)
 
         return hook
@@ -153,10 +155,13 @@ def _measuring(model: Any, run: _Run, on_layer: Callable[[int], None]) -> Iterat
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:
     """The decoder layers of a model, in order; InspectionError when no list has their number."""
-    count = num_layers(text_config(model))
-    for part in model.modules():
-        if isinstance(part, nn.ModuleList) and len(part) == count:
-            return list(part)
+    text = text_config(model)
+    count = num_layers(text)
+    lists = [p for p in model.modules() if isinstance(p, nn.ModuleList) and len(p) == count]
+    # A tower for images or sounds may have as many layers, of another configuration.
+    own = [p for p in lists if any(getattr(m, "config", None) is text for m in p.modules())]
+    if own or lists:
+        return list((own or lists)[0])
     raise InspectionError(f"{type(model).__name__} has no list of its {count} decoder layers")
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deltadecode.architecture import attention_layers, text_config
+from deltadecode.architecture import attention_layers, kv_heads, text_config
 from deltadecode.errors import PolicyError
 
 Floats = NDArray[np.float64]
@@ -34,8 +34,7 @@ class Facts:
         """Read them from a Hugging Face model or configuration."""
         config = text_config(model)
         heads = int(config.num_attention_heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        return cls(tuple(attention_layers(model)), heads, kv_heads)
+        return cls(tuple(attention_layers(model)), heads, kv_heads(config) or heads)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from deltadecode.engines.transformers.full import full_attention
 from deltadecode.engines.transformers.swap import attending
 from deltadecode.errors import PolicyError
 from deltadecode.lab.policies.base import Counts, Facts, Policy, Scores, View
+from deltadecode.lab.policies.whole_prompt import whole_prompt
 
 NAME = "deltadecode_policy"
 
@@ -93,7 +94,7 @@ class MaskedPolicy(Policy):
     def decoding(self, model: Any) -> Iterator[None]:
         """While it lasts, ``model.generate`` decodes with this policy."""
         try:
-            with attending(model, NAME, self):
+            with whole_prompt(model), attending(model, NAME, self):
                 yield
         finally:
             self._view = None
