@@ -158,6 +158,7 @@ def test_the_layers_are_those_of_the_text_part():
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         states = model(ids, output_hidden_states=True).hidden_states
+    assert len(found.hidden) == 4
     for each, expected in zip(found.hidden, states[1:-1], strict=False):
         torch.testing.assert_close(each.norm, expected[0].norm(dim=1), rtol=1e-4, atol=1e-4)
 
