@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.memory import high_water_mib
 from deltadecode.config import DeltaConfig
-from deltadecode.lab.calibration.fit import Measurement, Wish
+from deltadecode.lab.calibration.fit import Measurement, PlanRequest
 from deltadecode.lab.calibration.report import CALIBRATED, against, report
 from deltadecode.lab.calibration.texts import make_prompts, task_texts
 from deltadecode.lab.observe import NEW_TOKENS
@@ -52,10 +52,10 @@ def run(
     start = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
-    wish = Wish(DeltaConfig.for_model(model), dense=0, deltas=_FULL_LAYERS)
+    request = PlanRequest(DeltaConfig.for_model(model), dense=0, deltas=_FULL_LAYERS)
     texts = task_texts(Chain(), tokenizer, problems)
     prompts = make_prompts(model, tokenizer, texts, new_tokens)
-    found = Measurement(model, prompts, wish, new_tokens)
+    found = Measurement(model, prompts, request, new_tokens)
     found.run(model, tokenizer, progress)
     said = report(found)
     seconds = time.monotonic() - start
@@ -63,7 +63,7 @@ def run(
     ours = said["plans"].pop(CALIBRATED)
     rows = [
         row(
-            f"held-out attention, {found.wish.base.budget_pages} pages",
+            f"held-out attention, {found.request.base.budget_pages} pages",
             name,
             "share lost, by need",
             1 - ours["kept"]["held_out"],

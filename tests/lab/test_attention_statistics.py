@@ -11,11 +11,11 @@ from shared_kv_models import FAMILIES, FULL_LAYERS, shared_kv_model
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from deltadecode.errors import CalibrationError
-from deltadecode.lab.attention_statistics import Captured, Setting, Shift
+from deltadecode.lab.attention_statistics import Captured, PageBudget, Shift
 from deltadecode.lab.observe import Prompt, observe
 
 SIZE, NEW = 4, 9
-SETTINGS = (Setting(5, 2, 1), Setting(3, 1, 0), Setting(8, 0, 0))
+BUDGETS = (PageBudget(5, 2, 1), PageBudget(3, 1, 0), PageBudget(8, 0, 0))
 LENGTHS = (41, 23, 30, 41)
 
 
@@ -30,7 +30,7 @@ def prompts():
 
 
 def measure(model, prompts, *, eos=None, layers=5, **options):
-    kept = Captured(len(prompts), layers, SETTINGS, SIZE), Shift(len(prompts), layers)
+    kept = Captured(len(prompts), layers, BUDGETS, SIZE), Shift(len(prompts), layers)
     values = {"page_size": SIZE, "new_tokens": NEW, "stride": 2, "batch": 3, **options}
     observe(model, Tokenizer(eos), prompts, kept, **values)
     return kept
@@ -39,19 +39,19 @@ def measure(model, prompts, *, eos=None, layers=5, **options):
 def test_captured_mass_and_shift_are_those_of_eager_maps(model, prompts):
     kept, shifts = measure(model, prompts)
     steps = [eager_steps(model, each.ids, NEW) for each in prompts]
-    for setting in SETTINGS:
-        numbers = setting.budget_pages, setting.recent_pages, setting.sink_pages
+    for budget in BUDGETS:
+        numbers = budget.budget_pages, budget.recent_pages, budget.sink_pages
         for number, found in enumerate(steps):
             expected = captured(found, SIZE, *numbers, stride=2)
             if expected is None:
                 with pytest.raises(CalibrationError, match=r"more than 8 pages of 4 tokens"):
-                    kept.matrix(setting, [number])
+                    kept.matrix(budget, [number])
                 continue
-            assert kept.steps(setting, [number]) == expected[1]
-            np.testing.assert_allclose(kept.matrix(setting, [number]), expected[0], atol=1e-5)
+            assert kept.steps(budget, [number]) == expected[1]
+            np.testing.assert_allclose(kept.matrix(budget, [number]), expected[0], atol=1e-5)
     for number, found in enumerate(steps):
         np.testing.assert_allclose(shifts.curve([number]), shift(found, 2), atol=1e-5)
-    r = kept.matrix(SETTINGS[1])
+    r = kept.matrix(BUDGETS[1])
     off = r[~np.eye(5, dtype=bool)]
     assert r.diagonal().min() > off.min() + 0.05  # the layers differ: the test could fail
 
@@ -63,8 +63,8 @@ def test_layers_that_reuse_keys_are_seen_like_others(family):
     kept, shifts = measure(model, [Prompt(0, ids)], layers=len(FULL_LAYERS), stride=1)
     steps = [step[list(FULL_LAYERS)] for step in eager_steps(model, ids, NEW)]
     expected, count = captured(steps, SIZE, 5, 2, 1, stride=1)
-    assert count == kept.steps(SETTINGS[0]) == NEW - 1
-    np.testing.assert_allclose(kept.matrix(SETTINGS[0]), expected, atol=1e-5)
+    assert count == kept.steps(BUDGETS[0]) == NEW - 1
+    np.testing.assert_allclose(kept.matrix(BUDGETS[0]), expected, atol=1e-5)
     np.testing.assert_allclose(shifts.curve(), shift(steps, 1), atol=1e-5)
 
 
@@ -93,17 +93,17 @@ def test_a_row_that_has_ended_is_left_out(model, prompts):
     assert 0 < len(steps) < len(free)
     kept, shifts = measure(model, prompts, eos=end, stride=1)
     expected = captured(steps, SIZE, 3, 1, 0, stride=1)
-    assert kept.steps(SETTINGS[1], [0]) == expected[1] == len(steps)
-    np.testing.assert_allclose(kept.matrix(SETTINGS[1], [0]), expected[0], atol=1e-5)
+    assert kept.steps(BUDGETS[1], [0]) == expected[1] == len(steps)
+    np.testing.assert_allclose(kept.matrix(BUDGETS[1], [0]), expected[0], atol=1e-5)
     np.testing.assert_allclose(shifts.curve([0]), shift(steps, 1), atol=1e-5)
 
 
 def test_several_texts_weigh_by_their_steps(model, prompts):
     kept, _ = measure(model, prompts)
-    setting = SETTINGS[2]
-    parts = [(kept.matrix(setting, [n]), kept.steps(setting, [n])) for n in (0, 2)]
+    budget = BUDGETS[2]
+    parts = [(kept.matrix(budget, [n]), kept.steps(budget, [n])) for n in (0, 2)]
     expected = sum(r * steps for r, steps in parts) / sum(steps for _, steps in parts)
-    np.testing.assert_allclose(kept.matrix(setting, [0, 2]), expected)
+    np.testing.assert_allclose(kept.matrix(budget, [0, 2]), expected)
     assert parts[0][1] != parts[1][1]
 
 
@@ -114,7 +114,7 @@ def test_nothing_of_a_step_is_held_after_it(model, prompts):
         def see(self, step):
             alive.append(weakref.ref(step.probabilities))
 
-    observe(model, Tokenizer(), prompts[:2], [Refs(), Captured(2, 5, SETTINGS, SIZE)],
+    observe(model, Tokenizer(), prompts[:2], [Refs(), Captured(2, 5, BUDGETS, SIZE)],
             page_size=SIZE, new_tokens=NEW, stride=1, batch=2)  # fmt: skip
     gc.collect()
     assert len(alive) == 5 * (NEW - 1) and not any(ref() for ref in alive)
@@ -150,11 +150,11 @@ def test_learned_sinks_are_no_tokens():
     for layer in model.model.layers:
         layer.self_attn.sinks.data.fill_(3.0)
     ids = token_ids(30, 0)
-    kept = Captured(1, 3, [Setting(4, 1)], SIZE)
+    kept = Captured(1, 3, [PageBudget(4, 1)], SIZE)
     observe(model, Tokenizer(), [Prompt(0, ids)], [kept], page_size=SIZE, new_tokens=4, stride=1)
     steps = eager_steps(model, ids, 4)
     assert all(step.sum(axis=2).min() < 0.9 for step in steps)
     shares = [step / step.mean(axis=1, keepdims=True).sum(axis=2, keepdims=True) for step in steps]
     expected, count = captured(shares, SIZE, 4, 1, 0, stride=1)
-    assert count == kept.steps(Setting(4, 1))
-    np.testing.assert_allclose(kept.matrix(Setting(4, 1)), expected, atol=1e-5)
+    assert count == kept.steps(PageBudget(4, 1))
+    np.testing.assert_allclose(kept.matrix(PageBudget(4, 1)), expected, atol=1e-5)

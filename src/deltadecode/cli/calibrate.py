@@ -144,10 +144,11 @@ def _wish(
     config: Any, given: dict[str, Any], dense: int | None, deltas: int | None,
     fraction: float | None, recall: float | None,
 ) -> Any:  # fmt: skip
-    from deltadecode.lab.calibration.fit import Wish
+    from deltadecode.lab.calibration.fit import PlanRequest
 
     base = make_plan(config, None, given)
-    wish = Wish(base, len(base.dense_layers) if dense is None else dense, deltas, fraction, recall)
+    dense_count = len(base.dense_layers) if dense is None else dense
+    wish = PlanRequest(base, dense_count, deltas, fraction, recall)
     if fraction is not None and deltas is None and dense is not None:
         raise BadInput("--attended-fraction alone chooses dense layers; leave --dense-layers out")
     wish.check(len(attention_layers(config)))

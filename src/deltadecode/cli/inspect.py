@@ -150,7 +150,7 @@ def inspect(
         tell = teller(bar, shown)
         found = inspect_text(
             loaded, tokenizer, text.ids[0].tolist(), cfg, steps=steps, removal_steps=removal_tokens,
-            tell=lambda what, done: tell(what, done, None),
+            progress=lambda what, done: tell(what, done, None),
         )  # fmt: skip
     made_by = _made_by(model, loaded, text)
     report = _write(found, tokenizer, made_by, epsilon, least_queries, out)

@@ -1,7 +1,7 @@
 """What is kept of an observed generation: captured mass R[i, j], and the shift between layers.
 
 Nothing grows with the length of a text: :class:`Captured` holds the pages of one decode step, and
-sums of (problems · settings · layers²) float64; :class:`Shift` holds one row of attention, and sums
+sums of (problems · budgets · layers²) float64; :class:`Shift` holds one row of attention, and sums
 of (problems · layers).
 """
 
@@ -10,21 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import CalibrationError
 from deltadecode.lab.observe import LayerStep
+from deltadecode.lab.plans import Matrix
 from deltadecode.ops import select_pages
-
-Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True, order=True)
-class Setting:
+class PageBudget:
     """How pages are selected: K pages, the last L and the first S of them always; K > L + S."""
 
     budget_pages: int
@@ -54,13 +51,13 @@ class Captured:
     """
 
     def __init__(
-        self, problems: int, layers: int, settings: Sequence[Setting], page_size: int
+        self, problems: int, layers: int, budgets: Sequence[PageBudget], page_size: int
     ) -> None:
-        self.settings, self.page_size = tuple(dict.fromkeys(settings)), page_size
-        self._configs = [each.config(page_size) for each in self.settings]
-        # [problem, setting, i, j] and [problem, setting]
-        self._sums = torch.zeros(problems, len(self.settings), layers, layers, dtype=torch.float64)
-        self._steps = torch.zeros(problems, len(self.settings), dtype=torch.float64)
+        self.budgets, self.page_size = tuple(dict.fromkeys(budgets)), page_size
+        self._configs = [budget.config(page_size) for budget in self.budgets]
+        # [problem, budget, i, j] and [problem, budget]
+        self._sums = torch.zeros(problems, len(self.budgets), layers, layers, dtype=torch.float64)
+        self._steps = torch.zeros(problems, len(self.budgets), dtype=torch.float64)
         self._scores: list[Tensor] = []
         self._mass: list[Tensor] = []
 
@@ -87,28 +84,28 @@ class Captured:
                 self._sums[rows, number] += shares[used]
                 self._steps[rows, number] += 1
 
-    def matrix(self, setting: Setting, problems: Sequence[int] | None = None) -> Matrix:
+    def matrix(self, budget: PageBudget, problems: Sequence[int] | None = None) -> Matrix:
         """R [layers, layers] over some texts (default: all), each observed step weighing the same.
 
         Indices are places among the full-attention layers. Raises CalibrationError when no observed
         step has more than K pages.
         """
-        number = self.settings.index(setting)
+        number = self.budgets.index(budget)
         rows = slice(None) if problems is None else list(problems)
         steps = float(self._steps[rows, number].sum())
         if not steps:
             raise CalibrationError(
-                f"no observed step has more than {setting.budget_pages} pages of "
+                f"no observed step has more than {budget.budget_pages} pages of "
                 f"{self.page_size} tokens, so that nothing can be measured; give longer prompts, "
                 "more new tokens or fewer budget pages"
             )
-        found: Matrix = (self._sums[rows, number].sum(dim=0) / steps).numpy()
-        return found
+        matrix: Matrix = (self._sums[rows, number].sum(dim=0) / steps).numpy()
+        return matrix
 
-    def steps(self, setting: Setting, problems: Sequence[int] | None = None) -> int:
+    def steps(self, budget: PageBudget, problems: Sequence[int] | None = None) -> int:
         """Observed steps behind :meth:`matrix`, the rows of a batch one by one."""
         rows = slice(None) if problems is None else list(problems)
-        return int(self._steps[rows, self.settings.index(setting)].sum())
+        return int(self._steps[rows, self.budgets.index(budget)].sum())
 
 
 def _captured(scores: Tensor, mass: Tensor, lengths: Tensor, config: DeltaConfig) -> Tensor:
@@ -151,5 +148,5 @@ class Shift:
         """The shift into each layer, [layers], over some texts (default: all); the first is 0."""
         rows = slice(None) if problems is None else list(problems)
         steps = self._steps[rows].sum().clamp(min=1)
-        found: Matrix = (self._sums[rows].sum(dim=0) / steps).numpy()
-        return found
+        curve: Matrix = (self._sums[rows].sum(dim=0) / steps).numpy()
+        return curve

@@ -24,8 +24,8 @@ from deltadecode.lab.policies.delta import Delta
 from deltadecode.lab.tasks.sample import Sample, no_verdict
 
 OnStep = Callable[[int], None]  # told the number of new tokens
-_ROOM = 0.05  # new tokens beyond the reference, as a share of it: enough to see that it went on
-_LEAST_ROOM = 16
+_BEYOND = 0.05  # new tokens beyond the reference, as a share of it: enough to see that it went on
+_LEAST_BEYOND = 16
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Encoded:
     sample: Sample
     prompt: list[int]
     reference: list[int]  # what a perfect model writes; empty if there is no such text
-    room: int  # most new tokens; a row of a batch is cut there, whatever its neighbours need
+    max_new_tokens: int  # a row of a batch is cut there, whatever its neighbours need
 
 
 def encode(samples: Sequence[Sample], tokenizer: Any, *, chat: bool) -> list[Encoded]:
     """Encode samples; EvaluationError when ``chat`` finds no chat template."""
     if chat and not getattr(tokenizer, "chat_template", None):
         raise EvaluationError("--chat needs a tokenizer with a chat template; this one has none")
-    found = []
+    encoded = []
     for sample in samples:
         prompt = sample.prompt
         if chat:
@@ -52,17 +52,17 @@ def encode(samples: Sequence[Sample], tokenizer: Any, *, chat: bool) -> list[Enc
             )
         ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
         reference = tokenizer(sample.reference, add_special_tokens=False).input_ids
-        room = sample.room
+        max_new_tokens = sample.max_new_tokens
         if reference:
             reference = [*reference, *eos_ids(tokenizer)]
-            room = len(reference) + max(_LEAST_ROOM, int(_ROOM * len(reference)))
-        found.append(Encoded(sample, ids, reference, room))
-    return found
+            max_new_tokens = len(reference) + max(_LEAST_BEYOND, int(_BEYOND * len(reference)))
+        encoded.append(Encoded(sample, ids, reference, max_new_tokens))
+    return encoded
 
 
-def unchecked(prompt: Sequence[int], room: int) -> Encoded:
+def unchecked(prompt: Sequence[int], max_new_tokens: int) -> Encoded:
     """A prompt that is only continued, by so many tokens at most; no answer is expected of it."""
-    return Encoded(Sample(0, "", "", 0, no_verdict), list(prompt), [], room)
+    return Encoded(Sample(0, "", "", 0, no_verdict), list(prompt), [], max_new_tokens)
 
 
 def eos_ids(tokenizer: Any) -> list[int]:
@@ -108,8 +108,8 @@ class _Ticker(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-class _Leader(LogitsProcessor):
-    """Leads generation along given tokens, and notes what the model thinks of them."""
+class _TeacherForcing(LogitsProcessor):
+    """Makes generation write given tokens, and notes what the model thinks of them."""
 
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets  # [B, steps]
@@ -130,11 +130,11 @@ def new_tokens(
     batch: Sequence[Encoded],
     steps: int,
     on_step: OnStep,
-    leader: _Leader | None = None,
+    forcing: _TeacherForcing | None = None,
 ) -> Tensor:
     """Greedy continuation of a batch; [B, steps] or shorter, on the CPU."""
     pad = pad_id(tokenizer)
-    ids, mask = pad_left([each.prompt for each in batch], pad, model.device)
+    ids, mask = pad_left([item.prompt for item in batch], pad, model.device)
     # DELTA makes the same cache itself. The others' policies need one that appends in place too.
     cache: dict[str, Any] = {}
     if not isinstance(policy, Delta):
@@ -143,10 +143,10 @@ def new_tokens(
         output = model.generate(
             ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, num_beams=1,
             pad_token_id=pad, stopping_criteria=StoppingCriteriaList([_Ticker(on_step)]),
-            logits_processor=LogitsProcessorList([] if leader is None else [leader]), **cache,
+            logits_processor=LogitsProcessorList([] if forcing is None else [forcing]), **cache,
         )  # fmt: skip
-    found: Tensor = output[:, ids.shape[1] :].cpu()
-    return found
+    written: Tensor = output[:, ids.shape[1] :].cpu()
+    return written
 
 
 def solve_batch(
@@ -165,33 +165,33 @@ def solve_batch(
     none does or there is no reference), ``hash`` of the new tokens, ``prompt`` tokens, what
     :func:`reads` says and, with ``keep_outputs``, the ``text``.
     """
-    steps = max(each.room for each in batch)
+    steps = max(item.max_new_tokens for item in batch)
     output = new_tokens(model, tokenizer, policy, batch, steps, on_step)
-    counts = policy.counts([len(each.prompt) for each in batch], output.shape[1] - 1)
+    counts = policy.counts([len(item.prompt) for item in batch], output.shape[1] - 1)
     ends = end_ids(model, tokenizer)
     records = []
-    for row, each in enumerate(batch):
-        new = output[row, : each.room].tolist()
+    for row, item in enumerate(batch):
+        new = output[row, : item.max_new_tokens].tolist()
         stop = next((place for place, token in enumerate(new) if token in ends), None)
         new = new if stop is None else new[: stop + 1]
         text = tokenizer.decode(new, skip_special_tokens=True)
-        verdict = each.sample.check(text)
+        verdict = item.sample.check(text)
         record = {
-            "seed": each.sample.seed,
+            "seed": item.sample.seed,
             "score": verdict.score,
             "answer": verdict.answer,
             "tokens": len(new),
             "ended": stop is not None,
-            "first_wrong": first_difference(new, each.reference),
+            "first_wrong": first_difference(new, item.reference),
             "hash": hashlib.sha256(np.asarray(new, dtype=np.int64).tobytes()).hexdigest()[:16],
-            "prompt": len(each.prompt),
-            **reads(counts, row, len(each.prompt), len(new) - 1),
+            "prompt": len(item.prompt),
+            **reads(counts, row, len(item.prompt), len(new) - 1),
         }
         records.append({**record, "text": text} if keep_outputs else record)
     return records
 
 
-def lead_batch(
+def teacher_forced_batch(
     model: Any,
     tokenizer: Any,
     policy: Policy,
@@ -199,21 +199,21 @@ def lead_batch(
     continuation: Tensor,
     on_step: OnStep,
 ) -> list[dict[str, Any]]:
-    """Lead a policy along ``continuation`` [B, steps], what full attention wrote to its end token.
+    """Make a policy write ``continuation`` [B, steps], what full attention wrote; teacher forcing.
 
     A record holds ``nll``, the mean negative log-probability of a token; ``score``, the share of
     tokens that the policy would have written itself; ``first_wrong``, the first place where it
     would not. The first token, which prefill gives, is left out of all.
     """
-    leader = _Leader(continuation.to(model.device))
+    forcing = _TeacherForcing(continuation.to(model.device))
     steps = continuation.shape[1]
-    new_tokens(model, tokenizer, policy, batch, steps, on_step, leader)
-    counts = policy.counts([len(each.prompt) for each in batch], steps - 1)
-    log_probs = torch.stack(leader.log_probs, dim=1).double().cpu()
-    agrees = (torch.stack(leader.best, dim=1).cpu() == continuation)[:, 1:]
+    new_tokens(model, tokenizer, policy, batch, steps, on_step, forcing)
+    counts = policy.counts([len(item.prompt) for item in batch], steps - 1)
+    log_probs = torch.stack(forcing.log_probs, dim=1).double().cpu()
+    agrees = (torch.stack(forcing.best, dim=1).cpu() == continuation)[:, 1:]
     ends = end_ids(model, tokenizer)
     records = []
-    for row, each in enumerate(batch):
+    for row, item in enumerate(batch):
         tokens = continuation[row].tolist()
         stop = next((place for place, token in enumerate(tokens) if token in ends), steps - 1)
         used = max(stop, 1)  # decode steps up to the end token
@@ -221,13 +221,13 @@ def lead_batch(
         wrong = (~agreed).nonzero()
         records.append(
             {
-                "seed": each.sample.seed,
+                "seed": item.sample.seed,
                 "score": float(agreed.double().mean()),
                 "nll": float(-log_probs[row, 1 : used + 1].mean()),
                 "tokens": used + 1,
                 "first_wrong": int(wrong[0]) + 1 if len(wrong) else None,
-                "prompt": len(each.prompt),
-                **reads(counts, row, len(each.prompt), used),
+                "prompt": len(item.prompt),
+                **reads(counts, row, len(item.prompt), used),
             }
         )
     return records

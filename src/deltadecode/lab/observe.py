@@ -104,7 +104,6 @@ class Observed(MaskedPolicy):
     """Full attention that shows the steps 0, stride, 2 · stride, ... to watchers."""
 
     name = "observed"
-    paper = "stock attention, watched"
 
     def __init__(
         self, facts: Facts, watchers: Sequence[Watcher], page_size: int, stride: int = STRIDE
@@ -178,9 +177,9 @@ def observe(
             f"{new_tokens}, {stride}, {batch} and {page_size}"
         )
     policy = Observed(Facts.of(model), watchers, page_size, stride)
-    ordered = sorted(prompts, key=lambda each: (len(each.ids), each.number))
+    ordered = sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.number))
     looks_back = any(isinstance(watcher, BatchWatcher) for watcher in watchers)
-    lengths = [len(each.ids) for each in ordered]
+    lengths = [len(prompt.ids) for prompt in ordered]
     clock = _Clock(lengths, new_tokens, batch, progress, looks_back)
     with policy.decoding(model), torch.inference_mode():
         for first in range(0, len(ordered), batch):
@@ -197,8 +196,8 @@ def _generate(
     clock: _Clock,
 ) -> None:
     pad = pad_id(tokenizer)
-    ids, mask = pad_left([each.ids for each in rows], pad, model.device)
-    policy.begin_batch(torch.tensor([each.number for each in rows], device=model.device))
+    ids, mask = pad_left([prompt.ids for prompt in rows], pad, model.device)
+    policy.begin_batch(torch.tensor([prompt.number for prompt in rows], device=model.device))
     ends = torch.tensor(sorted(end_ids(model, tokenizer)), device=model.device)
     watch = _Ends(policy, ends, clock)
     cache = DeltaCache(model.config)
@@ -215,7 +214,7 @@ def _generate(
     width = ids.shape[1]
     is_end = torch.isin(output, watch.ends)
     is_end[:, :width] = False  # a prompt may hold such tokens
-    found = Batch(
+    batch = Batch(
         policy.problems,
         output,
         torch.nn.functional.pad(mask, (0, output.shape[1] - width), value=1),
@@ -225,7 +224,7 @@ def _generate(
     )
     for watcher in policy.watchers:
         if isinstance(watcher, BatchWatcher):
-            watcher.end_batch(found)
+            watcher.end_batch(batch)
 
 
 class _Ends(StoppingCriteria):

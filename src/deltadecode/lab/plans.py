@@ -28,8 +28,8 @@ def losses(r: Matrix, need: Matrix | None = None) -> Matrix:
     [layers] is w of :class:`deltadecode.lab.calibration.need.Need`; by default all are alike.
     """
     weights = np.ones(len(r)) if need is None else np.asarray(need, dtype=np.float64)
-    found: Matrix = weights / weights.sum() * (1.0 - r)
-    return found
+    loss: Matrix = weights / weights.sum() * (1.0 - r)
+    return loss
 
 
 def sources(layers: int, full: Places) -> dict[int, int]:
@@ -45,8 +45,8 @@ def kept(loss: Matrix, full: Places) -> float:
 
 def recall(r: Matrix, full: Places) -> float:
     """Mean of R[source, j] over the sparse layers; 1 for a plan without any."""
-    found = [float(r[i, j]) for j, i in sources(len(r), full).items()]
-    return math.fsum(found) / len(found) if found else 1.0
+    shares = [float(r[i, j]) for j, i in sources(len(r), full).items()]
+    return math.fsum(shares) / len(shares) if shares else 1.0
 
 
 def best_plan(loss: Matrix, count: int, dense: int = 0) -> Places:
@@ -82,8 +82,8 @@ def _between(loss: Matrix) -> Matrix:
     place = np.arange(layers)
     upper = np.where(place[None] > place[:, None], loss, 0.0)
     sums = np.concatenate([np.zeros((layers, 1)), upper.cumsum(axis=1)], axis=1)
-    found: Matrix = np.where(np.arange(layers + 1)[None] > place[:, None], sums, np.inf)
-    return found
+    between: Matrix = np.where(np.arange(layers + 1)[None] > place[:, None], sums, np.inf)
+    return between
 
 
 def paper_plan(shift: Sequence[float] | Matrix, count: int, dense: int = 0) -> Places:
@@ -124,10 +124,10 @@ def hand_picked(layers: int, count: int, dense: int = 0) -> dict[str, Places]:
     early = [dense + 2 * (k + 1) for k in range(free)]
     late = [layers - 2 * (free - k) for k in range(free)]
     start = tuple(range(dense + 1))
-    found = {"even": even, "early": early, "late": late}
+    places = {"even": even, "early": early, "late": late}
     return {
         name: (*start, *rest)
-        for name, rest in found.items()
+        for name, rest in places.items()
         if all(a < b for a, b in pairwise((*start, *rest, layers)))
     }
 
@@ -136,11 +136,11 @@ def random_plans(layers: int, count: int, dense: int, draws: int, seed: int = 0)
     """Distinct plans of a size, each as likely as any other; at most as many as there are."""
     generator = np.random.default_rng(seed)
     most = math.comb(layers - dense - 1, count - dense - 1)
-    found: dict[Places, None] = {}
-    while len(found) < min(draws, most):
+    drawn: dict[Places, None] = {}
+    while len(drawn) < min(draws, most):
         rest = generator.choice(np.arange(dense + 1, layers), count - dense - 1, replace=False)
-        found[(*range(dense + 1), *sorted(map(int, rest)))] = None
-    return list(found)
+        drawn[(*range(dense + 1), *sorted(map(int, rest)))] = None
+    return list(drawn)
 
 
 def dense_and_delta(full: Places, layers: Sequence[int], dense: int) -> tuple[Places, Places]:

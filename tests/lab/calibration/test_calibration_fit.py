@@ -9,7 +9,7 @@ from calibration_cases import Tokenizer, tiny_model, token_ids
 from deltadecode.config import DeltaConfig, load_meta
 from deltadecode.errors import CalibrationError
 from deltadecode.lab import plans
-from deltadecode.lab.calibration.fit import Measurement, Wish, fitted
+from deltadecode.lab.calibration.fit import Measurement, PlanRequest, fitted
 from deltadecode.lab.calibration.report import against, plan_file, report
 from deltadecode.lab.observe import Prompt
 
@@ -22,23 +22,23 @@ def model():
     return tiny_model(LAYERS)
 
 
-def measured(model, wish, count=4):
+def measured(model, request, count=4):
     prompts = [Prompt(i, token_ids(30 + 3 * i, i)) for i in range(count)]
-    found = Measurement(model, prompts, wish, NEW)
+    found = Measurement(model, prompts, request, NEW)
     found.run(model, Tokenizer(), lambda done, left: None, stride=2)
     return found
 
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return measured(model, Wish(BASE, 1, 2))
+    return measured(model, PlanRequest(BASE, 1, 2))
 
 
 def test_plans_are_fitted_on_even_texts_and_judged_on_odd_ones(plain):
-    setting = plain.captured.settings[0]
+    budget = plain.captured.budgets[0]
     need = plain.need.weights([0, 2])
-    loss = plans.losses(plain.captured.matrix(setting, [0, 2]), need)
-    held = plans.losses(plain.captured.matrix(setting, [1, 3]), need)
+    loss = plans.losses(plain.captured.matrix(budget, [0, 2]), need)
+    held = plans.losses(plain.captured.matrix(budget, [1, 3]), need)
     ours = fitted(plain)["calibrated"]
     every = {full: plans.kept(loss, full) for full in plans.all_plans(LAYERS, 3, 1)}
     assert len(every) == math.comb(LAYERS - 2, 1)
@@ -84,21 +84,21 @@ def test_a_plan_file_loads_and_says_where_it_comes_from(plain, model, tmp_path):
 
 
 def test_a_fraction_solves_the_budget(model):
-    found = measured(model, Wish(BASE, 0, 2, fraction=0.6))
-    (setting,) = set(found.sizes.values())
+    found = measured(model, PlanRequest(BASE, 0, 2, fraction=0.6))
+    (budget,) = set(found.sizes.values())
     plan = report(found)["plans"]["calibrated"]
-    assert plan["attended_fraction"] <= 0.6 < found.fraction(2, type(setting)(
-        setting.budget_pages + 1, 2, 0))  # fmt: skip
+    assert plan["attended_fraction"] <= 0.6 < found.fraction(2, type(budget)(
+        budget.budget_pages + 1, 2, 0))  # fmt: skip
     cfg, _ = plan_file(report(found), model, "tiny", "x", "y")
-    assert cfg.budget_pages == setting.budget_pages
+    assert cfg.budget_pages == budget.budget_pages
 
 
 def test_a_fraction_alone_chooses_the_size_too(model):
-    found = measured(model, Wish(BASE, 0, fraction=0.6))
+    found = measured(model, PlanRequest(BASE, 0, fraction=0.6))
     need = found.need.weights([0, 2])
     best = {}
-    for count, setting in found.sizes.items():
-        loss = plans.losses(found.captured.matrix(setting, [0, 2]), need)
+    for count, budget in found.sizes.items():
+        loss = plans.losses(found.captured.matrix(budget, [0, 2]), need)
         best[count] = max(plans.kept(loss, full) for full in plans.all_plans(LAYERS, count))
     assert len(best) >= 2
     ours = fitted(found)["calibrated"]
@@ -110,41 +110,41 @@ def test_a_fraction_alone_chooses_the_size_too(model):
 
 def test_a_recall_takes_the_fewest_layers(model, plain):
     shares = []
-    setting = plain.captured.settings[0]
-    loss = plans.losses(plain.captured.matrix(setting, [0, 2]), plain.need.weights([0, 2]))
+    budget = plain.captured.budgets[0]
+    loss = plans.losses(plain.captured.matrix(budget, [0, 2]), plain.need.weights([0, 2]))
     for count in range(2, LAYERS):
         shares.append(plans.kept(loss, plans.best_plan(loss, count, 1)))
     assert shares == sorted(shares)
     asked = (shares[1] + shares[2]) / 2
-    found = measured(model, Wish(BASE, 1, recall=asked))
+    found = measured(model, PlanRequest(BASE, 1, recall=asked))
     assert len(fitted(found)["calibrated"].full) == 4
-    found.wish = Wish(BASE, 1, recall=0.9999999)
+    found.request = PlanRequest(BASE, 1, recall=0.9999999)
     with pytest.raises(CalibrationError, match="no plan keeps 1 of the attention"):
         fitted(found)
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("request", "message"),
     [
-        (Wish(BASE, 2, 5), "2 dense and 5 Δ-layers leave no sparse layer in a model of 7"),
-        (Wish(BASE, 0), "give a number of Δ-layers"),
-        (Wish(BASE, 0, 2, recall=0.5), "give neither"),
-        (Wish(BASE, 0, fraction=1.5), "attended fraction must be between 0 and 1, got 1.5"),
-        (Wish(BASE, 0, 6, fraction=0.5), "reads as little as a fraction of 0.5"),
+        (PlanRequest(BASE, 2, 5), "2 dense and 5 Δ-layers leave no sparse layer in a model of 7"),
+        (PlanRequest(BASE, 0), "give a number of Δ-layers"),
+        (PlanRequest(BASE, 0, 2, recall=0.5), "give neither"),
+        (PlanRequest(BASE, 0, fraction=1.5), "attended fraction must be between 0 and 1, got 1.5"),
+        (PlanRequest(BASE, 0, 6, fraction=0.5), "reads as little as a fraction of 0.5"),
     ],
 )
-def test_wishes_that_cannot_be(model, wish, message):
+def test_requests_that_cannot_be(model, request, message):
     prompts = [Prompt(i, token_ids(30, i)) for i in range(2)]
     with pytest.raises(CalibrationError, match=message):
-        Measurement(model, prompts, wish, NEW)
+        Measurement(model, prompts, request, NEW)
 
 
 def test_one_text_is_too_few(model):
     with pytest.raises(CalibrationError, match="at least 2 texts"):
-        Measurement(model, [Prompt(0, token_ids(30, 0))], Wish(BASE, 0, 2), NEW)
+        Measurement(model, [Prompt(0, token_ids(30, 0))], PlanRequest(BASE, 0, 2), NEW)
 
 
 def test_a_budget_that_is_never_passed_measures_nothing(model):
     base = DeltaConfig(budget_pages=64, dense_layers=(), delta_layers=())
     with pytest.raises(CalibrationError, match="no observed step has more than 64 pages"):
-        fitted(measured(model, Wish(base, 0, 2)))
+        fitted(measured(model, PlanRequest(base, 0, 2)))

@@ -22,7 +22,7 @@ def test_models_that_deal_with_sinks_are_reported_alike(name, extra, tmp_path):
     told = []
     found = inspect_text(
         model, Tokenizer(), prompt(model, 40)[0].tolist(), config_for(model), steps=8,
-        removal_steps=4, tell=lambda what, done: told.append((what, done)),
+        removal_steps=4, progress=lambda what, done: told.append((what, done)),
     )  # fmt: skip
     report = make_report(found, "t{}".format, MADE_BY, epsilon=0.05, least_queries=4)
     assert report["layers"] == layers

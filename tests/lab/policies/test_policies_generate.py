@@ -1,5 +1,7 @@
 """Every policy through ``model.generate``: batches, budgets, counts, and the model afterwards."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -8,28 +10,36 @@ from shared_kv_models import FULL_LAYERS
 
 import deltadecode as dd
 from deltadecode.errors import DeltaConfigError, PolicyError
+from deltadecode.lab.evaluation.cells import Trace, make_cells
 from deltadecode.lab.policies import POLICIES, Facts, make_policy, parse_policy
+from deltadecode.lab.policies.masked import MaskedPolicy
 
 PLAN_OPTIONS = "page_size=4:recent_pages=2:sink_pages=1:dense_layers=0+:delta_layers=1+"
-SPECS = {
-    "full": "full",
-    "delta": f"delta:{PLAN_OPTIONS}",
-    "quest": "quest:page_size=4",
-    "quest-kv": "quest-kv:page_size=4",
-    "tidal": "tidal:layers=1+3",
-    "tidal-kv": "tidal-kv:layers=1+3",
-    "streaming": "streaming",
-    "h2o": "h2o",
-    "raas": "raas:page_size=4:alpha=0.02",
-    "raas-evict": "raas-evict:page_size=4:alpha=0.02",
-    "snapkv": "snapkv:window=4:kernel=3",
-    "oracle": "oracle:page_size=4",
-    "random": "random:page_size=4",
-    "delta-variant": f"delta-variant:{PLAN_OPTIONS}",
+# Options that suit a tiny model, for policies whose defaults do not; pages are of 4 tokens in all.
+OPTIONS = {
+    "delta": PLAN_OPTIONS,
+    "delta-variant": PLAN_OPTIONS,
+    "tidal": "layers=1+3",
+    "tidal-kv": "layers=1+3",
+    "raas": "page_size=4:alpha=0.02",
+    "raas-evict": "page_size=4:alpha=0.02",
+    "snapkv": "window=4:kernel=3",
 }
+
+
+def spec_of(name):
+    has_pages = "page_size" in inspect.signature(POLICIES[name][0]).parameters
+    options = OPTIONS.get(name, "page_size=4" if has_pages else "")
+    return f"{name}:{options}" if options else name
+
+
+SPECS = {name: spec_of(name) for name in POLICIES}
 STEPS = 24
 BUDGET = {"raas": 48}  # its prompt stays
 EVICTING = {"streaming", "h2o", "raas", "raas-evict", "snapkv"}
+# What `expected` says of a step's reads; an upper bound of all others.
+EXACT = {"full", "delta", "quest-kv", "tidal-kv", "streaming", "h2o", "snapkv", "random"}
+LAST_PAGE_IS_PARTIAL = {"oracle", "raas-evict", "raas", "delta-variant"}
 
 
 def run(model, spec, budget, lengths, steps=STEPS):
@@ -70,7 +80,39 @@ def llama():
 
 
 def test_every_policy_is_tried():
-    assert set(SPECS) == set(POLICIES)
+    assert set(SPECS) == set(POLICIES) >= set(OPTIONS)
+    assert SPECS["quest"] == "quest:page_size=4" and SPECS["h2o"] == "h2o"
+
+
+class Newest(MaskedPolicy):
+    """A policy as a contributor writes it: the last tokens."""
+
+    name = "newest"
+
+    def __init__(self, facts, budget, sinks=0):
+        super().__init__(facts, budget)
+        self.sinks = sinks
+
+    def select(self, layer, look, view):
+        near = view.position >= view.lengths[:, None] - self.budget + self.sinks
+        return (near | (view.position < self.sinks))[:, None, None]
+
+    def expected(self, lengths, prompt):
+        return np.minimum(lengths, self.budget)
+
+
+def test_a_policy_needs_its_class_and_a_registration(llama, monkeypatch):
+    """With four sinks it is StreamingLLM, under a name of its own, and evaluations take it."""
+    monkeypatch.setitem(POLICIES, "newest", (Newest, {}))
+    assert spec_of("newest") == "newest"
+    ours = run(llama, "newest:sinks=4", 20, [33, 26])
+    theirs = run(llama, "streaming", 20, [33, 26])
+    torch.testing.assert_close(ours[1], theirs[1])
+    np.testing.assert_allclose(ours[2].read, theirs[2].read)
+    cells = make_cells(["newest"], [20], [0.5], llama, Trace(33, 33, STEPS))
+    assert [cell.label for cell in cells] == ["newest 20", f"newest {cells[1].budget}"]
+    with pytest.raises(PolicyError, match="unknown option 'pages=1' of policy 'newest'; there are"):
+        make_policy("newest:pages=1", llama, 20)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -105,13 +147,15 @@ def test_reads_keep_to_the_budget_and_to_what_was_expected(llama, name):
     tokens = np.asarray(lengths)[None] + np.arange(1.0, STEPS + 1)[:, None]
     for row, length in enumerate(lengths):
         expected = policy.expected(tokens[:, row], length)
-        if name in ("quest", "tidal"):  # an upper bound under grouped queries
-            assert (counts.read[:, row] <= expected + 1e-6).all()
-        elif name in ("oracle", "raas-evict", "raas", "delta-variant"):  # the last page is partial
+        if name in EXACT:
+            np.testing.assert_allclose(counts.read[:, row], expected, rtol=1e-6)
+        elif name in LAST_PAGE_IS_PARTIAL:
             np.testing.assert_allclose(counts.read[:, row], expected, atol=4)
         else:
-            np.testing.assert_allclose(counts.read[:, row], expected, rtol=1e-6)
-    kept = counts.read if name in EVICTING else tokens
+            assert (counts.read[:, row] <= expected + 1e-6).all()
+    evicts = getattr(policy, "evicts", False)
+    assert evicts or name not in EVICTING
+    kept = counts.read if evicts else tokens
     np.testing.assert_allclose(counts.kept, kept, rtol=1e-6)
 
 

@@ -10,23 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import CalibrationError, PolicyError
 from deltadecode.lab import plans
-from deltadecode.lab.attention_statistics import Captured, Setting, Shift
+from deltadecode.lab.attention_statistics import Captured, PageBudget, Shift
 from deltadecode.lab.calibration.need import Need
 from deltadecode.lab.observe import Progress, Prompt, observe
 from deltadecode.lab.plans import Places
-from deltadecode.lab.policies.base import Facts
+from deltadecode.lab.policies.base import Facts, Floats
 from deltadecode.lab.policies.delta import Delta
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlanRequest:
     """The plan that is asked for.
 
     ``base`` gives page size, budget, recent and sink pages. For a ``fraction`` (attended) the
@@ -62,25 +59,27 @@ class Candidate:
 
     full: Places  # places of the full layers
     dense: int  # how many of them are dense
-    setting: Setting
+    budget: PageBudget
 
 
 class Measurement:
     """Full attention on at least two texts, as far as plans need it."""
 
-    def __init__(self, model: Any, prompts: Sequence[Prompt], wish: Wish, new_tokens: int) -> None:
+    def __init__(
+        self, model: Any, prompts: Sequence[Prompt], request: PlanRequest, new_tokens: int
+    ) -> None:
         if len(prompts) < 2:
             raise CalibrationError(
                 f"calibration needs at least 2 texts, one to fit and one to judge, got "
                 f"{len(prompts)}"
             )
-        self.facts, self.prompts, self.wish = Facts.of(model), list(prompts), wish
+        self.facts, self.prompts, self.request = Facts.of(model), list(prompts), request
         self.new_tokens = new_tokens
         layers = len(self.facts.layers)
-        wish.check(layers)
-        base, problems = wish.base, len(prompts)
+        request.check(layers)
+        base, problems = request.base, len(prompts)
         self.sizes = self._sizes(layers)
-        self.captured = Captured(problems, layers, self._settings(), base.page_size)
+        self.captured = Captured(problems, layers, self._budgets(), base.page_size)
         self.shift = Shift(problems, layers)
         self.need = Need(
             model, problems, self.facts.layers, base.page_size, base.recent_pages, base.sink_pages
@@ -91,14 +90,14 @@ class Measurement:
         """Generate and measure; options as of :func:`observe`."""
         watchers = (self.captured, self.shift, self.need)
         observe(
-            model, tokenizer, self.prompts, watchers, page_size=self.wish.base.page_size,
+            model, tokenizer, self.prompts, watchers, page_size=self.request.base.page_size,
             new_tokens=self.new_tokens, progress=progress, **options,
         )  # fmt: skip
 
-    def fraction(self, full: int, setting: Setting) -> float:
+    def fraction(self, full: int, budget: PageBudget) -> float:
         """Attended fraction of a plan with so many full layers, over the decode steps here."""
         layers = len(self.facts.layers)
-        cfg = setting.config(self.wish.base.page_size)
+        cfg = budget.config(self.request.base.page_size)
         cfg = DeltaConfig(**{**cfg.to_dict(), "delta_layers": tuple(range(full))})
         plan = cfg.layer_plan(layers)
         facts = Facts(tuple(range(layers)), self.facts.query_heads, self.facts.kv_heads)
@@ -108,36 +107,36 @@ class Measurement:
 
     def _lengths(self) -> Floats:
         steps = np.arange(1.0, self.new_tokens)
-        return np.concatenate([len(each.ids) + steps for each in self.prompts])
+        return np.concatenate([len(prompt.ids) + steps for prompt in self.prompts])
 
-    def _sizes(self, layers: int) -> dict[int, Setting]:
+    def _sizes(self, layers: int) -> dict[int, PageBudget]:
         """Number of full layers, to the pages that go with it."""
-        wish, base = self.wish, self.wish.base
-        given = Setting(base.budget_pages, base.recent_pages, base.sink_pages)
-        if wish.recall is not None:
-            return {count: given for count in range(wish.dense + 1, layers)}
-        counts = range(1, layers) if wish.deltas is None else [wish.dense + wish.deltas]
-        if wish.fraction is None:
+        request, base = self.request, self.request.base
+        given = PageBudget(base.budget_pages, base.recent_pages, base.sink_pages)
+        if request.recall is not None:
+            return {count: given for count in range(request.dense + 1, layers)}
+        counts = range(1, layers) if request.deltas is None else [request.dense + request.deltas]
+        if request.fraction is None:
             return {count: given for count in counts}
-        found = {count: self._pages(count, wish.fraction) for count in counts}
-        possible = {count: each for count, each in found.items() if each is not None}
+        solved = {count: self._pages(count, request.fraction) for count in counts}
+        possible = {count: budget for count, budget in solved.items() if budget is not None}
         if not possible:
             raise CalibrationError(
                 f"no plan with {counts[0]} full layers of {layers} reads as little as a fraction "
-                f"of {wish.fraction:g} of these texts with {base.recent_pages} recent and "
+                f"of {request.fraction:g} of these texts with {base.recent_pages} recent and "
                 f"{base.sink_pages} sink pages"
             )
         return possible
 
-    def _pages(self, full: int, fraction: float) -> Setting | None:
+    def _pages(self, full: int, fraction: float) -> PageBudget | None:
         """The most pages with which a plan reads no more than a fraction; None if none do."""
-        base = self.wish.base
+        base = self.request.base
         least = base.recent_pages + base.sink_pages + 1
         most = int(self._lengths().max()) // base.page_size + 1
 
         def reads(pages: int) -> float:
             try:
-                return self.fraction(full, Setting(pages, base.recent_pages, base.sink_pages))
+                return self.fraction(full, PageBudget(pages, base.recent_pages, base.sink_pages))
             except PolicyError:
                 return 1.0
 
@@ -147,105 +146,104 @@ class Measurement:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if reads(middle) <= fraction else (low, middle)
-        return Setting(low, base.recent_pages, base.sink_pages)
+        return PageBudget(low, base.recent_pages, base.sink_pages)
 
-    def _settings(self) -> list[Setting]:
+    def _budgets(self) -> list[PageBudget]:
         """All that is measured: the pages of each size, and other L and S for a plan of one K."""
-        found = list(dict.fromkeys(self.sizes.values()))
-        if len(found) == 1:
-            found += offers(found[0])
-        return found
+        budgets = list(dict.fromkeys(self.sizes.values()))
+        if len(budgets) == 1:
+            budgets += offers(budgets[0])
+        return budgets
 
 
-def offers(setting: Setting) -> list[Setting]:
+def offers(budget: PageBudget) -> list[PageBudget]:
     """Other L, from 1 to half the budget, and other S, with the same K."""
-    pages, recent, sink = setting.budget_pages, setting.recent_pages, setting.sink_pages
+    pages, recent, sink = budget.budget_pages, budget.recent_pages, budget.sink_pages
     recents = sorted({1, recent // 2, 2 * recent, pages // 2} - {0, recent})
-    found = [Setting(pages, each, sink) for each in recents if each + sink < pages]
-    return found + [
-        Setting(pages, recent, each) for each in (0, 1, 2) if each != sink and recent + each < pages
-    ]
+    budgets = [PageBudget(pages, other, sink) for other in recents if other + sink < pages]
+    sinks = [other for other in (0, 1, 2) if other != sink and recent + other < pages]
+    return budgets + [PageBudget(pages, recent, other) for other in sinks]
 
 
-def fitted(found: Measurement) -> dict[str, Candidate]:
+def fitted(measurement: Measurement) -> dict[str, Candidate]:
     """Plans of one size: ``calibrated``, ``captured-mass`` (without weights) and ``cosine-shift``.
 
     Raises CalibrationError when nothing was measured, or no plan reaches the recall.
     """
-    need, wish = found.need.weights(found.fit), found.wish
-    chosen = wish.deltas is None and wish.recall is None
-    dense = 0 if chosen else wish.dense
+    need, request = measurement.need.weights(measurement.fit), measurement.request
+    chosen = request.deltas is None and request.recall is None
+    dense = 0 if chosen else request.dense
 
     def best(count: int, weights: Floats | None) -> tuple[float, Places]:
-        r = found.captured.matrix(found.sizes[count], found.fit)
+        r = measurement.captured.matrix(measurement.sizes[count], measurement.fit)
         loss = plans.losses(r, weights)
         full = plans.best_plan(loss, count, dense)
         return plans.kept(loss, full), full
 
-    reached = {count: best(count, need) for count in found.sizes}
-    if wish.recall is not None:
-        enough = [count for count, (share, _) in reached.items() if share >= wish.recall]
+    reached = {count: best(count, need) for count in measurement.sizes}
+    if request.recall is not None:
+        enough = [count for count, (share, _) in reached.items() if share >= request.recall]
         if not enough:
             most = max(share for share, _ in reached.values())
             raise CalibrationError(
-                f"no plan keeps {wish.recall:g} of the attention; the most is {most:.4f}"
+                f"no plan keeps {request.recall:g} of the attention; the most is {most:.4f}"
             )
         count = enough[0]
     else:
-        count = max(reached, key=lambda each: reached[each][0])
-    setting, full = found.sizes[count], reached[count][1]
+        count = max(reached, key=lambda size: reached[size][0])
+    budget, full = measurement.sizes[count], reached[count][1]
     if chosen:
         dense = plans.leading_dense(full)
     unweighted = best(count, None)[1]
-    paper = plans.paper_plan(found.shift.curve(found.fit), count, dense)
+    paper = plans.paper_plan(measurement.shift.curve(measurement.fit), count, dense)
     return {
-        "calibrated": Candidate(full, dense, setting),
+        "calibrated": Candidate(full, dense, budget),
         "captured-mass": Candidate(
-            unweighted, plans.leading_dense(unweighted) if chosen else dense, setting
+            unweighted, plans.leading_dense(unweighted) if chosen else dense, budget
         ),
-        "cosine-shift": Candidate(paper, dense, setting),
+        "cosine-shift": Candidate(paper, dense, budget),
     }
 
 
-def described(found: Measurement, plan: Candidate) -> dict[str, Any]:
+def described(measurement: Measurement, plan: Candidate) -> dict[str, Any]:
     """A plan's DeltaConfig fields with its ``kept``, ``recall`` and ``attended_fraction``.
 
     ``kept`` and ``recall`` are each of the texts that were fitted and of those held out.
     """
-    numbers = found.facts.layers
+    numbers = measurement.facts.layers
     dense, delta = plans.dense_and_delta(plan.full, numbers, plan.dense)
-    halves = {"fit": found.fit, "held_out": found.held_out}
+    halves = {"fit": measurement.fit, "held_out": measurement.held_out}
     # Both halves are weighed alike, or their shares would not be of the same thing.
-    need = found.need.weights(found.fit)
+    need = measurement.need.weights(measurement.fit)
     kept, recalls = {}, {}
     for name, texts in halves.items():
-        r = found.captured.matrix(plan.setting, texts)
+        r = measurement.captured.matrix(plan.budget, texts)
         kept[name] = round(plans.kept(plans.losses(r, need), plan.full), 5)
         recalls[name] = round(plans.recall(r, plan.full), 5)
     return {
-        "page_size": found.wish.base.page_size,
-        "budget_pages": plan.setting.budget_pages,
-        "recent_pages": plan.setting.recent_pages,
-        "sink_pages": plan.setting.sink_pages,
+        "page_size": measurement.request.base.page_size,
+        "budget_pages": plan.budget.budget_pages,
+        "recent_pages": plan.budget.recent_pages,
+        "sink_pages": plan.budget.sink_pages,
         "dense_layers": list(dense),
         "delta_layers": list(delta),
         "kept": kept,
         "recall": recalls,
-        "attended_fraction": round(found.fraction(len(plan.full), plan.setting), 5),
+        "attended_fraction": round(measurement.fraction(len(plan.full), plan.budget), 5),
     }
 
 
-def offered(found: Measurement, plan: Candidate) -> list[dict[str, Any]]:
+def offered(measurement: Measurement, plan: Candidate) -> list[dict[str, Any]]:
     """What the plan of the same size keeps with other recent and sink pages, best first.
 
     Entries are as of :func:`described`; none where only one page budget was measured.
     """
-    need = found.need.weights(found.fit)
+    need = measurement.need.weights(measurement.fit)
     lines = []
-    for setting in found.captured.settings:
-        if setting.budget_pages != plan.setting.budget_pages:
+    for budget in measurement.captured.budgets:
+        if budget.budget_pages != plan.budget.budget_pages:
             continue
-        loss = plans.losses(found.captured.matrix(setting, found.fit), need)
+        loss = plans.losses(measurement.captured.matrix(budget, measurement.fit), need)
         full = plans.best_plan(loss, len(plan.full), plan.dense)
-        lines.append(described(found, Candidate(full, plan.dense, setting)))
+        lines.append(described(measurement, Candidate(full, plan.dense, budget)))
     return sorted(lines, key=lambda line: -line["kept"]["fit"])

@@ -95,12 +95,12 @@ class Need:
         def logits() -> Tensor:
             if can_cut:
                 cache.crop(first - total)  # negative: so many tokens less
-            found: Tensor = self._model(
+            out: Tensor = self._model(
                 batch.ids[:, first:total], attention_mask=mask,
                 position_ids=positions[:, first:],
                 past_key_values=cache if can_cut else copy.deepcopy(cache),
             ).logits.float()  # fmt: skip
-            return found - found.mean(dim=2, keepdim=True)
+            return out - out.mean(dim=2, keepdim=True)
 
         return logits
 
@@ -108,8 +108,8 @@ class Need:
         """The weights w, [layers], over some texts (default: all), each token weighing the same."""
         rows = slice(None) if problems is None else list(problems)
         count = self._counts[rows].sum().clamp(min=1)
-        found: NDArray[np.float64] = (self._sums[rows].sum(dim=0) / count).numpy()
-        return found
+        weights: NDArray[np.float64] = (self._sums[rows].sum(dim=0) / count).numpy()
+        return weights
 
 
 class _Run:

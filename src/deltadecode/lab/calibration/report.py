@@ -17,7 +17,7 @@ RANDOM_PLANS = 8
 _EXHAUSTIVE = 200_000  # plans that are counted out in seconds
 
 
-def report(found: Measurement) -> dict[str, Any]:
+def report(measurement: Measurement) -> dict[str, Any]:
     """Fit the plans and say what was measured.
 
     ``plans`` by name and ``offers``, see :func:`deltadecode.lab.calibration.fit.described`;
@@ -25,30 +25,30 @@ def report(found: Measurement) -> dict[str, Any]:
     ``tokens`` (shortest and longest text). Raises CalibrationError when nothing could be measured,
     or no plan is what was asked for.
     """
-    made = fitted(found)
+    made = fitted(measurement)
     ours = made[CALIBRATED]
-    lengths = [len(each.ids) for each in found.prompts]
+    lengths = [len(prompt.ids) for prompt in measurement.prompts]
     return {
-        "plans": {name: described(found, plan) for name, plan in made.items()},
-        "offers": offered(found, ours),
-        "layers": list(found.facts.layers),
-        "shift": _rounded(found.shift.curve(found.fit)),
-        "need": _rounded(found.need.weights(found.fit)),
-        "texts": len(found.prompts),
-        "observed_steps": found.captured.steps(ours.setting),
-        "tokens": [min(lengths), max(lengths) + found.new_tokens],
+        "plans": {name: described(measurement, plan) for name, plan in made.items()},
+        "offers": offered(measurement, ours),
+        "layers": list(measurement.facts.layers),
+        "shift": _rounded(measurement.shift.curve(measurement.fit)),
+        "need": _rounded(measurement.need.weights(measurement.fit)),
+        "texts": len(measurement.prompts),
+        "observed_steps": measurement.captured.steps(ours.budget),
+        "tokens": [min(lengths), max(lengths) + measurement.new_tokens],
     }
 
 
-def against(found: Measurement) -> dict[str, Any]:
+def against(measurement: Measurement) -> dict[str, Any]:
     """The calibrated plan among others of its size.
 
     ``peers``: hand-picked and random plans as of :func:`described`; ``exhaustive``: how many plans
     of the size there are, the best of them for each half, and how many keep more than the
     calibrated one (None where there are too many); ``r``: R [i][j] of both halves.
     """
-    ours = fitted(found)[CALIBRATED]
-    layers, count, dense = len(found.facts.layers), len(ours.full), ours.dense
+    ours = fitted(measurement)[CALIBRATED]
+    layers, count, dense = len(measurement.facts.layers), len(ours.full), ours.dense
     peers = {
         f"hand-picked, {name}": full
         for name, full in plans.hand_picked(layers, count, dense).items()
@@ -56,33 +56,33 @@ def against(found: Measurement) -> dict[str, Any]:
     drawn = plans.random_plans(layers, count, dense, RANDOM_PLANS)
     peers.update({f"random {n}": full for n, full in enumerate(drawn, 1)})
     r = {
-        name: found.captured.matrix(ours.setting, texts)
-        for name, texts in (("fit", found.fit), ("held_out", found.held_out))
+        name: measurement.captured.matrix(ours.budget, texts)
+        for name, texts in (("fit", measurement.fit), ("held_out", measurement.held_out))
     }
     return {
         "peers": {
-            name: described(found, Candidate(full, dense, ours.setting))
+            name: described(measurement, Candidate(full, dense, ours.budget))
             for name, full in peers.items()
         },
-        "exhaustive": _exhaustive(found, ours),
+        "exhaustive": _exhaustive(measurement, ours),
         "r": {name: [_rounded(line) for line in matrix] for name, matrix in r.items()},
     }
 
 
-def _exhaustive(found: Measurement, ours: Candidate) -> dict[str, Any] | None:
-    layers, count, dense = len(found.facts.layers), len(ours.full), ours.dense
+def _exhaustive(measurement: Measurement, ours: Candidate) -> dict[str, Any] | None:
+    layers, count, dense = len(measurement.facts.layers), len(ours.full), ours.dense
     total = math.comb(layers - dense - 1, count - dense - 1)
     if total > _EXHAUSTIVE:
         return None
-    need = found.need.weights(found.fit)
+    need = measurement.need.weights(measurement.fit)
     result: dict[str, Any] = {"plans": total}
-    for name, texts in (("fit", found.fit), ("held_out", found.held_out)):
-        loss = plans.losses(found.captured.matrix(ours.setting, texts), need)
+    for name, texts in (("fit", measurement.fit), ("held_out", measurement.held_out)):
+        loss = plans.losses(measurement.captured.matrix(ours.budget, texts), need)
         shares = {full: plans.kept(loss, full) for full in plans.all_plans(layers, count, dense)}
         best = max(shares, key=lambda full: shares[full])
         own = shares[ours.full]
         result[name] = {
-            "best": [found.facts.layers[place] for place in best],
+            "best": [measurement.facts.layers[place] for place in best],
             "best_kept": round(shares[best], 5),
             "ours_kept": round(own, 5),
             # Sums in another order differ in the last digits.

@@ -32,14 +32,14 @@ def read_texts(path: Path, count: int | None = None) -> list[Sample]:
         raise CalibrationError(f"cannot read the data {str(path)!r}: {error.strerror}") from error
     except UnicodeError as error:
         raise CalibrationError(f"the data {str(path)!r} is not text in UTF-8") from error
-    found: list[Sample] = []
+    samples: list[Sample] = []
     for number, line in enumerate(lines, 1):
-        if line.strip() and (count is None or len(found) < count):
+        if line.strip() and (count is None or len(samples) < count):
             prompt, completion = _parsed(line, f"line {number} of the data {str(path)!r}")
-            found.append(Sample(len(found), prompt, completion, 0, no_verdict))
-    if not found:
+            samples.append(Sample(len(samples), prompt, completion, 0, no_verdict))
+    if not samples:
         raise CalibrationError(f"the data {str(path)!r} is empty; it must hold {FORMAT}")
-    return found
+    return samples
 
 
 def _parsed(line: str, where: str) -> tuple[str, str]:
@@ -63,7 +63,7 @@ def task_texts(task: Task, tokenizer: Any, count: int, seed: int = FIRST_SEED) -
     def tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-    return [task.sample(each, tokens) for each in range(seed, seed + count)]
+    return [task.sample(number, tokens) for number in range(seed, seed + count)]
 
 
 def make_prompts(
@@ -77,11 +77,11 @@ def make_prompts(
     CalibrationError when a text is too long for the model or its prompt has no token, and
     EvaluationError when ``chat`` finds no chat template.
     """
-    found = []
+    prompts = []
     longest = longest_prompt(text_config(model))
-    for number, each in enumerate(encode(texts, tokenizer, chat=chat)):
-        room = max(len(each.reference) - new_tokens, 0)
-        ids = [*each.prompt, *each.reference[: room * number // max(len(texts) - 1, 1)]]
+    for number, text in enumerate(encode(texts, tokenizer, chat=chat)):
+        room = max(len(text.reference) - new_tokens, 0)
+        ids = [*text.prompt, *text.reference[: room * number // max(len(texts) - 1, 1)]]
         if len(ids) < 2:
             raise CalibrationError(f"text {number + 1} has fewer than 2 tokens")
         if longest is not None and len(ids) + new_tokens > longest:
@@ -89,5 +89,5 @@ def make_prompts(
                 f"text {number + 1} needs {len(ids) + new_tokens} tokens with {new_tokens} new "
                 f"ones, and the model has {longest} positions"
             )
-        found.append(Prompt(number, ids))
-    return found
+        prompts.append(Prompt(number, ids))
+    return prompts

@@ -54,11 +54,11 @@ def _budget(plan: DeltaConfig) -> int:
 
 def _layers(plan: DeltaConfig) -> list[Cell]:
     """The first 1, 2, ... of the plan's Δ-layers; sparse layers after them read less and older."""
-    found = []
+    cells = []
     for count in range(1, len(plan.delta_layers) + 1):
         layers = _layer_list(plan.delta_layers[:count])
-        found.append(Cell(f"delta:delta_layers={layers}", _budget(plan)))
-    return found
+        cells.append(Cell(f"delta:delta_layers={layers}", _budget(plan)))
+    return cells
 
 
 def _plans(
@@ -74,7 +74,8 @@ def _plans(
     pages = {key: first.get(key, getattr(plan, key)) for key in (*_PAGES, "budget_pages")}
     changed = "".join(f"{k}={pages[k]}:" for k in _PAGES if pages[k] != getattr(plan, k))
     chosen = [
-        (tuple(each["dense_layers"]), tuple(each["delta_layers"])) for each in measured.values()
+        (tuple(fitted["dense_layers"]), tuple(fitted["delta_layers"]))
+        for fitted in measured.values()
     ]
     dense, count = len(chosen[0][0]), len(chosen[0][0]) + len(chosen[0][1])
     own = tuple(plan.dense_layers), tuple(plan.delta_layers)
@@ -101,24 +102,24 @@ def _layer_list(layers: Sequence[int]) -> str:
 def _recent(plan: DeltaConfig) -> list[Cell]:
     """L from 0 to twice the plan's, at half, three quarters and all of its budget."""
     own = plan.recent_pages
-    found = []
+    cells = []
     for share in (2, 3, 4):
         budget = _budget(plan) * share // 4
         pages = budget // plan.page_size
         values = sorted({0, 1, own // 2, own, 2 * own})
-        found += [Cell(f"delta:recent_pages={v}", budget) for v in values if v < pages]
-    return found
+        cells += [Cell(f"delta:recent_pages={v}", budget) for v in values if v < pages]
+    return cells
 
 
 def _page_size(plan: DeltaConfig) -> list[Cell]:
     """Pages half, twice and four times as large, with as many recent tokens and one budget."""
-    found = []
+    cells = []
     recent, budget = plan.page_size * plan.recent_pages, _budget(plan)
     for size in (plan.page_size // 2, plan.page_size, 2 * plan.page_size, 4 * plan.page_size):
         pages = -(-recent // size) if size else 0
         if size and budget // size > pages:
-            found.append(Cell(f"delta:page_size={size}:recent_pages={pages}", budget))
-    return found
+            cells.append(Cell(f"delta:page_size={size}:recent_pages={pages}", budget))
+    return cells
 
 
 def _sinks(plan: DeltaConfig) -> list[Cell]:

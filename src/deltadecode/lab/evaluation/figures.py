@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from deltadecode.lab.evaluation.summary import by_task
+
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown",
            "tab:pink", "tab:olive", "tab:cyan", "black")  # fmt: skip
 _MARKERS = "osD^v<>PX*"
@@ -25,9 +27,7 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
     reference went wrong, ``<name>-first-wrong.png``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tasks: dict[str, list[dict[str, Any]]] = {}
-    for line in rows:
-        tasks.setdefault(line["case"].rsplit(", ", 1)[0], []).append(line)
+    tasks = by_task(rows)
     written = []
     for kind, panel in (("budget", _over_budget), ("reads", _over_reads), ("first-wrong", _wrong)):
         if kind == "first-wrong" and not any(line["wrong_somewhere"] for line in rows):

@@ -54,11 +54,11 @@ def evaluate(
             )
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     with cell.make(model).decoding(model):
-        found = lm_eval.simple_evaluate(
+        outcome = lm_eval.simple_evaluate(
             model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit,
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             fewshot_random_seed=seed, log_samples=False, bootstrap_iters=1000, verbosity="ERROR",
         )  # fmt: skip
-    counts = {name: each["effective"] for name, each in found["n-samples"].items()}
-    return {"policy": cell.policy, "budget": cell.budget, "results": found["results"],
+    counts = {name: count["effective"] for name, count in outcome["n-samples"].items()}
+    return {"policy": cell.policy, "budget": cell.budget, "results": outcome["results"],
             "samples": counts}  # fmt: skip

@@ -40,14 +40,14 @@ class Records:
     def open(cls, path: Path, settings: dict[str, Any], made_by: dict[str, Any]) -> Records:
         """Continue a file, or start one; EvaluationError if it is of another evaluation."""
         if path.exists() and path.stat().st_size:
-            found = cls.read(path, repair=True)
-            if digest(found.settings) != digest(settings):
-                why = _difference(found.settings, settings)
+            records = cls.read(path, repair=True)
+            if digest(records.settings) != digest(settings):
+                why = _difference(records.settings, settings)
                 raise EvaluationError(
                     f"{str(path)!r} is of another evaluation: {why}; choose another --out, or "
                     "remove the file"
                 )
-            return found
+            return records
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {
             "kind": _KIND, "format": FORMAT, "hash": digest(settings), "settings": settings,
@@ -80,19 +80,19 @@ class Records:
             raise EvaluationError(
                 f"{str(path)!r} has format {header.get('format')}, and this version reads {FORMAT}"
             )
-        found = cls(path, header["settings"], header.get("made_by", {}))
+        records = cls(path, header["settings"], header.get("made_by", {}))
         for number, line in enumerate(lines[1:], 2):
             record = _parsed(path, line, number)
             if missing := [key for key in _NEEDED if key not in record]:
                 raise EvaluationError(
                     f"{str(path)!r} is broken: line {number} has no {missing[0]!r}"
                 )
-            if record["seed"] in found.samples:
+            if record["seed"] in records.samples:
                 raise EvaluationError(
                     f"{str(path)!r} is broken: line {number} has seed {record['seed']} again"
                 )
-            found.samples[record["seed"]] = record
-        return found
+            records.samples[record["seed"]] = record
+        return records
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records, all or none of them as far as the system can promise that."""

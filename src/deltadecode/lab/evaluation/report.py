@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from deltadecode.errors import EvaluationError
-from deltadecode.lab.evaluation.figures import draw
 from deltadecode.lab.evaluation.records import Records
 from deltadecode.lab.evaluation.summary import markdown, summarize, verdicts
 from deltadecode.lab.results import result, write_result
@@ -23,26 +22,28 @@ def make_result(cells: Sequence[Records], command: str) -> dict[str, Any]:
     files disagree, ``commits`` lists all of theirs.
     """
     rows = summarize(cells)
-    found = result("eval", command, rows)
+    report = result("eval", command, rows)
     newest = cells[-1].made_by
-    found |= {key: newest[key] for key in _MADE_BY if key in newest}
-    commits = sorted({str(each.made_by.get("commit")) for each in cells})
+    report |= {key: newest[key] for key in _MADE_BY if key in newest}
+    commits = sorted({str(cell.made_by.get("commit")) for cell in cells})
     if len(commits) > 1:
-        found["commits"] = commits
-    found["settings"] = {
+        report["commits"] = commits
+    report["settings"] = {
         k: v for k, v in cells[0].settings.items() if k not in ("policy", "budget")
     }
-    found["verdicts"] = verdicts(rows)
-    return found
+    report["verdicts"] = verdicts(rows)
+    return report
 
 
-def write(found: dict[str, Any], folder: Path, tag: str) -> list[Path]:
+def write(report: dict[str, Any], folder: Path, tag: str) -> list[Path]:
     """Write ``eval-<date>-<tag>.json`` and its figures, which begin with the same name."""
-    path = write_result(found, folder, tag)
-    return [path, *draw(found["rows"], folder, path.stem)]
+    from deltadecode.lab.evaluation.figures import draw
+
+    path = write_result(report, folder, tag)
+    return [path, *draw(report["rows"], folder, path.stem)]
 
 
-def fill_document(document: Path, tag: str, found: dict[str, Any], files: Sequence[Path]) -> None:
+def fill_document(document: Path, tag: str, report: dict[str, Any], files: Sequence[Path]) -> None:
     """Replace what stands between ``<!-- eval:TAG -->`` and ``<!-- /eval:TAG -->`` of a document.
 
     Files are named relative to it. Raises EvaluationError when it cannot be read or lacks the
@@ -58,9 +59,14 @@ def fill_document(document: Path, tag: str, found: dict[str, Any], files: Sequen
     if not (first and second):
         raise EvaluationError(f"{str(document)!r} has no {begin} ... {end} to fill")
     links = [_relative(file, document.parent) for file in files]
-    gpus = ", ".join(found["machine"].get("gpus") or [found["machine"].get("cpu", "a CPU")])
-    lines = ["", f"From [{Path(links[0]).name}]({links[0]}) ({gpus}).", "", markdown(found["rows"])]
-    lines += [f"- {line}" for line in found["verdicts"]]
+    gpus = ", ".join(report["machine"].get("gpus") or [report["machine"].get("cpu", "a CPU")])
+    lines = [
+        "",
+        f"From [{Path(links[0]).name}]({links[0]}) ({gpus}).",
+        "",
+        markdown(report["rows"]),
+    ]
+    lines += [f"- {line}" for line in report["verdicts"]]
     lines += ["", *(f"![{Path(link).stem}]({link})" for link in links[1:]), ""]
     document.write_text(before + begin + "\n".join(lines) + end + after, encoding="utf-8")
 

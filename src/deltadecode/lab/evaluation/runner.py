@@ -20,9 +20,9 @@ from deltadecode.lab.evaluation.records import Records
 from deltadecode.lab.generation import (
     Encoded,
     encode,
-    lead_batch,
     new_tokens,
     solve_batch,
+    teacher_forced_batch,
 )
 from deltadecode.lab.policies import make_policy
 from deltadecode.lab.tasks.registry import Perplexity
@@ -30,7 +30,7 @@ from deltadecode.lab.tasks.sample import Task, options_of
 
 # Told what runs, the share of all work that is done, and the seconds left (None: not known yet).
 Progress = Callable[[str, float, "float | None"], None]
-_TYPICAL_ANSWER = 0.5  # of the room, for tasks without a reference
+_TYPICAL_ANSWER = 0.5  # of the most new tokens, for tasks without a reference
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Evaluation:
         self.encoded = encode(made, self.tokenizer, chat=self.chat)
         self._check_lengths()
         # Rows of one length need no padding, so that DELTA takes them through a layer together.
-        self.encoded.sort(key=lambda each: (len(each.prompt), each.sample.seed))
+        self.encoded.sort(key=lambda item: (len(item.prompt), item.sample.seed))
         self._continuations: dict[tuple[int, ...], Tensor] = {}
 
     def _count(self, text: str) -> int:
@@ -64,7 +64,7 @@ class Evaluation:
 
     def _check_lengths(self) -> None:
         positions = longest_prompt(text_config(self.model))
-        longest = max(len(each.prompt) + each.room for each in self.encoded)
+        longest = max(len(item.prompt) + item.max_new_tokens for item in self.encoded)
         if positions is not None and longest > positions:
             raise EvaluationError(
                 f"the task needs {longest} tokens of prompt and answer, and the model has "
@@ -73,11 +73,11 @@ class Evaluation:
 
     def trace(self) -> Trace:
         """How long decoding is, for budgets that are solved for a fraction of reads."""
-        prompts = [len(each.prompt) for each in self.encoded]
+        prompts = [len(item.prompt) for item in self.encoded]
         if isinstance(self.task, Perplexity):
             steps = self.task.tokens - 1
         else:
-            answers = [len(e.reference) or e.room * _TYPICAL_ANSWER for e in self.encoded]
+            answers = [len(e.reference) or e.max_new_tokens * _TYPICAL_ANSWER for e in self.encoded]
             steps = max(round(float(np.mean(answers))) - 1, 1)
         return Trace(round(float(np.mean(prompts))), max(prompts), steps)
 
@@ -114,7 +114,9 @@ class Evaluation:
             (cell, records, [e for e in self.encoded if e.sample.seed not in records.samples])
             for cell, records in zip(cells, opened, strict=True)
         ]
-        clock = _Clock(sum(each.room for _, _, missing in todo for each in missing), progress)
+        clock = _Clock(
+            sum(item.max_new_tokens for _, _, missing in todo for item in missing), progress
+        )
         for cell, records, missing in todo:
             for begin in range(0, len(missing), self.batch):
                 part = missing[begin : begin + self.batch]
@@ -129,19 +131,23 @@ class Evaluation:
         policy = cell.make(self.model)
         if isinstance(self.task, Perplexity):
             continuation = self._continued(part)
-            return lead_batch(self.model, self.tokenizer, policy, part, continuation, on_step)
+            return teacher_forced_batch(
+                self.model, self.tokenizer, policy, part, continuation, on_step
+            )
         return solve_batch(
             self.model, self.tokenizer, policy, part, on_step, keep_outputs=self.keep_outputs
         )
 
     def _continued(self, part: list[Encoded]) -> Tensor:
         """What full attention writes; made once for all policies of a run."""
-        key = tuple(each.sample.seed for each in part)
+        key = tuple(item.sample.seed for item in part)
         if key not in self._continuations:
-            steps = max(each.room for each in part)
+            steps = max(item.max_new_tokens for item in part)
             full = make_policy("full", self.model, 1)
-            found = new_tokens(self.model, self.tokenizer, full, part, steps, lambda step: None)
-            self._continuations[key] = found
+            continuation = new_tokens(
+                self.model, self.tokenizer, full, part, steps, lambda step: None
+            )
+            self._continuations[key] = continuation
         return self._continuations[key]
 
 
@@ -156,13 +162,13 @@ class _Clock:
         """To be told of each step of a batch."""
 
         def on_step(step: int) -> None:
-            self._tell(label, self._done + sum(min(each.room, step) for each in part))
+            self._tell(label, self._done + sum(min(item.max_new_tokens, step) for item in part))
 
         return on_step
 
     def finish(self, part: Sequence[Encoded]) -> None:
-        """A batch is done, whatever room its rows have left."""
-        self._done += sum(each.room for each in part)
+        """A batch is done, whatever its rows have left to write."""
+        self._done += sum(item.max_new_tokens for item in part)
 
     def _tell(self, label: str, done: int) -> None:
         taken = time.monotonic() - self._start
@@ -173,9 +179,9 @@ class _Clock:
 
 def fingerprint(model: Any) -> str:
     """Hash of a model's weights: their shapes, and the first few numbers of each."""
-    found = hashlib.sha256(type(model).__name__.encode())
+    sha = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in sorted(model.named_parameters()):
-        found.update(f"{name} {tuple(parameter.shape)}".encode())
+        sha.update(f"{name} {tuple(parameter.shape)}".encode())
         few = parameter.detach().flatten()[:8].to(torch.float32).cpu()
-        found.update(few.numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha.update(few.numpy().tobytes())
+    return sha.hexdigest()[:16]

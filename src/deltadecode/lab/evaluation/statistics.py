@@ -45,8 +45,8 @@ def mean_interval(values: NDArray[np.float64]) -> Interval:
     from scipy import stats
 
     if set(np.unique(values)) <= {0.0, 1.0}:
-        found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-        return Interval(float(values.mean()), float(found.low), float(found.high))
+        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return Interval(float(values.mean()), float(interval.low), float(interval.high))
     return _bootstrap(values)
 
 
@@ -67,8 +67,8 @@ def _bootstrap(values: NDArray[np.float64]) -> Interval:
     mean = float(values.mean())
     if len(values) < 2 or np.ptp(values) == 0:
         return Interval(mean, mean, mean)
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (values,), np.mean, n_resamples=_RESAMPLES, method="percentile", batch=1000,
         random_state=np.random.default_rng(_SEED),
     ).confidence_interval  # fmt: skip
-    return Interval(mean, float(found.low), float(found.high))
+    return Interval(mean, float(interval.low), float(interval.high))

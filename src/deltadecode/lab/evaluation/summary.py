@@ -30,16 +30,16 @@ def load(paths: Iterable[Path]) -> list[Records]:
         files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise EvaluationError(f"no .jsonl file of an evaluation in {', '.join(map(str, paths))}")
-    found = [Records.read(file) for file in files]
+    cells = [Records.read(file) for file in files]
     seen: dict[str, Path] = {}
-    for records in found:
+    for records in cells:
         key = digest(records.settings)
         if key in seen:
             raise EvaluationError(
                 f"{str(records.path)!r} is of the same cell as {str(seen[key])!r}"
             )
         seen[key] = records.path
-    return found
+    return cells
 
 
 def summarize(cells: Sequence[Records]) -> list[dict[str, Any]]:
@@ -54,12 +54,12 @@ def summarize(cells: Sequence[Records]) -> list[dict[str, Any]]:
         experiments.setdefault(digest(shared), []).append(records)
     rows: list[dict[str, Any]] = []
     for group in experiments.values():
-        full = next((each for each in group if each.settings["policy"] == "full"), None)
+        full = next((cell for cell in group if cell.settings["policy"] == "full"), None)
         if full is None:
             raise EvaluationError(
                 f"the evaluation of {case(group[0])} has no run of policy 'full' to compare with"
             )
-        everything = set().union(*(each.samples for each in group))
+        everything = set().union(*(cell.samples for cell in group))
         for records in sorted(group, key=_order):
             missing = everything - set(records.samples)
             if missing or not everything:
@@ -89,7 +89,7 @@ def _column(records: Records, seeds: Sequence[int], name: str) -> NDArray[np.flo
 
 
 def _row(records: Records, full: Records, seeds: Sequence[int]) -> dict[str, Any]:
-    ours, theirs = (_column(each, seeds, "score") for each in (records, full))
+    ours, theirs = (_column(cell, seeds, "score") for cell in (records, full))
     score, difference = mean_interval(ours), paired_difference(ours, theirs)
     read, everything = (_column(records, seeds, name).sum() for name in ("read", "full"))
     metadata = _column(records, seeds, "metadata").sum()
@@ -125,7 +125,7 @@ def _row(records: Records, full: Records, seeds: Sequence[int]) -> dict[str, Any
 
 
 def _perplexity(records: Records, full: Records, seeds: Sequence[int]) -> dict[str, Any]:
-    ours, theirs = (_column(each, seeds, "nll") for each in (records, full))
+    ours, theirs = (_column(cell, seeds, "nll") for cell in (records, full))
     ratio = paired_difference(ours, theirs)
     return {
         "perplexity": _rounded(math.exp(ours.mean())),
@@ -164,7 +164,8 @@ def _cells_of(line: dict[str, Any]) -> list[str]:
     return texts
 
 
-def _parts(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each task, in their order."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for line in rows:
         parts.setdefault(line["case"].rsplit(", ", 1)[0], []).append(line)
@@ -179,7 +180,7 @@ def _titles(lines: Sequence[dict[str, Any]]) -> list[str]:
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     """The rows as tables for a terminal, one per task; all numbers but the tokens in per cent."""
     shown = []
-    for name, lines in _parts(rows).items():
+    for name, lines in by_task(rows).items():
         table = Table(
             title=f"{name}, {lines[0]['samples']} samples", title_justify="left", box=SIMPLE_HEAD
         )
@@ -214,7 +215,7 @@ def _short_cells(line: dict[str, Any]) -> list[str]:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown tables, one per task."""
     blocks = []
-    for name, lines in _parts(rows).items():
+    for name, lines in by_task(rows).items():
         titles = _titles(lines)
         block = [f"`{name}`, {lines[0]['samples']} samples from seed {lines[0]['first_seed']}:", ""]
         block.append("| " + " | ".join(titles) + " |")
@@ -231,8 +232,8 @@ def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
     reads besides keys and values is not in that fraction, but named. Ahead or level are peers that
     read the same or less, behind are those that read the same or more; the oracle is no peer.
     """
-    found = []
-    for name, lines in _parts(rows).items():
+    sentences = []
+    for name, lines in by_task(rows).items():
         kinds = [(line["policy"].split(":")[0], line) for line in lines]
         peers = [x for kind, x in kinds if kind not in ("full", "oracle", "delta", "delta-variant")]
         if not peers:
@@ -244,13 +245,13 @@ def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
             ahead = [_named(x) for x in no_more if x["score"] > score]
             level = [_named(x) for x in no_more if x["score"] == score]
             behind = [_named(x) for x in no_less if x["score"] < score]
-            found.append(
+            sentences.append(
                 f"{name}: {_named(delta)}. "
                 f"Better with no more reads: {', '.join(ahead) or 'none'}. "
                 f"Level: {', '.join(level) or 'none'}. "
                 f"Worse with no fewer reads: {', '.join(behind) or 'none'}."
             )
-    return found
+    return sentences
 
 
 def _named(line: dict[str, Any]) -> str:

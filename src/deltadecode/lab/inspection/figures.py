@@ -56,10 +56,10 @@ def _shift(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
 def _recall(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
     del pages
     axes, rows = figure.subplots(), report["recall"]
-    names = [str(each["layer"]) for each in rows]
-    axes.bar(names, [each["best"] for each in rows], color="whitesmoke", edgecolor="gray",
+    names = [str(row["layer"]) for row in rows]
+    axes.bar(names, [row["best"] for row in rows], color="whitesmoke", edgecolor="gray",
              label="its own pages")  # fmt: skip
-    axes.bar(names, [each["captured"] for each in rows], color=COLORS["sparse"],
+    axes.bar(names, [row["captured"] for row in rows], color=COLORS["sparse"],
              label="the plan's pages")  # fmt: skip
     axes.set(xlabel="sparse layer", ylabel="share of its attention", ylim=(0, 1.02),
              title="What the plan's pages hold of each sparse layer's attention")  # fmt: skip
@@ -124,7 +124,7 @@ def _sinks(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
     del pages
     heads, hidden = figure.subplots(1, 2)
     sinks = report["sinks"]
-    top = _array([each["top_mean"] for each in sinks["layers"]])
+    top = _array([layer["top_mean"] for layer in sinks["layers"]])
     image = heads.imshow(top.T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     _ticks(heads.set_xticks, report["layers"])
     _ticks(heads.set_yticks, list(range(top.shape[1])))
@@ -132,13 +132,13 @@ def _sinks(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
               title=f"Largest mean attention to one token; {sinks['rate']:.1%} of heads above "
               f"{sinks['epsilon']:g}")  # fmt: skip
     figure.colorbar(image, ax=heads)
-    layers = [each["layer"] for each in sinks["hidden"]]
+    layers = [layer["layer"] for layer in sinks["hidden"]]
     for key, label in (
         ("norm_ratio", "norm of the largest token"),
         ("first_norm_ratio", "norm of the first token"),
         ("peak_ratio", "largest entry"),
     ):
-        hidden.plot(layers, [each[key] for each in sinks["hidden"]], label=label)
+        hidden.plot(layers, [layer[key] for layer in sinks["hidden"]], label=label)
     hidden.set(xlabel="layer", ylabel="÷ median", yscale="log", title="Massive activations")
     hidden.legend()
 

@@ -118,9 +118,9 @@ class _Run:
         after = gated.reshape(tokens, heads, -1).float().norm(dim=2).T
         ratio = (after / before.clamp_min(torch.finfo(torch.float32).tiny)).mean(dim=1).cpu()
         if bool((ratio - 1).abs().max() > 1e-3):
-            found = self.attention[layer]
+            measured = self.attention[layer]
             self.attention[layer] = LayerMeasure(
-                layer, found.mean, found.learned, ratio, found.value_norm
+                layer, measured.mean, measured.learned, ratio, measured.value_norm
             )
 
 

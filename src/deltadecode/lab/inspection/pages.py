@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import InspectionError
-from deltadecode.lab.attention_statistics import Matrix
 from deltadecode.lab.observe import LayerStep
+from deltadecode.lab.plans import Matrix
 from deltadecode.ops import select_pages
 
 Bools = NDArray[np.bool_]
@@ -114,8 +114,8 @@ class PageMap:
         both = chosen @ chosen.transpose(0, 2, 1)
         sizes = chosen.sum(axis=2)
         either = sizes[:, :, None] + sizes[:, None, :] - both
-        found: Matrix = _mean_steps(both / np.maximum(either, 1))
-        return found
+        overlap: Matrix = _mean_steps(both / np.maximum(either, 1))
+        return overlap
 
     def lags(self) -> NDArray[np.int64]:
         """[lags] int64: decode steps from 0 to half of the span that was observed over the budget.
@@ -123,8 +123,8 @@ class PageMap:
         Of fewer than two such steps there is none.
         """
         steps = self.steps[self.over_budget]
-        found: NDArray[np.int64] = (steps - steps[:1])[: len(steps) // 2 + 1]
-        return found if len(steps) > 1 else found[:0]
+        lags: NDArray[np.int64] = (steps - steps[:1])[: len(steps) // 2 + 1]
+        return lags if len(steps) > 1 else lags[:0]
 
     def drift(self, layer: int) -> Matrix:
         """How many of the pages that a layer (by place) chooses it has chosen before, [lags].
@@ -188,12 +188,12 @@ class Entropy:
 
     def bits(self) -> Matrix:
         """[layers, Hq] float64, in bits; 2 to its power is a number of equally weighted tokens."""
-        found: Matrix = (self._bits / max(self._steps, 1)).numpy()
-        return found
+        bits: Matrix = (self._bits / max(self._steps, 1)).numpy()
+        return bits
 
 
 def _mean_steps(values: NDArray[np.float32]) -> Matrix:
     if not len(values):
         return np.full(values.shape[1:], np.nan)
-    found: Matrix = values.mean(axis=0, dtype=np.float64)
-    return found
+    mean: Matrix = values.mean(axis=0, dtype=np.float64)
+    return mean

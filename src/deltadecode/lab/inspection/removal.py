@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig, LayerPlan
-from deltadecode.lab.generation import lead_batch, unchecked
+from deltadecode.lab.generation import teacher_forced_batch, unchecked
 from deltadecode.lab.policies.base import Facts, Floats, Policy, View
 from deltadecode.lab.policies.delta import Delta
 from deltadecode.lab.policies.delta_variants import DeltaVariant
@@ -35,7 +35,6 @@ class DeltaWithout(DeltaVariant):
     """DELTA whose sparse layers never read the ``hidden`` pages; Δ-layers choose others instead."""
 
     name = "delta-without"
-    paper = "DELTA without some pages"
 
     def __init__(
         self, facts: Facts, budget: int, cfg: DeltaConfig, plan: LayerPlan, hidden: range
@@ -61,7 +60,6 @@ class FullWithout(MaskedPolicy):
     """Full attention whose decode steps read the ``hidden`` pages in no layer."""
 
     name = "full-without"
-    paper = "stock attention without some pages"
 
     def __init__(self, facts: Facts, page_size: int, hidden: range) -> None:
         super().__init__(facts, 1)
@@ -97,7 +95,10 @@ def treatments(
     forced = [replace(cfg, sink_pages=count)] if room else []
     return [
         ("full attention", Full(facts, 1)),
-        *(("DELTA, sink pages forced in", Delta(facts, budget, each, plan)) for each in forced),
+        *(
+            ("DELTA, sink pages forced in", Delta(facts, budget, variant, plan))
+            for variant in forced
+        ),
         ("DELTA, sink pages left to selection", Delta(facts, budget, free, plan)),
         ("DELTA, sink pages masked out", DeltaWithout(facts, budget, free, plan, first)),
         ("full attention, sink pages masked out", FullWithout(facts, cfg.page_size, first)),
@@ -120,7 +121,7 @@ def remove(
     encoded = unchecked(prompt, continuation.shape[1])
     for place, (name, policy) in enumerate(policies):
         before = place * continuation.shape[1]
-        (record,) = lead_batch(
+        (record,) = teacher_forced_batch(
             model, tokenizer, policy, [encoded], continuation,
             lambda steps, before=before: on_step(before + steps),  # type: ignore[misc]
         )  # fmt: skip

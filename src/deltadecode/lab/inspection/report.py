@@ -16,7 +16,7 @@ _DIGITS = 5
 
 
 def make_report(
-    found: Inspection,
+    inspection: Inspection,
     show_token: Callable[[int], str],
     made_by: dict[str, Any],
     epsilon: float = EPSILON,
@@ -33,43 +33,45 @@ def make_report(
     pages chosen by its own scores hold, and their ratio), ``entropy_bits`` [layers][heads],
     ``token_texts`` by position, ``sinks`` and ``removal``.
     """
-    layers = list(found.facts.layers)
-    texts = [show_token(token) for token in found.ids]
-    sinks = describe(found.measured, texts, found.config.page_size, epsilon, least_queries)
+    layers = list(inspection.facts.layers)
+    texts = [show_token(token) for token in inspection.ids]
+    sinks = describe(
+        inspection.measured, texts, inspection.config.page_size, epsilon, least_queries
+    )
     return {
         **made_by,
         "tokens": {
-            "prompt": found.prompt,
-            "new": len(found.ids) - found.prompt,
-            "observed_steps": len(found.pages.steps),
-            "over_budget_steps": int(found.pages.over_budget.sum()),
-            "stride": found.stride,
+            "prompt": inspection.prompt,
+            "new": len(inspection.ids) - inspection.prompt,
+            "observed_steps": len(inspection.pages.steps),
+            "over_budget_steps": int(inspection.pages.over_budget.sum()),
+            "stride": inspection.stride,
         },
         "plan": {
-            **found.config.to_dict(),
-            "roles": [found.plan.role(layer) for layer in layers],
-            "sources": [found.plan.source(layer) for layer in layers],
+            **inspection.config.to_dict(),
+            "roles": [inspection.plan.role(layer) for layer in layers],
+            "sources": [inspection.plan.source(layer) for layer in layers],
         },
         "layers": layers,
-        "shift": _list(found.shift),
-        "overlap": _list(found.pages.overlap()),
-        "captured": _list(found.captured),
-        "drift": _drift(found, layers),
-        "recall": _recall(found, layers),
-        "entropy_bits": _list(found.entropy),
+        "shift": _list(inspection.shift),
+        "overlap": _list(inspection.pages.overlap()),
+        "captured": _list(inspection.captured),
+        "drift": _drift(inspection, layers),
+        "recall": _recall(inspection, layers),
+        "entropy_bits": _list(inspection.entropy),
         "token_texts": {
-            str(top): texts[top] for each in sinks["layers"] for top in each["top_token"]
+            str(top): texts[top] for entry in sinks["layers"] for top in entry["top_token"]
         },
         "sinks": sinks,
         "removal": {
-            "pages": max(found.config.sink_pages, 1),
+            "pages": max(inspection.config.sink_pages, 1),
             "treatments": [
                 {
-                    "name": each.name,
-                    "perplexity": each.perplexity,
-                    "agreement": round(each.agreement, _DIGITS),
+                    "name": entry.name,
+                    "perplexity": entry.perplexity,
+                    "agreement": round(entry.agreement, _DIGITS),
                 }
-                for each in found.removal
+                for entry in inspection.removal
             ],
         },
     }
@@ -79,16 +81,16 @@ def result_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a result file: each treatment of the sink pages, and the recall; less is better."""
     rows = []
     treatments = report["removal"]["treatments"]
-    for each in treatments[1:]:
+    for entry in treatments[1:]:
         rows.append(
-            row(each["name"], treatments[0]["name"], "perplexity of its text", each["perplexity"],
-                treatments[0]["perplexity"], agreement=each["agreement"])
+            row(entry["name"], treatments[0]["name"], "perplexity of its text", entry["perplexity"],
+                treatments[0]["perplexity"], agreement=entry["agreement"])
         )  # fmt: skip
-    for each in report["recall"]:
+    for entry in report["recall"]:
         rows.append(
-            row(f"layer {each['layer']}, pages of Δ-layer {each['source']}", "its own pages",
-                "share of attention missed", max(1 - each["captured"], 1e-6),
-                max(1 - each["best"], 1e-6))
+            row(f"layer {entry['layer']}, pages of Δ-layer {entry['source']}", "its own pages",
+                "share of attention missed", max(1 - entry["captured"], 1e-6),
+                max(1 - entry["best"], 1e-6))
         )  # fmt: skip
     return rows
 
@@ -110,37 +112,37 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
             "median"
         )
     if report["recall"]:
-        worst = min(report["recall"], key=lambda each: each["recall"])
-        mean = float(np.mean([each["recall"] for each in report["recall"]]))
+        worst = min(report["recall"], key=lambda entry: entry["recall"])
+        mean = float(np.mean([entry["recall"] for entry in report["recall"]]))
         lines.append(
             f"recall of the plan's pages {mean:.1%} on average, least in layer {worst['layer']} "
             f"({worst['recall']:.1%})"
         )
     lines += [
-        f"perplexity {each['perplexity']:.4f}: {each['name']}"
-        for each in report["removal"]["treatments"]
+        f"perplexity {entry['perplexity']:.4f}: {entry['name']}"
+        for entry in report["removal"]["treatments"]
     ]
     return lines
 
 
-def _drift(found: Inspection, layers: list[int]) -> dict[str, Any]:
+def _drift(inspection: Inspection, layers: list[int]) -> dict[str, Any]:
     places = list(enumerate(layers))
     return {
-        "lags": found.pages.lags().tolist(),
-        "chance": _list(found.pages.chance()),
-        "overlap": {str(layer): _list(found.pages.drift(place)) for place, layer in places},
-        "held": {str(layer): _list(found.pages.held(place)) for place, layer in places},
+        "lags": inspection.pages.lags().tolist(),
+        "chance": _list(inspection.pages.chance()),
+        "overlap": {str(layer): _list(inspection.pages.drift(place)) for place, layer in places},
+        "held": {str(layer): _list(inspection.pages.held(place)) for place, layer in places},
     }
 
 
-def _recall(found: Inspection, layers: list[int]) -> list[dict[str, Any]]:
+def _recall(inspection: Inspection, layers: list[int]) -> list[dict[str, Any]]:
     rows = []
     for place, layer in enumerate(layers):
-        source = found.plan.source(layer)
+        source = inspection.plan.source(layer)
         if source is None:
             continue
-        captured = float(found.captured[layers.index(source), place])
-        best = float(found.captured[place, place])
+        captured = float(inspection.captured[layers.index(source), place])
+        best = float(inspection.captured[place, place])
         rows.append(
             {
                 "layer": layer,

@@ -12,7 +12,7 @@ import torch
 from deltadecode.architecture import num_layers, text_config
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.errors import InspectionError
-from deltadecode.lab.attention_statistics import Captured, Setting, Shift
+from deltadecode.lab.attention_statistics import Captured, PageBudget, Shift
 from deltadecode.lab.generation import new_tokens, unchecked
 from deltadecode.lab.inspection.measure import Measure, measure
 from deltadecode.lab.inspection.pages import Entropy, PageMap, PageMaps
@@ -24,8 +24,8 @@ NEW_TOKENS = 512
 REMOVAL_TOKENS = 192
 OBSERVED = 96  # steps: enough for a page map, and few enough to embed it in a page
 _LEAST_PAGES = 8
-# Told what goes on, and the share of all work that is done.
-Tell = Callable[[str, float], None]
+# Called with what goes on and the share of all work that is done.
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def inspect_text(
     *,
     steps: int = NEW_TOKENS,
     removal_steps: int = REMOVAL_TOKENS,
-    tell: Tell = lambda what, done: None,
+    progress: Progress = lambda what, done: None,
 ) -> Inspection:
     """Continue a prompt greedily with full attention, and measure.
 
@@ -102,31 +102,31 @@ def inspect_text(
     facts = Facts.of(model)
     plan = config.layer_plan(num_layers(text_config(model)), facts.layers)
     depth = len(facts.layers)
-    setting = Setting(config.budget_pages, config.recent_pages, config.sink_pages)
-    captured, shift = Captured(1, depth, [setting], config.page_size), Shift(1, depth)
+    budget = PageBudget(config.budget_pages, config.recent_pages, config.sink_pages)
+    captured, shift = Captured(1, depth, [budget], config.page_size), Shift(1, depth)
     maps, entropy = PageMaps(config), Entropy(depth, facts.query_heads)
     stride = stride_for(steps, config.page_size)
     watched = Observed(facts, [captured, shift, maps, entropy], config.page_size, stride)
     watched.begin_batch(torch.zeros(1, dtype=torch.int64, device=model.device))
     policies = treatments(facts, config, plan, len(prompt)) if removal_steps > 1 else []
     # In tokens; a step that is led along masks is about as dear as one that is watched.
-    share = _Shares(tell, [steps, max(steps // 4, 1), removal_steps * len(policies)])
+    share = _Shares(progress, [steps, max(steps // 4, 1), removal_steps * len(policies)])
 
-    told = share.part(0, "full attention, watched")
-    written = new_tokens(model, tokenizer, watched, [unchecked(prompt, steps)], steps, told)
+    on_step = share.part(0, "full attention, watched")
+    written = new_tokens(model, tokenizer, watched, [unchecked(prompt, steps)], steps, on_step)
     ids = [*prompt, *written[0].tolist()]
     page_map = maps.finish()
-    told = share.part(1, "attention sinks")
+    on_step = share.part(1, "attention sinks")
     measured = measure(
         model,
         torch.tensor([ids]),
-        lambda layers: told(layers * steps // 4 // plan.num_layers),
+        lambda layers: on_step(layers * steps // 4 // plan.num_layers),
     )
     continuation = written[:, :removal_steps]
     removal: list[Removal] = []
     if continuation.shape[1] > 1:
-        told = share.part(2, "perplexity without sinks")
-        removal = list(remove(model, tokenizer, prompt, continuation, policies, told))
+        on_step = share.part(2, "perplexity without sinks")
+        removal = list(remove(model, tokenizer, prompt, continuation, policies, on_step))
     return Inspection(
         config=config,
         plan=plan,
@@ -135,7 +135,7 @@ def inspect_text(
         prompt=len(prompt),
         ids=ids,
         pages=page_map,
-        captured=captured.matrix(setting),
+        captured=captured.matrix(budget),
         shift=shift.curve(),
         entropy=entropy.bits(),
         measured=measured,
@@ -146,10 +146,10 @@ def inspect_text(
 class _Shares:
     """Progress over parts of known work."""
 
-    def __init__(self, tell: Tell, work: Sequence[int]) -> None:
-        self._tell, self._work = tell, list(work)
+    def __init__(self, progress: Progress, work: Sequence[int]) -> None:
+        self._progress, self._work = progress, list(work)
 
     def part(self, number: int, name: str) -> Callable[[int], None]:
         """To be told of the work that is done of one part."""
         before, total = sum(self._work[:number]), max(sum(self._work), 1)
-        return lambda done: self._tell(name, (before + done) / total)
+        return lambda done: self._progress(name, (before + done) / total)

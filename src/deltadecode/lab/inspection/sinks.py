@@ -41,22 +41,22 @@ class Sink:
     hidden_ratio: float
 
 
-def sink_heads(found: Measure, epsilon: float, least_queries: int) -> Tensor:
+def sink_heads(measured: Measure, epsilon: float, least_queries: int) -> Tensor:
     """Which tokens are sinks of which heads: I(α > ε) [layers, Hq, T] bool (Gu et al., section 3).
 
     A token counts only if ``least_queries`` queries see it, at most half of the text's.
     """
-    least = _least(found, least_queries)
-    above = torch.stack([each.mean > epsilon for each in found.attention])
-    above[:, :, found.tokens - least + 1 :] = False
+    least = _least(measured, least_queries)
+    above = torch.stack([layer.mean > epsilon for layer in measured.attention])
+    above[:, :, measured.tokens - least + 1 :] = False
     return above
 
 
-def find_sinks(found: Measure, above: Tensor) -> list[Sink]:
+def find_sinks(measured: Measure, above: Tensor) -> list[Sink]:
     """The sinks of a text, those of most heads first; ``above`` is as of :func:`sink_heads`."""
-    means = torch.stack([each.mean for each in found.attention])
-    values = torch.stack([_to_median(each.value_norm) for each in found.attention])
-    hidden = torch.stack([_to_median(each.norm) for each in found.hidden])
+    means = torch.stack([layer.mean for layer in measured.attention])
+    values = torch.stack([_to_median(layer.value_norm) for layer in measured.attention])
+    hidden = torch.stack([_to_median(layer.norm) for layer in measured.hidden])
     group = means.shape[1] // values.shape[1]
     sinks = []
     for position in above.any(dim=1).any(dim=0).nonzero()[:, 0].tolist():
@@ -69,7 +69,7 @@ def find_sinks(found: Measure, above: Tensor) -> list[Sink]:
                 position=position,
                 heads=len(layers),
                 mean=float(means[layer, head, position]),
-                layer=found.attention[layer].layer,
+                layer=measured.attention[layer].layer,
                 head=head,
                 value_ratio=float(drained.log().mean().exp()),
                 hidden_ratio=float(hidden[:, position].max()),
@@ -79,7 +79,7 @@ def find_sinks(found: Measure, above: Tensor) -> list[Sink]:
 
 
 def describe(
-    found: Measure,
+    measured: Measure,
     tokens: list[str],
     page_size: int,
     epsilon: float = EPSILON,
@@ -96,19 +96,19 @@ def describe(
     sink; ``hidden``: per decoder layer the largest magnitude, its place and ratio to the median,
     and the largest ratio of a token's norm to the median.
     """
-    above = sink_heads(found, epsilon, least_queries)
-    least = _least(found, least_queries)
-    sinks = find_sinks(found, above)
+    above = sink_heads(measured, epsilon, least_queries)
+    least = _least(measured, least_queries)
+    sinks = find_sinks(measured, above)
     return {
         "epsilon": epsilon,
         "least_queries": least,
-        "tokens": found.tokens,
+        "tokens": measured.tokens,
         "heads": above.shape[0] * above.shape[1],
         "first_token_rate": _rounded(above[:, :, 0].float().mean()),
         "rate": _rounded(above.any(dim=2).float().mean()),
         "layers": [
-            _layer(each, above[place], found.tokens, least)
-            for place, each in enumerate(found.attention)
+            _layer(layer, above[place], measured.tokens, least)
+            for place, layer in enumerate(measured.attention)
         ],
         "sinks": [
             {
@@ -119,43 +119,43 @@ def describe(
             for sink in sinks
         ],
         "kinds": dict(Counter(tokens[sink.position] for sink in sinks).most_common()),
-        "hidden": [_hidden(place, each, tokens) for place, each in enumerate(found.hidden)],
+        "hidden": [_hidden(place, layer, tokens) for place, layer in enumerate(measured.hidden)],
     }
 
 
-def _least(found: Measure, least_queries: int) -> int:
-    return min(least_queries, max(found.tokens // 2, 1))
+def _least(measured: Measure, least_queries: int) -> int:
+    return min(least_queries, max(measured.tokens // 2, 1))
 
 
-def _layer(each: LayerMeasure, above: Tensor, tokens: int, least: int) -> dict[str, Any]:
-    counted = each.mean[:, : tokens - least + 1]
+def _layer(layer: LayerMeasure, above: Tensor, tokens: int, least: int) -> dict[str, Any]:
+    counted = layer.mean[:, : tokens - least + 1]
     top = counted.max(dim=1)
-    found = {
-        "layer": each.layer,
+    report = {
+        "layer": layer.layer,
         "rate": _rounded(above.any(dim=1).float().mean()),
         "top_token": top.indices.tolist(),
         "top_mean": _list(top.values),
-        "first_mean": _list(each.mean[:, 0]),
-        "first_value_ratio": _list(_to_median(each.value_norm)[:, 0]),
+        "first_mean": _list(layer.mean[:, 0]),
+        "first_value_ratio": _list(_to_median(layer.value_norm)[:, 0]),
     }
-    if each.learned is not None:
-        found["learned"] = _list(each.learned)
-    if each.gate is not None:
-        found["gate"] = _list(each.gate)
-    return found
+    if layer.learned is not None:
+        report["learned"] = _list(layer.learned)
+    if layer.gate is not None:
+        report["gate"] = _list(layer.gate)
+    return report
 
 
-def _hidden(place: int, each: HiddenMeasure, tokens: list[str]) -> dict[str, Any]:
-    ratio = _to_median(each.norm)
+def _hidden(place: int, states: HiddenMeasure, tokens: list[str]) -> dict[str, Any]:
+    ratio = _to_median(states.norm)
     token = int(ratio.argmax())
-    peak_ratio = each.peak / max(each.median, 1e-30)
+    peak_ratio = states.peak / max(states.median, 1e-30)
     return {
         "layer": place,
-        "peak": _rounded(each.peak),
+        "peak": _rounded(states.peak),
         "peak_ratio": _rounded(peak_ratio),
-        "peak_token": each.peak_token,
-        "peak_channel": each.peak_channel,
-        "massive": each.peak > MASSIVE_PEAK and peak_ratio >= MASSIVE_RATIO,
+        "peak_token": states.peak_token,
+        "peak_channel": states.peak_channel,
+        "massive": states.peak > MASSIVE_PEAK and peak_ratio >= MASSIVE_RATIO,
         "norm_token": token,
         "norm_text": tokens[token],
         "norm_ratio": _rounded(ratio[token]),

@@ -107,8 +107,8 @@ def make_policy(text: str, model: Any, budget: int) -> Policy:
 
 
 def _options(kind: type[Policy]) -> list[str]:
-    maker: Callable[..., Any] = getattr(kind, "make", kind)
-    names = [name for name in inspect.signature(maker).parameters if name != "fields"]
+    factory: Callable[..., Any] = getattr(kind, "make", kind)
+    names = [name for name in inspect.signature(factory).parameters if name != "fields"]
     if issubclass(kind, (Delta, DeltaVariant)):
         names += _PLAN_FIELDS
     return [name for name in names if name not in ("model", "facts", "budget")]

@@ -122,8 +122,6 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str]  # where it comes from, with an arXiv number
-    least: ClassVar[int] = 1  # smallest budget worth asking for
 
     def __init__(self, facts: Facts, budget: int) -> None:
         self.facts = facts

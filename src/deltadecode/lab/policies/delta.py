@@ -24,7 +24,6 @@ class Delta(Policy):
     """
 
     name = "delta"
-    paper = "Entezari Zarch et al., arXiv 2510.09883"
 
     def __init__(self, facts: Facts, budget: int, cfg: DeltaConfig, plan: LayerPlan) -> None:
         super().__init__(facts, budget)

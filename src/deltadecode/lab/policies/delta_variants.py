@@ -27,7 +27,6 @@ class DeltaVariant(MaskedPolicy):
     """
 
     name = "delta-variant"
-    paper = "DELTA with one choice changed"
 
     def __init__(
         self,

@@ -16,7 +16,6 @@ class Full(Policy):
     """The model's stock attention: every layer reads every token at every step."""
 
     name = "full"
-    paper = "stock attention"
 
     @contextmanager
     def decoding(self, model: Any) -> Iterator[None]:

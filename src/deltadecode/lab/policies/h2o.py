@@ -12,6 +12,7 @@ from deltadecode.lab.policies.pages import largest
 
 _BLOCK_BYTES = 256 * 2**20  # of weights held at a time in prefill
 _SPARE = 256  # slots
+_LEAST = 4  # tokens of a budget
 
 
 class H2O(MaskedPolicy):
@@ -28,14 +29,12 @@ class H2O(MaskedPolicy):
     """
 
     name = "h2o"
-    paper = "Zhang et al., arXiv 2306.14048"
     evicts = True
-    least = 4
 
     def __init__(self, facts: Facts, budget: int) -> None:
         super().__init__(facts, budget)
-        if budget < self.least:
-            raise self._refuse(f"it needs {self.least}, half of them recent")
+        if budget < _LEAST:
+            raise self._refuse(f"it needs {_LEAST}, half of them recent")
         self.recent = budget // 2
         self._alive: dict[int, Tensor] = {}
         self._sums: dict[int, Tensor] = {}

@@ -18,7 +18,6 @@ class Oracle(MaskedPolicy):
     """
 
     name = "oracle"
-    paper = "exact selection in every layer, not counted as reads: a ceiling"
 
     def __init__(self, facts: Facts, budget: int, page_size: int = 16) -> None:
         super().__init__(facts, budget)

@@ -30,7 +30,6 @@ class Quest(MaskedPolicy):
     """
 
     name = "quest"
-    paper = "Tang et al., arXiv 2406.10774"
 
     def __init__(
         self, facts: Facts, budget: int, page_size: int = 16, shared: int = 0, dense: int = 2
@@ -47,9 +46,9 @@ class Quest(MaskedPolicy):
         by_channel = key.transpose(2, 3)
         bounds = []
         for fill, reduce in ((torch.inf, torch.amin), (-torch.inf, torch.amax)):
-            found = reduce(by_page(by_channel, view, self.page_size, fill), dim=-1)
-            found = found.masked_fill(found.isinf(), 0.0)  # pages that hold nothing yet
-            bounds.append(torch.nn.functional.pad(found, (0, _SPARE)).transpose(2, 3).contiguous())
+            bound = reduce(by_page(by_channel, view, self.page_size, fill), dim=-1)
+            bound = bound.masked_fill(bound.isinf(), 0.0)  # pages that hold nothing yet
+            bounds.append(torch.nn.functional.pad(bound, (0, _SPARE)).transpose(2, 3).contiguous())
         self._bounds[layer] = bounds[0], bounds[1]
 
     def select(self, layer: int, look: Look, view: View) -> Tensor | None:

@@ -30,7 +30,6 @@ class RaaS(MaskedPolicy):
     """
 
     name = "raas"
-    paper = "Hu et al., arXiv 2502.11147"
     evicts = True
 
     def __init__(

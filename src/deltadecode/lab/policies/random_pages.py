@@ -21,7 +21,6 @@ class RandomPages(MaskedPolicy):
     """
 
     name = "random"
-    paper = "random pages and the recent ones: a floor"
 
     def __init__(
         self,

@@ -23,7 +23,6 @@ class SnapKV(MaskedPolicy):
     """
 
     name = "snapkv"
-    paper = "Li et al., arXiv 2404.14469"
     evicts = True
 
     def __init__(self, facts: Facts, budget: int, window: int = 32, kernel: int = 7) -> None:

@@ -18,7 +18,6 @@ class Streaming(MaskedPolicy):
     """
 
     name = "streaming"
-    paper = "StreamingLLM, Xiao et al., arXiv 2309.17453"
     evicts = True
 
     def __init__(self, facts: Facts, budget: int, sinks: int = 4) -> None:

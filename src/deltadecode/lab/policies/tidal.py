@@ -36,7 +36,6 @@ class Tidal(MaskedPolicy):
     """
 
     name = "tidal"
-    paper = "TidalDecode, Yang et al., arXiv 2410.05076"
 
     def __init__(
         self,

@@ -150,8 +150,8 @@ def make_problem(
 
 def extract_answer(text: str) -> str | None:
     """The last answer stated in a generated text, or None if it states none."""
-    found = _ANSWER.findall(text)
-    return found[-1] if found else None
+    answers = _ANSWER.findall(text)
+    return answers[-1] if answers else None
 
 
 def is_correct(problem: Problem, text: str) -> bool:

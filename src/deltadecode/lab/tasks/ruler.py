@@ -65,8 +65,8 @@ class Needle(Task):
         question = f"\n\nQuestion: what is the code of the {asked}, given above?\n{many} of the "
         question += f"{asked}, as the text says:"
         body = haystack(rng, needles, self.length - count_tokens(opening + question), count_tokens)
-        room = 24 * len(expected) + 16
-        return Sample(seed, opening + body + question, "", room, match_all(expected))
+        max_new_tokens = 24 * len(expected) + 16
+        return Sample(seed, opening + body + question, "", max_new_tokens, match_all(expected))
 
 
 class VariableTracking(Task):

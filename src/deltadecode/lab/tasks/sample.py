@@ -28,7 +28,7 @@ class Sample:
     seed: int
     prompt: str
     reference: str  # what a perfect model writes; empty where there are many ways to be right
-    room: int  # new tokens that an answer may take, if it is not the reference that says so
+    max_new_tokens: int  # those that an answer may take, if it is not the reference that says so
     check: Callable[[str], Verdict]
 
 
@@ -46,8 +46,8 @@ def match_all(expected: Sequence[str]) -> Callable[[str], Verdict]:
     """Checker whose score is the share of expected strings in a text (RULER, section 3)."""
 
     def check(text: str) -> Verdict:
-        found = [each for each in expected if each.casefold() in text.casefold()]
-        return Verdict(len(found) / len(expected), " ".join(found) or None)
+        hits = [word for word in expected if word.casefold() in text.casefold()]
+        return Verdict(len(hits) / len(expected), " ".join(hits) or None)
 
     return check
 
