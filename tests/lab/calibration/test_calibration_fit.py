@@ -22,9 +22,9 @@ def model():
     return tiny_model(LAYERS)
 
 
-def measured(model, request, count=4):
+def measured(model, asked_plan, count=4):
     prompts = [Prompt(i, token_ids(30 + 3 * i, i)) for i in range(count)]
-    found = Measurement(model, prompts, request, NEW)
+    found = Measurement(model, prompts, asked_plan, NEW)
     found.run(model, Tokenizer(), lambda done, left: None, stride=2)
     return found
 
@@ -124,7 +124,7 @@ def test_a_recall_takes_the_fewest_layers(model, plain):
 
 
 @pytest.mark.parametrize(
-    ("request", "message"),
+    ("asked_plan", "message"),
     [
         (PlanRequest(BASE, 2, 5), "2 dense and 5 Δ-layers leave no sparse layer in a model of 7"),
         (PlanRequest(BASE, 0), "give a number of Δ-layers"),
@@ -133,10 +133,10 @@ def test_a_recall_takes_the_fewest_layers(model, plain):
         (PlanRequest(BASE, 0, 6, fraction=0.5), "reads as little as a fraction of 0.5"),
     ],
 )
-def test_requests_that_cannot_be(model, request, message):
+def test_requests_that_cannot_be(model, asked_plan, message):
     prompts = [Prompt(i, token_ids(30, i)) for i in range(2)]
     with pytest.raises(CalibrationError, match=message):
-        Measurement(model, prompts, request, NEW)
+        Measurement(model, prompts, asked_plan, NEW)
 
 
 def test_one_text_is_too_few(model):

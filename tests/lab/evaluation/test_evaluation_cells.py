@@ -94,6 +94,8 @@ def test_plans_have_one_size_and_one_budget():
     count = len(plan.dense_layers) + len(plan.delta_layers)
     with pytest.raises(EvaluationError, match="needs the plans of a calibration"):
         cells_of("plans", plan, layers)
+    with pytest.raises(EvaluationError, match="plan 'mine' of the calibration lacks"):
+        cells_of("plans", plan, layers, {"mine": {"dense_layers": [0]}})
     ours = {"dense_layers": [0], "delta_layers": list(range(1, 2 * count - 2, 2))}
     cells = cells_of("plans", plan, layers, {"calibrated": {**ours, "recent_pages": 3}})
     assert cells[0] == Cell("full", 0) and len(cells) >= 8

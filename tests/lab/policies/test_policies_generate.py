@@ -260,6 +260,11 @@ def test_sinks_and_soft_caps_enter_the_softmax():
         ("delta:dense_layers=0+:delta_layers=1+9", 256, "delta_layers must be in 0..5"),
         ("tidal:layers=2+9", 64, "must be full-attention layers, got 9"),
         ("delta-variant:heads=min", 256, "must be max or mean, got 'min'"),
+        ("quest:page_size=0", 64, "page_size of policy 'quest' must be at least 1"),
+        ("quest:page_size=big", 64, "page_size of policy 'quest' must be a whole number"),
+        ("streaming:sinks=-1", 64, "sinks of policy 'streaming' must be a whole number, 0 or more"),
+        ("raas:alpha=little", 64, "alpha of policy 'raas' must be a number, 0 or more, got"),
+        ("snapkv:kernel=4", 64, "needs an odd kernel and a window of 1 or more, got 4 and 32"),
         ("streaming", 0, "a budget must be at least 1 token, got 0"),
     ],
 )

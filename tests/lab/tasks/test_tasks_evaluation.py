@@ -107,6 +107,7 @@ def test_perplexity_takes_pieces_of_a_text(tmp_path):
         ("chain:step=3", "unknown option 'step=3' of task 'chain'; there are steps, distractors"),
         ("chain:steps=x", "steps of task 'chain' must be a number, got 'x'"),
         ("chain:steps=5000", "names"),
+        ("needle:needles=600", "needs length >= 64 and 1 to 576 needles, got 4096 and 600"),
         ("needle:kind=double", "must be one of single, multikey, multivalue"),
         ("perplexity:prompts=text:file=/nowhere", "cannot read the text '/nowhere'"),
         ("perplexity:prompts=perplexity", "must be text, chain, needle, tracking"),

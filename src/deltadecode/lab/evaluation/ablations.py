@@ -70,6 +70,9 @@ def _plans(
             "ablation 'plans' needs the plans of a calibration; give the file that deltadecode "
             "calibrate -o wrote with --plan"
         )
+    for name, fitted in measured.items():
+        if not {"dense_layers", "delta_layers"} <= set(fitted):
+            raise EvaluationError(f"plan {name!r} of the calibration lacks dense_ or delta_layers")
     first = next(iter(measured.values()))
     pages = {key: first.get(key, getattr(plan, key)) for key in (*_PAGES, "budget_pages")}
     changed = "".join(f"{k}={pages[k]}:" for k in _PAGES if pages[k] != getattr(plan, k))

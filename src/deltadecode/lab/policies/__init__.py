@@ -77,6 +77,7 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
                 f"{', '.join(known) or 'none'}, each written option=value"
             )
         options[key] = _value(value, part)
+        _check(name, key, options[key], kind)
     return name, options
 
 
@@ -112,6 +113,21 @@ def _options(kind: type[Policy]) -> list[str]:
     if issubclass(kind, (Delta, DeltaVariant)):
         names += _PLAN_FIELDS
     return [name for name in names if name not in ("model", "facts", "budget")]
+
+
+def _check(name: str, key: str, value: Any, kind: type[Policy]) -> None:
+    """Refuse what no layer, size or share can be; the policy's constructor refuses the rest."""
+    parameter = inspect.signature(kind).parameters.get(key)
+    if parameter is None:  # a field of DeltaConfig, which checks its own
+        return
+    number = isinstance(value, (int, float)) and value >= 0
+    if parameter.annotation == "int" and not (number and isinstance(value, int)):
+        rule = "a whole number, 0 or more"
+    elif parameter.annotation == "float" and not number:
+        rule = "a number, 0 or more"
+    else:
+        return
+    raise PolicyError(f"{key} of policy {name!r} must be {rule}, got {value!r}")
 
 
 def _value(text: str, part: str) -> Any:

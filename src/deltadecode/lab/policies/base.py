@@ -160,6 +160,8 @@ class Policy(ABC):
 
 def pages_of(policy: Policy, budget: int, page_size: int, least: int) -> int:
     """Whole pages of a budget in tokens; PolicyError when there are fewer than ``least``."""
+    if page_size < 1:
+        raise PolicyError(f"page_size of policy {policy.name!r} must be at least 1")
     pages = budget // page_size
     if pages < least:
         raise policy._refuse(f"it needs {least} pages of {page_size} tokens, {least * page_size}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltadecode.errors import PolicyError
 from deltadecode.lab.policies.base import Facts, Floats, Scores, View
 from deltadecode.lab.policies.h2o import accumulated, keep_heavy
 from deltadecode.lab.policies.masked import Look, MaskedPolicy
@@ -28,6 +29,11 @@ class SnapKV(MaskedPolicy):
     def __init__(self, facts: Facts, budget: int, window: int = 32, kernel: int = 7) -> None:
         super().__init__(facts, budget)
         self.window, self.kernel = window, kernel
+        if kernel % 2 == 0 or window < 1:
+            raise PolicyError(
+                f"policy 'snapkv' needs an odd kernel and a window of 1 or more, got {kernel} and "
+                f"{window}"
+            )
         if budget <= window:
             raise self._refuse(f"it needs more than its observation window of {window}")
         self._kept: dict[int, Tensor] = {}

@@ -46,8 +46,12 @@ class Needle(Task):
     def __init__(self, kind: str = "single", length: int = 4096, needles: int = 4) -> None:
         if kind not in _KINDS:
             raise EvaluationError(f"kind of task 'needle' must be one of {', '.join(_KINDS)}")
-        if length < 64 or needles < 1:
-            raise EvaluationError("task 'needle' needs length >= 64 and needles >= 1")
+        most = len(_FIRST) * len(_SECOND)
+        if length < 64 or not 1 <= needles <= most:
+            raise EvaluationError(
+                f"task 'needle' needs length >= 64 and 1 to {most} needles, got {length} and "
+                f"{needles}"
+            )
         self.kind, self.length, self.needles = kind, length, needles
 
     def sample(self, seed: int, count_tokens: Callable[[str], int]) -> Sample:
@@ -80,7 +84,10 @@ class VariableTracking(Task):
 
     def __init__(self, length: int = 4096, hops: int = 4, chains: int = 1) -> None:
         if length < 64 or hops < 1 or chains < 1:
-            raise EvaluationError("task 'tracking' needs length >= 64, hops >= 1 and chains >= 1")
+            raise EvaluationError(
+                f"task 'tracking' needs length >= 64, hops >= 1 and chains >= 1, got {length}, "
+                f"{hops} and {chains}"
+            )
         self.length, self.hops, self.chains = length, hops, chains
 
     def sample(self, seed: int, count_tokens: Callable[[str], int]) -> Sample:
