@@ -1,6 +1,7 @@
 """Every policy through ``model.generate``: batches, budgets, counts, and the model afterwards."""
 
 import inspect
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from shared_kv_models import FULL_LAYERS
 import deltadecode as dd
 from deltadecode.errors import DeltaConfigError, PolicyError
 from deltadecode.lab.evaluation.cells import Trace, make_cells
-from deltadecode.lab.policies import POLICIES, Facts, make_policy, parse_policy
+from deltadecode.lab.policies import POLICIES, Facts, make_policy, masked, parse_policy
 from deltadecode.lab.policies.masked import MaskedPolicy
 
 PLAN_OPTIONS = "page_size=4:recent_pages=2:sink_pages=1:dense_layers=0+:delta_layers=1+"
@@ -170,6 +171,14 @@ def test_the_whole_prompt_votes_in_layers_that_reuse_keys(name):
         model.generate(ids, max_new_tokens=1, do_sample=False)
     assert seen == [(place, 33) for place in range(len(FULL_LAYERS))]
     assert not model._forward_pre_hooks
+
+
+def test_a_model_whose_layers_see_parts_of_a_prompt_is_refused_in_one_line(monkeypatch):
+    model = tiny_model("gemma4")
+    monkeypatch.setattr(masked, "whole_prompt", lambda model: nullcontext())
+    policy = make_policy("streaming", model, 20)
+    with policy.decoding(model), pytest.raises(PolicyError, match="layer 5 sees one of 33"):
+        model.generate(prompts([33])[0], max_new_tokens=2, do_sample=False)
 
 
 def test_layers_with_heads_of_their_own_count_those_of_full_attention():

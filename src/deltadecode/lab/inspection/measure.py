@@ -177,27 +177,7 @@ def measuring_attention(
 ) -> tuple[Tensor, None]:
     """Attention function of Transformers' interface: full attention that adds its weights up.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The attention module, with ``config`` and ``layer_idx``.
-    query : Tensor
-        [1, Hq, T, D].
-    key, value : Tensor
-        [1, Hkv, T, D].
-    attention_mask : Tensor or None
-        As the mask function of ``sdpa`` makes it; None: causal.
-    dropout : float
-        Of no matter: nothing is trained here.
-    scaling : float or None
-        Factor on q · k; None: D to the power of -1/2.
-    **kwargs
-        What else the model passes, as ``s_aux`` (learned sinks) and ``softcap``.
-
-    Returns
-    -------
-    tuple
-        Output [1, T, Hq, D], and None in the place of the weights.
+    Output [1, T, Hq, D]; a mask of None is causal, and dropout of no matter.
     """
     run: _Run | None = getattr(module, NAME, None)
     if run is None:

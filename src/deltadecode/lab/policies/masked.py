@@ -135,6 +135,11 @@ class MaskedPolicy(Policy):
         view = self._view
         if view is None:
             raise PolicyError(f"policy {self.name!r} takes no cache from before")
+        if layer and (view.step < 0 or view.slots != slots):
+            raise PolicyError(
+                f"policy {self.name!r} cannot follow a model whose layers see different tokens: "
+                f"layer {self.facts.layers[layer]} sees one of {slots}"
+            )
         if layer == 0:
             self._view = view = View(view.start, view.prompt, slots, view.step + 1, view.padded)
             self._log.append(torch.zeros_like(view.lengths, dtype=torch.float32))
@@ -166,36 +171,16 @@ def policy_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of Transformers' interface: what the model's policy says.
+    """Attention function of Transformers' interface: what the module's policy says.
 
-    Parameters
-    ----------
-    module : nn.Module
-        The attention module, with ``config`` and ``layer_idx``.
-    query : Tensor
-        [B, Hq, Q, D].
-    key, value : Tensor
-        [B, Hkv, T, D], the new tokens last.
-    attention_mask : Tensor or None
-        As the mask function of ``sdpa`` makes it.
-    dropout : float
-        Probability that a weight is dropped, in prefill.
-    scaling : float or None
-        Factor on q · k; None: D to the power of -1/2.
-    **kwargs
-        What else the model passes, as ``s_aux`` (learned sinks) and ``softcap``.
-
-    Returns
-    -------
-    tuple
-        Output [B, Q, Hq, D], and None in the place of the weights.
+    ``kwargs`` may hold ``s_aux`` (learned sinks) and ``softcap``; output [B, Q, Hq, D].
     """
     policy: MaskedPolicy | None = getattr(module, NAME, None)
     if policy is None:
         return full_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         ), None
-    layer = policy.facts.layers.index(module.layer_idx)  # type: ignore[arg-type]
+    layer = policy.facts.layers.index(module.layer_idx)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if query.shape[2] == 1 and key.shape[2] > 1:
