@@ -13,6 +13,7 @@ from docs_pages import PAGES, ROOT, read
 RESULTS = ROOT / "benchmarks" / "results"
 page = cache(read)
 SHELL = {"console", "sh", "bash", "shell"}
+COMMAND = r"(deltadecode|make|python -m benchmarks\.\w+|\S*python training/\S+)( |$)"
 OTHER_LANGUAGES = {"text", "json", "python"}
 
 
@@ -112,7 +113,7 @@ def test_commands_of_shell_blocks_parse(name, workplace):
 @pytest.mark.parametrize("name", [name for name in PAGES if name != "CHANGELOG.md"])
 def test_commands_within_the_text_exist(name):
     for span in page(name).spans:
-        if re.match(r"(deltadecode|make|python -m benchmarks\.\w+)( |$)", span) and "…" not in span:
+        if "…" not in span and re.match(COMMAND, span):
             check_span(span)
 
 

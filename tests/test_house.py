@@ -70,10 +70,11 @@ def test_torch_is_pinned():
     assert pins()["torch"] == ["2.13.0"]
 
 
-@pytest.mark.parametrize(
-    "target",
-    "demo test test-browser test-vllm wheel lint format bench-cpu clean help".split(),
-)
+TARGETS = {"demo", "test", "test-browser", "test-vllm", "wheel"}
+TARGETS |= {"lint", "format", "bench-cpu", "clean", "help"}
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
 def test_makefile_lists_its_targets(target):
     shown = subprocess.run(
         ["make", "--no-print-directory", "help"],
