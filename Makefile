@@ -37,7 +37,7 @@ format: $(VENV)/.dev ## ruff, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/.dev ## mypy --strict on src
+types: $(VENV)/.dev ## mypy --strict on src and benchmarks
 	$(BIN)/mypy
 
 contracts: $(VENV)/.dev ## the layering, by import-linter
@@ -59,7 +59,7 @@ wheel: $(VENV)/.runtime ## build both wheels, the library and its embedded model
 	cd packages/embedded && $(CURDIR)/$(BIN)/python -m hatchling build -t wheel -d $(CURDIR)/dist
 
 bench-cpu: $(VENV)/.dev ## the CPU benchmark; writes benchmarks/results/cpu-<date>.json
-	$(BIN)/python -m benchmarks cpu --out benchmarks/results $(ARGS)
+	$(BIN)/python -m benchmarks.cpu --out benchmarks/results $(ARGS)
 
 clean: ## remove the environment, caches and build output
 	rm -rf $(VENV) $(LM_EVAL) $(VLLM) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

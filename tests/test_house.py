@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -71,26 +70,11 @@ def test_torch_is_pinned():
     assert pins()["torch"] == ["2.13.0"]
 
 
-def test_wheel_holds_the_profiles_the_model_and_the_type_marker(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = tmp_path.iterdir()
-    assert wheel.name.startswith("deltadecode-0.1.0-")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    source = ROOT / "src" / "deltadecode"
-    data = [*source.glob("profiles/*.json"), *source.glob("tasks/model/*"), source / "py.typed"]
-    assert len(data) >= 5
-    for file in data:
-        assert file.relative_to(ROOT / "src").as_posix() in names
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+TARGETS = {"demo", "test", "test-browser", "test-vllm", "wheel"}
+TARGETS |= {"lint", "format", "bench-cpu", "clean", "help"}
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "format", "bench-cpu", "clean", "help"])
+@pytest.mark.parametrize("target", sorted(TARGETS))
 def test_makefile_lists_its_targets(target):
     shown = subprocess.run(
         ["make", "--no-print-directory", "help"],

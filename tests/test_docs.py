@@ -1,0 +1,309 @@
+"""The documentation is true: its code runs, its commands exist, its links lead somewhere."""
+
+import fnmatch
+import json
+import re
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
+
+import pytest
+from docs_commands import WrongCommand, benchmark, check, check_span, extras, lines
+from docs_pages import PAGES, ROOT, read
+
+RESULTS = ROOT / "benchmarks" / "results"
+page = cache(read)
+SHELL = {"console", "sh", "bash", "shell"}
+COMMAND = r"(deltadecode|make|python -m benchmarks\.\w+|\S*python training/\S+)( |$)"
+OTHER_LANGUAGES = {"text", "json", "python"}
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """Folder of a random model with a tokenizer; 28 layers, so that the plans of the pages fit."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    words = {word: number for number, word in enumerate(["<unk>", "How", "many", "primes", "?"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>"
+    ).save_pretrained(path)
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=16,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=28,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16384,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, small_model):
+    """A folder with the files that commands and blocks of the pages name."""
+    import deltadecode as dd
+
+    monkeypatch.chdir(tmp_path)
+    dd.DeltaConfig().save("plan.json")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "How many?"}\n')
+    (tmp_path / "long.txt").write_text("How many?")
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "model").symlink_to(small_model)
+    return tmp_path
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """No more than 24 tokens an answer, whatever a page asks for."""
+    from transformers import GenerationMixin
+
+    generate = GenerationMixin.generate
+
+    def short(self, *inputs, **options):
+        options["max_new_tokens"] = min(options.get("max_new_tokens", 24), 24)
+        return generate(self, *inputs, **options)
+
+    monkeypatch.setattr(GenerationMixin, "generate", short)
+
+
+def with_python():
+    return [
+        name for name in PAGES if any(block.language == "python" for block in page(name).blocks)
+    ]
+
+
+@pytest.mark.parametrize("name", with_python())
+def test_python_blocks_run_in_order(name, small_model, workplace, short_answers):
+    """All that a page may leave undefined is ``path``, a model's folder."""
+    space = {"path": small_model}
+    for block in page(name).blocks:
+        if block.language == "python":
+            # Padded, so that a traceback has the page's line numbers.
+            code = compile("\n" * block.line + block.text, str(ROOT / name), "exec")
+            if block.reason is None:
+                exec(code, space)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_has_a_known_language(name):
+    for block in page(name).blocks:
+        assert block.language in SHELL | OTHER_LANGUAGES, f"{name}:{block.line}"
+        if block.language == "json":
+            json.loads(block.text)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_of_shell_blocks_parse(name, workplace):
+    for block in page(name).blocks:
+        if block.language in SHELL and block.reason is None:
+            for words in lines(block.text):
+                check(words)
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "CHANGELOG.md"])
+def test_commands_within_the_text_exist(name):
+    for span in page(name).spans:
+        if "…" not in span and re.match(COMMAND, span):
+            check_span(span)
+
+
+def test_few_blocks_opt_out():
+    opted = [
+        (name, block.reason)
+        for name in PAGES
+        for block in page(name).blocks
+        if block.reason is not None
+    ]
+    assert len(opted) <= 3, opted
+
+
+def test_a_command_that_does_not_exist_is_seen(workplace):
+    for line in (
+        "deltadecode bench cpu",
+        "deltadecode eval MODEL --polices full",
+        "deltadecode generate",
+        "make demos",
+        "make pytest ARGS='tests/none.py'",
+        "pip install '.[bench]'",
+        "python training/none.py",
+        "python training/train.py --epochs 3",
+        "python -m benchmarks.none",
+        "vllm serve MODEL",
+        "curl example.org",
+    ):
+        (words,) = lines(line)
+        with pytest.raises(WrongCommand):
+            check(words)
+    with pytest.raises(WrongCommand):
+        check_span("deltadecode calibrate --recal")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_anchors_lead_somewhere(name):
+    for link in page(name).links:
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = ((ROOT / name).parent / file).resolve() if file else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in page(target.relative_to(ROOT).as_posix()).anchors, link
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_result_files_and_figures_that_a_page_names_exist(name):
+    for file in re.findall(r"\b[a-z0-9]+-20\d{6}[\w.-]*\.(?:json|png)\b", page(name).text):
+        assert (RESULTS / file).exists(), file
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "CHANGELOG.md"])
+def test_files_and_tests_that_a_page_names_exist(name):
+    tests = {
+        function
+        for path in ROOT.glob("tests/**/*.py")
+        for function in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+    }
+    roots = [ROOT, ROOT / "src" / "deltadecode"]
+    for span in page(name).spans:
+        if re.fullmatch(r"test_\w+\*?", span):
+            assert fnmatch.filter(tests, span), span
+        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", span):
+            first = span.partition("/")[0]
+            bases = [root for root in roots if (root / first).is_dir()]
+            assert not bases or any((base / span).exists() for base in bases), span
+
+
+def test_pages_that_the_code_names_exist():
+    for folder in ("src", "benchmarks", "tests", "training"):
+        for path in (ROOT / folder).glob("**/*.py"):
+            text = path.read_text(encoding="utf-8")
+            for file in re.findall(r"\bdocs/[\w-]+\.md", text):
+                assert (ROOT / file).exists(), f"{path}: {file}"
+            for wanted in re.findall(r"deltadecode\[([a-z,-]+)\]", text):
+                assert set(wanted.split(",")) <= extras(), f"{path}: {wanted}"
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "CHANGELOG.md"])
+def test_extras_that_a_page_names_exist(name):
+    named = re.findall(r"extras? `([a-z-]+)`|\[([a-z-]+)\]'", page(name).text)
+    assert {one or other for one, other in named} <= extras()
+
+
+def test_readme_is_short():
+    assert len(page("README.md").text.splitlines()) <= 150
+
+
+def test_readme_leads_to_every_page():
+    linked = {link.partition("#")[0] for link in page("README.md").links}
+    assert {name for name in PAGES if name.startswith(("docs/", "training/"))} <= linked
+
+
+def test_every_command_has_a_line():
+    from typer.main import get_command
+
+    from deltadecode.cli.app import app
+
+    spans = page("docs/commands.md").spans
+    for command in get_command(app).commands:
+        assert any(span.split()[:2] == ["deltadecode", command] for span in spans), command
+    for path in (ROOT / "benchmarks").glob("*/__main__.py"):
+        benchmark(path.parent.name)
+        assert f"python -m benchmarks.{path.parent.name}" in spans
+
+
+def rows_of(file, **keys):
+    """Rows of a result file in which these keys have these values."""
+    rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if all(row.get(key) == value for key, value in keys.items())]
+
+
+def rounded(number, places):
+    """As on paper: a half goes up."""
+    return f"{Decimal(str(number)).quantize(Decimal(10) ** -places, ROUND_HALF_UP):,}"
+
+
+def sides(file, places, unit, **keys):
+    """Theirs, ours and ratio of the only such row, as a table writes them."""
+    (row,) = rows_of(file, **keys)
+    both = [f"{rounded(row[side], places)} {unit}" for side in ("theirs", "ours")]
+    return [*both, rounded(row["theirs"] / row["ours"], 2)]
+
+
+def kernel_sides():
+    file = "kernels-20261125-h100.json"
+    case = {"heads": "12/2", "batch": 64, "context": 32768, "peer": "FlashAttention-3"}
+    (full,), (sparse,) = rows_of(file, op="dense", **case), rows_of(file, op="sparse", **case)
+    return [f"{rounded(full['theirs'], 1)} µs", f"{rounded(sparse['ours'], 1)} µs", "–"]
+
+
+def right_answers():
+    found = [rows_of("eval-20261124-chain.json", policy=policy)[0] for policy in ("full", "delta")]
+    assert f"{found[1]['attended_fraction']:.1%}" == "24.9%"
+    return [str(round(row["score"] * row["samples"])) for row in found] + ["–"]
+
+
+def test_numbers_of_the_readme_are_those_of_the_files():
+    r1, short = "e2e-20261124-r1-1.5b.json", "e2e-20261125-r1-short.json"
+    step = "decode step, bfloat16, context 16384"
+    expected = [
+        (r1, sides(r1, 1, "s", kind="headline")),
+        (r1, sides(r1, 2, "ms", kind="step", context=18000)),
+        (r1, sides(r1, 2, "ms", kind="step", context=2048)),
+        *(
+            (file, sides(file, 2, "ms", kind="step", batch=16))
+            for file in ("e2e-20261124-r1-64k.json", "e2e-20261124-qwen3-8b.json")
+        ),
+        (short, sides(short, 2, "ms", kind="short", context=1000)),
+        (short, sides(short, 3, "s", kind="prefill")),
+        ("kernels-20261125-h100.json", kernel_sides()),
+        *(
+            (file, sides(file, 0, "ms", case=step))
+            for file in ("cpu-20261124.json", "cpu-20261124-xeon.json")
+        ),
+        ("eval-20261124-chain.json", right_answers()),
+    ]
+    readme = page("README.md")
+    shown = [
+        (links[0].rpartition("/")[2], cells[1:4])
+        for cells, links in zip(readme.rows, readme.row_links, strict=True)
+        if len(links) == 1 and links[0].startswith("benchmarks/results/")
+    ]
+    assert shown == expected
+
+
+def test_the_demo_of_the_readme_is_the_one_on_file():
+    (block,) = (block for block in page("README.md").blocks if block.language == "text")
+    output = json.loads((RESULTS / "demo-20261124.json").read_text(encoding="utf-8"))["output"]
+    assert block.text.splitlines() == output[:7]
+
+
+def test_times_on_cpus_are_those_of_the_files():
+    shown = [cells for cells in page("docs/speed.md").rows if len(cells) == 7]
+    assert len(shown) == 13
+    for case, *cells in shown[1:]:
+        unit = "MiB" if case.startswith("peak memory") else "ms"
+        files = ("cpu-20261124.json", "cpu-20261124-xeon.json")
+        assert cells == [cell for file in files for cell in sides(file, 0, unit, case=case)], case
+
+
+def test_times_of_kernels_are_those_of_the_file():
+    shown = [cells for cells in page("docs/speed.md").rows if len(cells) == 5]
+    assert len(shown) == 5
+    for context, full, *ours in shown[1:]:
+        case = {"heads": "12/2", "batch": 64, "context": int(context.replace(",", ""))}
+        found = {
+            op: rows_of("kernels-20261125-h100.json", op=op, peer="FlashAttention-3", **case)[0]
+            for op in ("dense", "delta", "sparse")
+        }
+        assert full == f"{rounded(found['dense']['theirs'], 1)} µs"
+        assert ours == [f"{rounded(row['ours'], 1)} µs" for row in found.values()]
