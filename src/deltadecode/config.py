@@ -313,7 +313,7 @@ def load_meta(path: str | PathLike[str]) -> dict[str, Any]:
 
 def _read(path: str | PathLike[str]) -> dict[str, Any]:
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DeltaConfigError(
             f"cannot read a DeltaConfig from {str(path)!r}: {error.strerror or error}"

@@ -17,7 +17,7 @@ from transformers import DeepseekV3Config as MlaConfig
 from deltadecode import DeltaConfig
 from deltadecode.cli import demo_workers, main
 from deltadecode.cli.decoding import Decoded
-from deltadecode.cli.generate import encode
+from deltadecode.cli.prompts import encode
 from deltadecode.cli.info import ranges
 from deltadecode.cli.report import first_difference
 from deltadecode.lab.tasks import make_problem, model_path
@@ -164,7 +164,7 @@ def test_info_json(run, model):
     assert found["versions"]["torch"] == torch.__version__
     assert found["devices"][0] == "cpu"
     triton = {"triton"} if importlib.util.find_spec("triton") else set()
-    assert {"reference", "cpu"} | triton == set(found["backends"])
+    assert {"reference", "torch"} | triton == set(found["backends"])
     by_role = {
         (entry["role"], entry["source"]): entry["layers"] for entry in found["model"]["roles"]
     }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from deltadecode.cli.calibrate import calibrate
 from deltadecode.cli.demo import demo
 from deltadecode.cli.eval import eval_command
+from deltadecode.cli.files import OutputError
 from deltadecode.cli.generate import generate
 from deltadecode.cli.info import info
 from deltadecode.cli.inspect import inspect
@@ -50,12 +53,12 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit.
+    """Run ``deltadecode`` with these arguments, by default those of the process, and exit."""
+    run_app(app, arguments, "deltadecode")
 
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        By default those of the process.
+
+def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> NoReturn:
+    """Run a command line and exit.
 
     Raises
     ------
@@ -64,19 +67,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         failure is one line on stderr.
     """
     given = None if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A letter that the terminal does not have must not lose a result.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Not standalone: its own error messages take several lines.
-        code = app(args=given, prog_name="deltadecode", standalone_mode=False)
+        code = app(args=given, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
     except typer.TyperException as error:
         complain(_usage_message(error))
         code = 2
     except DeltaDecodeError as error:
         complain(str(error))
         code = 2
+    except OutputError as error:
+        complain(str(error))
+        code = 1
+    except BrokenPipeError:  # the reader of stdout wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except Exception as error:
         complain(f"{type(error).__name__}: {one_line(error)}")
         code = 1
-    if code == INTERRUPTED:  # what typer makes of KeyboardInterrupt
+    if code == INTERRUPTED:  # what typer makes of KeyboardInterrupt, too
         complain("interrupted")
     sys.exit(code or 0)
 

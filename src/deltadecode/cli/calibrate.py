@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,33 +13,30 @@ import typer
 from rich.table import Table
 
 from deltadecode.architecture import attention_layers
+from deltadecode.cli import options
+from deltadecode.cli.files import write_each
 from deltadecode.cli.loading import (
-    EMBEDDED,
-    check_model_path,
-    checked_dtype,
     find_device,
     load_config,
     load_model,
     load_tokenizer,
     make_plan,
-    model_folder,
+    resolve_model,
 )
 from deltadecode.cli.output import (
     BadInput,
-    note,
     print_json,
     progress_bar,
     quiet_libraries,
     stdout,
     teller,
 )
-from deltadecode.cli.plan_options import BudgetPages, PageSize, RecentPages, SinkPages
 
 _SAMPLES = 16
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help=f"Folder or hub name of a model, or '{EMBEDDED}'.")],
+    model: options.Model,
     data: Annotated[
         Path | None,
         typer.Option(help='JSONL file: {"prompt": "...", "completion": "..."} a line.'),
@@ -61,23 +59,19 @@ def calibrate(
     recall: Annotated[
         float | None, typer.Option(help="Fewest Δ-layers that keep this share of the attention.")
     ] = None,
-    page_size: PageSize = None,
-    budget_pages: BudgetPages = None,
-    recent_pages: RecentPages = None,
-    sink_pages: SinkPages = None,
+    page_size: options.PageSize = None,
+    budget_pages: options.BudgetPages = None,
+    recent_pages: options.RecentPages = None,
+    sink_pages: options.SinkPages = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each text.")] = 192,
-    stride: Annotated[int, typer.Option(min=1, help="Look at every so manieth step.")] = 7,
-    batch: Annotated[int, typer.Option(min=1, help="Texts that are decoded together.")] = 1,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    device: Annotated[str, typer.Option(help="As PyTorch names it, or auto.")] = "auto",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the plan here, as JSON.")
-    ] = None,
-    figure: Annotated[
-        Path | None, typer.Option(help="Draw the shift curve with both plans; a PNG file.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    stride: Annotated[int, typer.Option(min=1, help="Look at every n-th decode step.")] = 7,
+    batch: options.Batch = 1,
+    chat: options.Chat = False,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "auto",
+    out: options.PlanOutput = None,
+    figure: options.Picture = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure a model's attention, and choose its dense and Δ-layers.
 
@@ -88,65 +82,72 @@ def calibrate(
     """
     if (data is None) == (task is None):
         raise BadInput("give either --data FILE or --task NAME")
-    for path in (out, figure):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise BadInput(f"the folder of {str(path)!r} does not exist")
     if figure is not None and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--figure needs matplotlib: pip install 'deltadecode[lab]'")
-    folder = model_folder(model)
-    check_model_path(folder)
+    if figure is not None and out is not None and figure.resolve() == out.resolve():
+        raise BadInput(f"--out and --figure must be two files, got {str(out)!r} for both")
+    folder = resolve_model(model)
     quiet_libraries()
     config = load_config(folder)
-    given = {
-        "page_size": page_size, "budget_pages": budget_pages, "recent_pages": recent_pages,
-        "sink_pages": sink_pages,
-    }  # fmt: skip
-    wish = _wish(config, given, dense_layers, delta_layers, attended_fraction, recall)
+    fields = options.plan_fields(page_size, budget_pages, recent_pages, sink_pages)
+    wish = _wish(config, fields, dense_layers, delta_layers, attended_fraction, recall)
     from deltadecode.lab.calibration.fit import Measurement
-    from deltadecode.lab.calibration.report import plan_file, report
+    from deltadecode.lab.calibration.report import report
     from deltadecode.lab.calibration.texts import make_prompts, read_texts, task_texts
     from deltadecode.lab.tasks.registry import make_task
 
     texts = None if data is None else read_texts(data, samples)
-    kind = None if task is None else make_task(task)
+    text_task = None if task is None else make_task(task)
     tokenizer = load_tokenizer(folder)
-    loaded = load_model(folder, checked_dtype(dtype), find_device(device))
-    if kind is not None:
-        texts = task_texts(kind, tokenizer, samples or _SAMPLES)
+    loaded = load_model(folder, dtype, find_device(device))
+    if text_task is not None:
+        texts = task_texts(text_task, tokenizer, samples or _SAMPLES)
     assert texts is not None
     prompts = make_prompts(loaded, tokenizer, texts, new_tokens, chat=chat)
-    found = Measurement(loaded, prompts, wish, new_tokens)
-    with progress_bar("calibration", 1.0) as (bar, shown):
-        tell = teller(bar, shown)
-        found.run(
-            loaded, tokenizer, lambda done, left: tell("calibration", done, left),
+    measurement = Measurement(loaded, prompts, wish, new_tokens)
+    with progress_bar("calibration", 1.0) as (bar, bar_task):
+        show = teller(bar, bar_task)
+        measurement.run(
+            loaded, tokenizer, lambda done, left: show("calibration", done, left),
             stride=stride, batch=batch,
         )  # fmt: skip
-    said = report(found)
-    if out is not None:
-        command = shlex.join(["deltadecode", *sys.argv[1:]])
-        source = str(task) if data is None else data.name
-        cfg, meta = plan_file(said, loaded, model, source, command)
-        cfg.save(out, meta=meta)
-        note(f"wrote {out}; use it with --plan {out}, or DeltaConfig.load")
-    if figure is not None:
-        from deltadecode.lab.calibration.figures import draw
-
-        draw(said, figure)
-        note(f"wrote {figure}")
+    result = report(measurement)
     if as_json:
-        print_json({"model": model, **said})
+        print_json({"model": model, **result})
     else:
-        _show(said)
+        stdout().print(_table(result))
+    outputs: list[tuple[Path, Callable[[], str]]] = []
+    if out is not None:
+        source = str(task) if data is None else data.name
+        outputs.append((out, lambda: _save(out, result, loaded, model, source)))
+    if figure is not None:
+        outputs.append((figure, lambda: _draw(figure, result)))
+    write_each(*outputs)
+
+
+def _save(path: Path, result: dict[str, Any], loaded: Any, model: str, source: str) -> str:
+    from deltadecode.lab.calibration.report import plan_file
+
+    command = shlex.join(["deltadecode", *sys.argv[1:]])
+    cfg, meta = plan_file(result, loaded, model, source, command)
+    cfg.save(path, meta=meta)
+    return f"wrote {path}; use it with --plan {path}, or DeltaConfig.load"
+
+
+def _draw(path: Path, result: dict[str, Any]) -> str:
+    from deltadecode.lab.calibration.figures import draw
+
+    draw(result, path)
+    return f"wrote {path}"
 
 
 def _wish(
-    config: Any, given: dict[str, Any], dense: int | None, deltas: int | None,
+    config: Any, fields: dict[str, Any], dense: int | None, deltas: int | None,
     fraction: float | None, recall: float | None,
 ) -> Any:  # fmt: skip
     from deltadecode.lab.calibration.fit import PlanRequest
 
-    base = make_plan(config, None, given)
+    base = make_plan(config, None, fields)
     dense_count = len(base.dense_layers) if dense is None else dense
     wish = PlanRequest(base, dense_count, deltas, fraction, recall)
     if fraction is not None and deltas is None and dense is not None:
@@ -155,19 +156,18 @@ def _wish(
     return wish
 
 
-def _show(said: dict[str, Any]) -> None:
-    shown = Table(
-        title=f"{said['texts']} texts, {said['observed_steps']} steps", title_justify="left"
-    )
+def _table(result: dict[str, Any]) -> Table:
+    title = f"{result['texts']} texts, {result['observed_steps']} steps"
+    table = Table(title=title, title_justify="left")
     for name in ("plan", "dense", "Δ", "K L S", "kept: fit", "held out", "reads"):
         left = name in ("plan", "dense", "Δ")
-        shown.add_column(name, justify="left" if left else "right", no_wrap=name != "Δ")
-    for name, plan in said["plans"].items():
-        shown.add_row(name, *_cells(plan))
-    best = said["offers"][0] if said["offers"] else None
-    if best and best["kept"]["fit"] > said["plans"]["calibrated"]["kept"]["fit"]:
-        shown.add_row("with other L, S", *_cells(best))
-    stdout().print(shown)
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "Δ")
+    for name, plan in result["plans"].items():
+        table.add_row(name, *_cells(plan))
+    best = result["offers"][0] if result["offers"] else None
+    if best and best["kept"]["fit"] > result["plans"]["calibrated"]["kept"]["fit"]:
+        table.add_row("with other L, S", *_cells(best))
+    return table
 
 
 def _cells(plan: dict[str, Any]) -> list[str]:

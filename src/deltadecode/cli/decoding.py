@@ -21,10 +21,8 @@ class Decoded:
 
     Attributes
     ----------
-    text : str
-        The new text, without special tokens.
-    token_ids : list of int
-        The new tokens.
+    text, token_ids
+        What is new; the text without special tokens.
     seconds : float
         For prompt and new tokens.
     seconds_to_first : float
@@ -48,17 +46,7 @@ class Decoded:
 
 
 class Follower(TextStreamer):
-    """Tells of every new token, and of text as soon as it is certain.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-        Of the model.
-    on_token : callable
-        Told the number of new tokens so far.
-    on_text : callable
-        Told each next piece of text.
-    """
+    """Passes on the number of new tokens, and text as soon as later tokens cannot change it."""
 
     def __init__(
         self, tokenizer: Any, on_token: Callable[[int], None], on_text: Callable[[str], None]
@@ -70,13 +58,7 @@ class Follower(TextStreamer):
         self._on_text = on_text
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then one new token at a time.
-
-        Parameters
-        ----------
-        value : Tensor
-            Token ids.
-        """
+        """Take the prompt, then one new token at a time."""
         if not self.next_tokens_are_prompt:
             self.tokens += value.numel()
             if self.first is None:
@@ -85,15 +67,7 @@ class Follower(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass text on.
-
-        Parameters
-        ----------
-        text : str
-            Text that later tokens cannot change.
-        stream_end : bool
-            Whether it is the last.
-        """
+        """Pass text on."""
         if text:
             self._on_text(text)
 
@@ -109,7 +83,7 @@ def decode(
     on_token: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Decoded:
-    """Generate once.
+    """Generate once; DELTA is enabled on the model only while it decodes.
 
     Parameters
     ----------
@@ -125,11 +99,6 @@ def decode(
         Of sampling.
     on_token, on_text : callable
         See :class:`Follower`.
-
-    Returns
-    -------
-    Decoded
-        DELTA is enabled on the model only while it decodes.
     """
     follower = Follower(tokenizer, on_token, on_text)
     if cfg is not None:

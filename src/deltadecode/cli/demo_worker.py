@@ -91,19 +91,19 @@ def _time_step(context: int, shape: dict[str, Any] | None, pairs: int) -> dict[s
         torch.set_num_threads(cores())
 
     config = qwen2_05b() if shape is None else Qwen2Config.from_dict(shape)
-    told = iter(range(1, pairs + 1))
-    found = StepTimer(config, torch.bfloat16).measure(
+    pair = iter(range(1, pairs + 1))
+    timed = StepTimer(config, torch.bfloat16).measure(
         context,
         PLAN,
         steps=pairs - 1,
         warmup=1,
         on_ready=on_ready,
-        on_step=lambda: _say(pairs=next(told)),
+        on_step=lambda: _say(pairs=next(pair)),
     )
     return {
-        "step_ms_full": found.full_ms,
-        "step_ms_delta": found.delta_ms,
-        "step_speedup": found.ratio,
+        "step_ms_full": timed.full_ms,
+        "step_ms_delta": timed.delta_ms,
+        "step_speedup": timed.ratio,
         "step_context": context,
         "threads": torch.get_num_threads(),
     }

@@ -26,7 +26,7 @@ _LINES = 2
 
 
 class Worker:
-    """A process that solves the problem one way, and what it has told so far.
+    """A process that solves the problem one way, and what it has reported so far.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class Worker:
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.name = NAMES[task["delta"]]
-        self.told: dict[str, Any] = {"tokens": 0, "tail": "", "pairs": 0}
+        self.reported: dict[str, Any] = {"tokens": 0, "tail": "", "pairs": 0}
         self.started: float | None = None
         # A session of its own: an interrupt from the keyboard reaches this process alone, which
         # then ends its workers.
@@ -69,24 +69,14 @@ class Worker:
                 stream.close()
 
     def waits_for(self, key: str) -> bool:
-        """Whether it has yet to tell something, and still may.
-
-        Parameters
-        ----------
-        key : str
-            What it will tell.
-
-        Returns
-        -------
-        bool
-        """
-        return self._reader.is_alive() and key not in self.told
+        """Whether it has yet to report something, and still may."""
+        return self._reader.is_alive() and key not in self.reported
 
     @property
     def speed(self) -> float:
         """Tokens per second so far."""
         taken = 0.0 if self.started is None else time.monotonic() - self.started
-        return self.told["tokens"] / taken if taken else 0.0
+        return self.reported["tokens"] / taken if taken else 0.0
 
     def proceed(self) -> None:
         """Let it do what it waits with: decode, and then time steps."""
@@ -96,65 +86,50 @@ class Worker:
         self._process.stdin.flush()
 
     def result(self, key: str) -> Any:
-        """What it told.
-
-        Parameters
-        ----------
-        key : str
-            ``"ready"``, ``"done"`` or ``"step"``.
-
-        Returns
-        -------
-        Any
+        """What it reported as ``"ready"``, ``"done"`` or ``"step"``.
 
         Raises
         ------
         RuntimeError
             When it has ended without.
         """
-        if key not in self.told:
-            self._fail(self.told.get("error") or f"exit code {self._process.wait()}")
-        return self.told[key]
+        if key not in self.reported:
+            self._fail(self.reported.get("error") or f"exit code {self._process.wait()}")
+        return self.reported[key]
 
     def check(self) -> None:
-        """Raise what it told of a failure, of whatever it was at.
-
-        Raises
-        ------
-        RuntimeError
-            When it has failed.
-        """
-        if "error" in self.told:
-            self._fail(self.told["error"])
+        """Raise what it reported of a failure, of whatever it was at."""
+        if "error" in self.reported:
+            self._fail(self.reported["error"])
 
     def _fail(self, reason: str) -> NoReturn:
-        work = "timing a step" if "done" in self.told else f"decoding with {self.name}"
+        work = "timing a step" if "done" in self.reported else f"decoding with {self.name}"
         raise RuntimeError(f"{work} failed: {reason}")
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self.told |= json.loads(line)
+            self.reported |= json.loads(line)
 
 
 def run(
-    task: dict[str, Any], larger: dict[str, Any], console: Console
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    task: dict[str, Any], larger: dict[str, Any] | None, console: Console
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """Solve one problem with full attention and with DELTA, both at once; then time a step.
 
     Parameters
     ----------
     task : dict
         ``model`` (folder), and ``seed`` and ``steps`` of the problem.
-    larger : dict
+    larger : dict or None
         ``context`` and ``shape`` of the model to time, and how many ``pairs`` of steps.
     console : rich.console.Console
         Where progress is shown.
 
     Returns
     -------
-    tuple of dict
-        Of full attention, of DELTA, and of the step.
+    tuple
+        Of full attention, of DELTA, and of the step; None where no larger model is asked for.
 
     Raises
     ------
@@ -163,8 +138,10 @@ def run(
     """
     with ExitStack() as stack:
         full, delta = workers = [
-            stack.enter_context(Worker({**task, "delta": side, "larger": larger if side else None}))
-            for side in (False, True)
+            stack.enter_context(
+                Worker({**task, "delta": is_delta, "larger": larger if is_delta else None})
+            )
+            for is_delta in (False, True)
         ]
         with console.status("loading the model"):
             while _going(workers, "ready"):
@@ -174,16 +151,18 @@ def run(
             worker.proceed()
         _watch(workers, console)
         _results(workers, "done")
+        if larger is None:
+            return full.result("done"), delta.result("done"), None
         delta.proceed()
-        with progress_bar("a larger model", larger["pairs"]) as (bar, shown):
+        with progress_bar("a larger model", larger["pairs"]) as (bar, bar_task):
             while delta.waits_for("step"):
-                bar.update(shown, completed=delta.told["pairs"])
+                bar.update(bar_task, completed=delta.reported["pairs"])
                 time.sleep(_REFRESH)
         return full.result("done"), delta.result("done"), delta.result("step")
 
 
 def _results(workers: list[Worker], key: str) -> None:
-    """Raise unless every worker has told it."""
+    """Raise unless every worker has reported it."""
     # The one that has failed speaks first: the other one was not waited for.
     for worker in workers:
         worker.check()
@@ -193,7 +172,7 @@ def _results(workers: list[Worker], key: str) -> None:
 
 def _going(workers: list[Worker], key: str) -> bool:
     # When one has failed, the other one is not waited for.
-    failed = any("error" in worker.told for worker in workers)
+    failed = any("error" in worker.reported for worker in workers)
     return not failed and any(worker.waits_for(key) for worker in workers)
 
 
@@ -223,21 +202,19 @@ def _watch_plainly(workers: list[Worker], console: Console) -> None:
 
 
 def _count(worker: Worker) -> str:
-    told = worker.told
-    return (
-        f"{worker.name}: {told['tokens']:,} of {told['ready']:,} tokens, {worker.speed:.0f} tok/s"
-    )
+    tokens, total = worker.reported["tokens"], worker.reported["ready"]
+    return f"{worker.name}: {tokens:,} of {total:,} tokens, {worker.speed:.0f} tok/s"
 
 
 def _view(worker: Worker) -> Group:
-    told = worker.told
-    speed = f"{told['tokens']:,} tokens  {worker.speed:.0f} tok/s"
+    reported = worker.reported
+    speed = f"{reported['tokens']:,} tokens  {worker.speed:.0f} tok/s"
     head = Table.grid(padding=(0, 1))
     head.add_row(
         f"{worker.name:>14}",
-        ProgressBar(total=told["ready"], completed=told["tokens"], width=20),
+        ProgressBar(total=reported["ready"], completed=reported["tokens"], width=20),
         speed if worker.waits_for("done") else "done",
     )
-    lines = told["tail"].splitlines()[-_LINES:]
+    lines = reported["tail"].splitlines()[-_LINES:]
     text = "\n".join(["", *lines] if len(lines) < _LINES else lines)
     return Group(head, Text(text, style="dim", no_wrap=True, overflow="ellipsis"))

@@ -7,24 +7,23 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from deltadecode.cli import options
+from deltadecode.cli.files import OutputError, attempt, check_file, check_folder, write_each
 from deltadecode.cli.loading import (
-    EMBEDDED,
-    check_model_path,
-    checked_dtype,
     find_device,
     load_model,
     load_tokenizer,
     make_plan,
-    model_folder,
+    resolve_model,
 )
 from deltadecode.cli.output import (
     BadInput,
-    check_tag,
     note,
     print_json,
     progress_bar,
@@ -38,7 +37,7 @@ _POLICIES = "full,delta,quest,quest-kv,tidal,tidal-kv,streaming,h2o,oracle,rando
 
 @dataclass(frozen=True)
 class _Request:
-    """What was asked for, in numbers and names."""
+    """The cells that were asked for, in numbers and names."""
 
     policies: list[str]
     budgets: list[int]
@@ -48,13 +47,33 @@ class _Request:
     overhead: bool
 
 
+@dataclass(frozen=True)
+class _Destination:
+    """Where a report goes beside stdout."""
+
+    results: Path | None
+    tag: str
+    docs: Path | None
+    as_json: bool
+
+    def check(self) -> None:
+        """Refuse what could not be written, before anything runs."""
+        if self.docs is None and self.results is None:
+            return
+        from deltadecode.lab.evaluation.statistics import check_installed
+
+        check_installed()
+        if self.docs is not None:
+            from deltadecode.lab.evaluation.report import document_parts
+
+            if self.results is None:
+                raise BadInput("--docs needs --results, the folder of the files that it links to")
+            document_parts(self.docs, self.tag)
+            check_file("--docs", self.docs)
+
+
 def eval_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help=f"Folder or hub name of a model, or '{EMBEDDED}' for the package's own."
-        ),
-    ] = None,
+    model: options.OptionalModel = None,
     task: Annotated[
         str,
         typer.Option(help="chain, needle, tracking or perplexity, with options: chain:steps=96."),
@@ -83,12 +102,12 @@ def eval_command(
         Path | None, typer.Option(help="For --ablation plans: file of deltadecode calibrate.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Problems.")] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the first problem.")] = 3_000_000_000,
-    batch: Annotated[int, typer.Option(min=1, help="Problems that are decoded together.")] = 16,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    device: Annotated[str, typer.Option(help="As PyTorch names it, or auto.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder of the samples' files.")] = Path("eval"),
-    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    seed: options.ProblemSeed = options.FIRST_PROBLEM,
+    batch: options.Batch = 16,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "auto",
+    out: options.SamplesFolder = Path("eval"),
+    chat: options.Chat = False,
     keep_outputs: Annotated[
         bool, typer.Option("--keep-outputs", help="Store whole texts.")
     ] = False,
@@ -102,25 +121,23 @@ def eval_command(
         list[Path] | None,
         typer.Option(help="Only report on files or folders of samples; repeatable."),
     ] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for eval-<date>-<tag>.json and its figures.")
-    ] = None,
-    tag: Annotated[str, typer.Option(help="Last part of the result's name.")] = "samples",
+    results: options.Results = None,
+    tag: options.Tag = "samples",
     docs: Annotated[
         Path | None, typer.Option(help="Markdown file whose eval:TAG part gets the tables.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure accuracy, tokens read and tokens kept of DELTA and its peers on one task.
 
     Every sample is a line of a file in --out; a run that was stopped goes on from there. At its
     end, or with --report, a table compares every policy with full attention, sample by sample.
     """
-    quiet_libraries()
-
-    check_tag(tag)
+    destination = _Destination(results, tag or "samples", docs, as_json)
     if report:
-        _report(report, results, tag, docs, as_json)
+        quiet_libraries()
+        destination.check()
+        _report(report, destination)
         return
     if model is None:
         raise BadInput("Missing argument 'MODEL': a folder, a hub name, or 'embedded'")
@@ -131,35 +148,33 @@ def eval_command(
         _numbers("--attended-fraction", attended_fraction, float), ablation or [], plan,
         count_overhead,
     )  # fmt: skip
-    loaded, tokenizer = _load(model, dtype, device)
-    if lm_eval is not None:
-        _harness(loaded, tokenizer, request, _names(lm_eval), lm_eval_include, samples, batch, seed,
-                 out, as_json)  # fmt: skip
-        return
+    if lm_eval is not None and (request.fractions or ablation or results or docs):
+        raise BadInput("--lm-eval goes with --policies and --budgets only")
+    check_folder("--out", out)
+    folder = resolve_model(model)
+    quiet_libraries()
+    destination.check()
     from deltadecode.lab.evaluation.runner import Evaluation
     from deltadecode.lab.evaluation.statistics import can_report
     from deltadecode.lab.tasks.registry import make_task
 
+    problems = make_task(task)
+    tokenizer = load_tokenizer(folder)
+    loaded = load_model(folder, dtype, find_device(device))
+    if lm_eval is not None:
+        _harness(loaded, tokenizer, request, _names(lm_eval), lm_eval_include, samples, batch, seed,
+                 out, as_json)  # fmt: skip
+        return
     evaluation = Evaluation(
-        loaded, tokenizer, make_task(task), samples, seed, batch, chat, keep_outputs, _made_by()
+        loaded, tokenizer, problems, samples, seed, batch, chat, keep_outputs, _made_by()
     )
     cells = _cells(evaluation, request)
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out must be a folder, got {str(out)!r}")
-    with progress_bar("evaluation", 1.0) as (bar, shown):
-        found = evaluation.run(cells, out, teller(bar, shown))
+    with progress_bar("evaluation", 1.0) as (bar, bar_task):
+        records = evaluation.run(cells, out, teller(bar, bar_task))
     if any(cell.policy == "full" for cell in cells) and can_report():
-        _report([each.path for each in found], results, tag, docs, as_json)
+        _report([each.path for each in records], destination)
     else:
-        note(f"{len(found)} files in {out} are complete; compare them with --report {out}")
-
-
-def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
-    model = model_folder(model)
-    dtype = checked_dtype(dtype)
-    check_model_path(model)
-    tokenizer = load_tokenizer(model)
-    return load_model(model, dtype, find_device(device)), tokenizer
+        note(f"{len(records)} files in {out} are complete; compare them with --report {out}")
 
 
 def _cells(evaluation: Any, request: _Request) -> list[Any]:
@@ -189,33 +204,37 @@ def _cells(evaluation: Any, request: _Request) -> list[Any]:
     )  # fmt: skip
 
 
-def _report(
-    paths: Sequence[Path], results: Path | None, tag: str, docs: Path | None, as_json: bool
-) -> None:
+def _report(paths: Sequence[Path], destination: _Destination) -> None:
     from deltadecode.lab.evaluation.statistics import check_installed
 
     check_installed()
     from deltadecode.lab.evaluation.report import fill_document, make_result, write
     from deltadecode.lab.evaluation.summary import load, tables
 
-    found = make_result(load(paths), shlex.join(["deltadecode", *sys.argv[1:]]))
+    result = make_result(load(paths), shlex.join(["deltadecode", *sys.argv[1:]]))
+    if destination.as_json:
+        print_json(result)
+    else:
+        for table in tables(result["rows"]):
+            stdout().print(table)
+        for line in result["verdicts"]:
+            stdout().print(line, markup=False, soft_wrap=True)
     files: list[Path] = []
-    if results is not None:
-        files = write(found, results, tag)
-        for file in files:
-            note(f"wrote {file}")
-    if docs is not None:
-        if not files:
-            raise BadInput("--docs needs --results, the folder of the files that it links to")
-        fill_document(docs, tag, found, files)
-        note(f"filled {docs}")
-    if as_json:
-        print_json(found)
-        return
-    for table in tables(found["rows"]):
-        stdout().print(table)
-    for line in found["verdicts"]:
-        stdout().print(line, markup=False, soft_wrap=True)
+
+    def write_files() -> str:
+        assert destination.results is not None
+        files.extend(write(result, destination.results, destination.tag))
+        return "\n".join(f"wrote {file}" for file in files)
+
+    def fill() -> str:
+        assert destination.docs is not None
+        fill_document(destination.docs, destination.tag, result, files)
+        return f"filled {destination.docs}"
+
+    if destination.results is not None:
+        write_each((destination.results, write_files))
+    if destination.docs is not None:
+        write_each((destination.docs, fill))
 
 
 def _harness(
@@ -225,39 +244,37 @@ def _harness(
     from deltadecode.lab.evaluation.cells import Trace, make_cells, slug
     from deltadecode.lab.evaluation.lm_eval import evaluate
 
-    if request.fractions or request.ablation:
-        raise BadInput("--lm-eval goes with --policies and --budgets only")
     cells = make_cells(request.policies, request.budgets, [], model, Trace(1, 1, 1))
-    found = []
-    with progress_bar("lm-eval", len(cells)) as (bar, shown):
+    measured: list[dict[str, Any]] = []
+    failures = []
+    with progress_bar("lm-eval", len(cells)) as (bar, bar_task):
         for cell in cells:
-            bar.update(shown, description=cell.label)
-            each = evaluate(
-                model,
-                tokenizer,
-                cell,
-                tasks,
-                include=include,
-                limit=samples,
-                batch=batch,
-                seed=seed,
-            )
-            out.mkdir(parents=True, exist_ok=True)
+            bar.update(bar_task, description=cell.label)
+            values = evaluate(model, tokenizer, cell, tasks, include=include, limit=samples,
+                              batch=batch, seed=seed)  # fmt: skip
+            measured.append(values)
             path = out / f"lm-eval__{slug(cell.policy)}__{cell.budget}.json"
-            path.write_text(json.dumps(each, indent=1, default=str) + "\n", encoding="utf-8")
-            note(f"wrote {path}")
-            found.append(each)
-            bar.advance(shown)
+            # At once, since the next cell may be interrupted.
+            failures.append(attempt(path, partial(_save, path, values)))
+            bar.advance(bar_task)
     if as_json:
-        print_json({"cells": found})
-        return
-    for each in found:
-        for name, metrics in each["results"].items():
-            values = {k: v for k, v in metrics.items() if isinstance(v, float)}
-            shown_values = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
-            stdout().print(
-                f"{each['policy']} {each['budget']}: {name}: {shown_values}", markup=False
-            )
+        print_json({"cells": measured})
+    else:
+        for values in measured:
+            for name, metrics in values["results"].items():
+                numbers = {k: v for k, v in metrics.items() if isinstance(v, float)}
+                line = ", ".join(f"{key} {number:.4g}" for key, number in numbers.items())
+                stdout().print(
+                    f"{values['policy']} {values['budget']}: {name}: {line}", markup=False
+                )
+    if any(failures):
+        raise OutputError("; ".join(failure for failure in failures if failure))
+
+
+def _save(path: Path, values: dict[str, Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
+    return f"wrote {path}"
 
 
 def _made_by() -> dict[str, Any]:
@@ -275,5 +292,5 @@ def _numbers(option: str, text: str | None, kind: type) -> list[Any]:
     try:
         return [kind(part) for part in _names(text or "")]
     except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise BadInput(f"{option} must be {what} with commas between, got {text!r}") from None
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise BadInput(f"{option} must be {numbers} with commas between, got {text!r}") from None

@@ -3,56 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from deltadecode.architecture import attention_layers, num_layers, signature, text_config
-from deltadecode.cli.loading import check_model_path, load_config, make_plan
+from deltadecode.cli import options
+from deltadecode.cli.loading import load_config, make_plan, resolve_model
 from deltadecode.cli.output import print_json, quiet_libraries, stdout
 from deltadecode.config import LayerPlan
 from deltadecode.profiles import find_profile
 
 
-def info(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder of a Transformers model: show its plan.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+def info(model: options.OptionalModel = None, as_json: options.AsJson = False) -> None:
     """Show versions, devices and backends, and the layer plan that a model would get."""
-    if model is not None:
-        check_model_path(model)
+    folder = None if model is None else resolve_model(model)
     quiet_libraries()
     from deltadecode.lab.collect_env import backends, devices, machine, versions
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "versions": versions(),
         "machine": machine(),
         "devices": devices(),
         "backends": backends(),
     }
-    if model is not None:
-        found["model"] = _describe(model)
+    if folder is not None:
+        facts["model"] = _describe(folder)
     if as_json:
-        print_json(found)
+        print_json(facts)
         return
     console = stdout()
-    console.print(_facts(found))
-    if model is not None:
+    console.print(_facts_table(facts))
+    if folder is not None:
         console.print()
-        console.print(_plan_line(found["model"]), soft_wrap=True)
-        console.print(_plan_table(found["model"]))
+        console.print(_plan_line(facts["model"]), soft_wrap=True)
+        console.print(_plan_table(facts["model"]))
 
 
 def layers_by_role(plan: LayerPlan) -> list[dict[str, Any]]:
     """Put the layers of a plan together by role and source.
-
-    Parameters
-    ----------
-    plan : LayerPlan
-        Plan of a model.
 
     Returns
     -------
@@ -79,8 +68,8 @@ def layers_by_role(plan: LayerPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(model: str) -> dict[str, Any]:
-    config = load_config(model)
+def _describe(folder: str) -> dict[str, Any]:
+    config = load_config(folder)
     cfg = make_plan(config, None, {})
     text = text_config(config)
     plan = cfg.layer_plan(num_layers(text), attention_layers(config))
@@ -94,50 +83,39 @@ def _describe(model: str) -> dict[str, Any]:
     }
 
 
-def _facts(found: dict[str, Any]) -> Table:
-    shown = Table.grid(padding=(0, 2))
-    for name, version in found["versions"].items():
-        shown.add_row(name, version)
-    machine = found["machine"]
-    shown.add_row("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']}")
-    shown.add_row("memory", f"{machine['memory_gib']} GiB")
-    shown.add_row("gpus", ", ".join(machine["gpus"]) or "none")
-    shown.add_row("devices", ", ".join(found["devices"]))
-    shown.add_row(
-        "backends", ", ".join(f"{name} ({where})" for name, where in found["backends"].items())
+def _facts_table(facts: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, version in facts["versions"].items():
+        table.add_row(name, version)
+    machine = facts["machine"]
+    table.add_row("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']}")
+    table.add_row("memory", f"{machine['memory_gib']} GiB")
+    table.add_row("gpus", ", ".join(machine["gpus"]) or "none")
+    table.add_row("devices", ", ".join(facts["devices"]))
+    table.add_row(
+        "backends", ", ".join(f"{name} ({where})" for name, where in facts["backends"].items())
     )
-    return shown
+    return table
 
 
 def _plan_line(model: dict[str, Any]) -> str:
     kind = "calibrated profile" if model["plan_from"] == "profile" else "default plan"
-    numbers = ("page_size", "budget_pages", "recent_pages", "sink_pages")
-    shown = ", ".join(f"{name} {model['config'][name]}" for name in numbers)
-    return f"{model['class']}, {model['layers']} layers, {kind}: {shown}"
+    names = ("page_size", "budget_pages", "recent_pages", "sink_pages")
+    numbers = ", ".join(f"{name} {model['config'][name]}" for name in names)
+    return f"{model['class']}, {model['layers']} layers, {kind}: {numbers}"
 
 
 def _plan_table(model: dict[str, Any]) -> Table:
-    shown = Table()
+    table = Table()
     for name in ("role", "reads", "layers"):
-        shown.add_column(name)
+        table.add_column(name)
     for entry in model["roles"]:
-        shown.add_row(entry["role"], entry["reads"], ranges(entry["layers"]))
-    return shown
+        table.add_row(entry["role"], entry["reads"], ranges(entry["layers"]))
+    return table
 
 
 def ranges(numbers: list[int]) -> str:
-    """Write ascending numbers shortly.
-
-    Parameters
-    ----------
-    numbers : list of int
-        Ascending, at least one.
-
-    Returns
-    -------
-    str
-        As in ``"0, 1, 3-13"``.
-    """
+    """Write ascending numbers, one at least, shortly: ``"0, 1, 3-13"``."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

@@ -4,51 +4,44 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import json
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from deltadecode.cli.generate import Dtype, encode, fit, read_prompt
+from deltadecode.cli import options
+from deltadecode.cli.files import write_each
 from deltadecode.cli.loading import (
-    EMBEDDED,
-    check_model_path,
     find_device,
     load_config,
     load_model,
     load_tokenizer,
     make_plan,
-    model_folder,
-    parse_layers,
+    resolve_model,
 )
 from deltadecode.cli.output import (
     BadInput,
-    check_tag,
     note,
     print_json,
     progress_bar,
     quiet_libraries,
+    stderr,
     stdout,
     teller,
 )
-from deltadecode.cli.plan_options import (
-    BudgetPages,
-    DeltaLayers,
-    DenseLayers,
-    PageSize,
-    PlanFile,
-    RecentPages,
-    SinkPages,
-)
+from deltadecode.cli.prompts import encode, fit, read_prompt
 from deltadecode.config import DeltaConfig
+from deltadecode.lab.inspection.folder import (
+    KIND,
+    NUMBERS,
+    PAGE,
+    check_report_folder,
+    write_report,
+)
 
-PAGE, NUMBERS = "index.html", "report.json"
-KIND = "deltadecode inspection"  # what tells a report of ours from other JSON
 _SINKS = "Attention sinks"
 
 
@@ -61,20 +54,18 @@ class _Text:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help=f"Folder or hub name of a model, or '{EMBEDDED}'.")],
-    prompt: Annotated[str | None, typer.Option(help="The prompt; '-' reads it from stdin.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    model: options.Model,
+    prompt: options.PromptOption = None,
+    prompt_file: options.PromptFile = None,
     task: Annotated[
         str | None,
         typer.Option(help="Take the prompt from a task of 'deltadecode eval', such as needle."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the task's problem.")] = 3_000_000_000,
-    no_chat_template: Annotated[
-        bool, typer.Option("--no-chat-template", help="Give the model the bare prompt.")
-    ] = False,
+    seed: options.ProblemSeed = options.FIRST_PROBLEM,
+    no_chat_template: options.NoChatTemplate = False,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens to write.")] = 512,
-    dtype: Annotated[Dtype, typer.Option(help="auto: that of the checkpoint.")] = Dtype.float32,
-    device: Annotated[str, typer.Option(help="As PyTorch names it, or auto.")] = "auto",
+    dtype: options.Dtype = "float32",
+    device: options.Device = "auto",
     epsilon: Annotated[
         float,
         typer.Option(help="Mean attention above which a token is a sink.", rich_help_panel=_SINKS),
@@ -93,49 +84,39 @@ def inspect(
             rich_help_panel=_SINKS,
         ),
     ] = 192,
-    plan: PlanFile = None,
-    page_size: PageSize = None,
-    budget_pages: BudgetPages = None,
-    recent_pages: RecentPages = None,
-    sink_pages: SinkPages = None,
-    dense_layers: DenseLayers = None,
-    delta_layers: DeltaLayers = None,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the page, the figures and the numbers.")
-    ] = Path("report"),
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for inspection-<date>-<tag>.json.")
-    ] = None,
-    tag: Annotated[str | None, typer.Option(help="Last part of the result's name.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    plan: options.PlanFile = None,
+    page_size: options.PageSize = None,
+    budget_pages: options.BudgetPages = None,
+    recent_pages: options.RecentPages = None,
+    sink_pages: options.SinkPages = None,
+    dense_layers: options.DenseLayers = None,
+    delta_layers: options.DeltaLayers = None,
+    out: options.ReportFolder = Path("report"),
+    results: options.Results = None,
+    tag: options.Tag = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show what a model's attention does: layers, pages, heads, attention sinks.
 
     Continues one prompt with full attention, watches it, and writes a self-contained page
     (index.html), figures (PNG) and all numbers (report.json).
     """
-    given = {
-        "page_size": page_size,
-        "budget_pages": budget_pages,
-        "recent_pages": recent_pages,
-        "sink_pages": sink_pages,
-        "dense_layers": parse_layers("--dense-layers", dense_layers),
-        "delta_layers": parse_layers("--delta-layers", delta_layers),
-    }
+    fields = options.plan_fields(
+        page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers
+    )
     if not 0.0 < epsilon < 1.0:
         raise BadInput(f"--epsilon must be between 0 and 1, got {epsilon}")
     check_installed()
-    check_folder(out)
+    check_report_folder(out)
     source = _source(model, prompt, prompt_file, task)
+    folder = resolve_model(model)
     quiet_libraries()
+    from deltadecode.lab.inspection.report import make_report, summary_lines
     from deltadecode.lab.inspection.run import inspect_text
 
-    check_tag(tag)
-    folder = model_folder(model)
-    check_model_path(folder)
     place = find_device(device)
     config = load_config(folder)
-    cfg = make_plan(config, plan, given)
+    cfg = make_plan(config, plan, fields)
     tokenizer = load_tokenizer(folder)
     text = _text(tokenizer, source, seed, use_template=not no_chat_template)
     count = text.ids.shape[1]
@@ -145,70 +126,34 @@ def inspect(
     if steps < max_new_tokens:
         note(f"writing at most {steps} tokens: the model has no more positions")
     cfg = _budget(cfg, count, steps, free=plan is None and budget_pages is None)
-    loaded = load_model(folder, dtype.value, place)
-    with progress_bar("inspection", 1.0) as (bar, shown):
-        tell = teller(bar, shown)
-        found = inspect_text(
+    loaded = load_model(folder, dtype, place)
+    with progress_bar("inspection", 1.0) as (bar, bar_task):
+        show = teller(bar, bar_task)
+        inspection = inspect_text(
             loaded, tokenizer, text.ids[0].tolist(), cfg, steps=steps, removal_steps=removal_tokens,
-            progress=lambda what, done: tell(what, done, None),
+            progress=lambda part, done: show(part, done, None),
         )  # fmt: skip
     made_by = _made_by(model, loaded, text)
-    report = _write(found, tokenizer, made_by, epsilon, least_queries, out)
-    if results is not None:
-        note(f"wrote {_result(report, results, tag)}")
+    report = make_report(
+        inspection, lambda token: str(tokenizer.decode([token])), made_by, epsilon, least_queries
+    )
     if as_json:
         print_json(report)
-        return
-    from deltadecode.lab.inspection.report import summary_lines
+    else:
+        for line in summary_lines(report):
+            stdout().print(line, markup=False, soft_wrap=True)
 
-    for line in summary_lines(report):
-        stdout().print(line, markup=False, soft_wrap=True)
+    outputs = [(out, lambda: _write(report, inspection.pages, out))]
+    if results is not None:
+        outputs.append((results, lambda: _write_result(report, results, tag)))
+    write_each(*outputs)
 
 
 def check_installed() -> None:
-    """Refuse to start what could not be drawn.
-
-    Raises
-    ------
-    BadInput
-        Naming what to install.
-    """
+    """Refuse to start what could not be drawn."""
     for name in ("plotly", "matplotlib"):
         if importlib.util.find_spec(name) is None:
             raise BadInput(f"inspect needs {name}; pip install 'deltadecode[lab]' brings it")
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds files of these names but no report of ours.
-
-    Parameters
-    ----------
-    folder : Path
-        Where the report goes; need not exist. An older report in it is replaced.
-
-    Raises
-    ------
-    BadInput
-        Naming the file.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise BadInput(f"--out must be a folder, got {str(folder)!r}")
-    try:
-        found = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if isinstance(found, dict) and found.get("kind") == KIND:
-        return
-    from deltadecode.lab.inspection.names import FIGURE_FILES
-
-    for name in (PAGE, NUMBERS, *FIGURE_FILES):
-        if (folder / name).exists():
-            raise BadInput(
-                f"{str(folder / name)!r} is there and no report of 'deltadecode inspect' is; "
-                "choose another --out"
-            )
 
 
 def _source(
@@ -221,7 +166,7 @@ def _source(
         raise BadInput(f"give one of --prompt, --prompt-file and --task, got {' and '.join(names)}")
     if prompt is not None or prompt_file is not None:
         return "prompt", read_prompt(prompt, prompt_file)
-    if task is None and model != EMBEDDED:
+    if task is None and model != options.EMBEDDED:
         raise BadInput("give a text to inspect: --prompt, --prompt-file or --task; got none")
     return "task", task or "chain"
 
@@ -281,30 +226,17 @@ def _made_by(model: str, loaded: Any, text: _Text) -> dict[str, Any]:
     }
 
 
-def _write(
-    found: Any, tokenizer: Any, made_by: dict[str, Any], epsilon: float, least: int, out: Path
-) -> dict[str, Any]:
-    from deltadecode.lab.inspection.figures import draw
-    from deltadecode.lab.inspection.page import write_page
-    from deltadecode.lab.inspection.report import make_report
-
-    show: Callable[[int], str] = lambda token: str(tokenizer.decode([token]))  # noqa: E731
-    report = make_report(found, show, made_by, epsilon, least)
-    out.mkdir(parents=True, exist_ok=True)
-    # First: it is what tells the folder as ours, should the rest fail.
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    (out / NUMBERS).write_text(text + "\n", encoding="utf-8")
-    write_page(report, found.pages, out / PAGE)
-    draw(report, found.pages, out)
-    note(f"wrote {out / PAGE}, {NUMBERS} and figures")
-    return report
+def _write(report: dict[str, Any], pages: Any, folder: Path) -> str:
+    with stderr().status("drawing"):
+        write_report(report, pages, folder)
+    return f"wrote {folder / PAGE}, {NUMBERS} and figures"
 
 
-def _result(report: dict[str, Any], folder: Path, tag: str | None) -> Path:
+def _write_result(report: dict[str, Any], folder: Path, tag: str | None) -> str:
     from deltadecode.lab.inspection.report import result_rows
     from deltadecode.lab.results import write_result
 
     head = {key: report[key] for key in ("command", "commit", "machine", "versions")}
     rest = {key: value for key, value in report.items() if key not in head}
-    found = {"benchmark": "inspection", **head, "rows": result_rows(report), "report": rest}
-    return write_result(found, folder, tag)
+    result = {"benchmark": "inspection", **head, "rows": result_rows(report), "report": rest}
+    return f"wrote {write_result(result, folder, tag)}"

@@ -24,18 +24,9 @@ class BadInput(DeltaDecodeError):
 
 
 def check_tag(tag: str | None) -> None:
-    """Refuse a tag that cannot be a part of a result's name.
-
-    Parameters
-    ----------
-    tag : str or None
-        What was typed.
-
-    Raises
-    ------
-    BadInput
-        Naming what may be in it.
-    """
+    """Refuse a tag that cannot be a part of a result's name."""
+    if tag is None:
+        return
     from deltadecode.lab import results
 
     try:
@@ -45,82 +36,46 @@ def check_tag(tag: str | None) -> None:
 
 
 def stdout() -> Console:
-    """Console of results; made anew, since stdout may have been replaced.
-
-    Returns
-    -------
-    rich.console.Console
-    """
+    """Console of results; made anew, since stdout may have been replaced."""
     return Console(highlight=False)
 
 
 def stderr() -> Console:
-    """Console of progress and notes.
-
-    Returns
-    -------
-    rich.console.Console
-    """
+    """Console of progress and notes."""
     return Console(stderr=True, highlight=False)
 
 
 def one_line(error: BaseException | str) -> str:
-    """First line of a message, without line breaks.
-
-    Parameters
-    ----------
-    error : BaseException or str
-        The message, or the error that has it.
-
-    Returns
-    -------
-    str
-        Never empty.
-    """
+    """First line of a message, without line breaks; never empty."""
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     return next((line for line in lines if line), "no message")
 
 
 def complain(message: str) -> None:
-    """Print an error as one line on stderr.
-
-    Parameters
-    ----------
-    message : str
-        What is wrong.
-    """
+    """Print an error as one line on stderr."""
     print(f"deltadecode: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """Print a remark on stderr.
-
-    Parameters
-    ----------
-    message : str
-        Plain text.
-    """
+    """Print a remark, plain text, on stderr."""
     stderr().print(message, style="dim", markup=False, soft_wrap=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object, on one line, to stdout.
-
-    Parameters
-    ----------
-    value : dict
-        The object.
-    """
-    print(json.dumps(value, ensure_ascii=False))
+    """Print one JSON object, on one line, to stdout."""
+    # Escaped where stdout could not carry the letters themselves.
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not utf8))
 
 
 def quiet_libraries() -> None:
-    """Keep advice, progress bars and warnings of the libraries out of the output."""
+    """Import the libraries, and keep their advice, progress bars and warnings out of the output."""
     # Read by the libraries when they are imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    with stderr().status("loading PyTorch and Transformers"):
+        from huggingface_hub.utils import logging as hub_logging
+        from transformers.utils import logging
 
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
@@ -129,20 +84,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress_bar(name: str, total: float) -> Iterator[tuple[Progress, Any]]:
-    """Show a bar on stderr, if that is a terminal.
-
-    Parameters
-    ----------
-    name : str
-        What goes on.
-    total : float
-        Units of work.
-
-    Yields
-    ------
-    tuple
-        The bar, and its only task.
-    """
+    """Show a bar on stderr, if that is a terminal; yields the bar and its only task."""
     console = stderr()
     columns = (
         TextColumn("{task.description}"),
@@ -162,15 +104,13 @@ def progress_bar(name: str, total: float) -> Iterator[tuple[Progress, Any]]:
         yield bar, bar.add_task(name, total=total)
 
 
-def teller(bar: Progress, shown: Any) -> Callable[[str, float, float | None], None]:
+def teller(bar: Progress, task: Any) -> Callable[[str, float, float | None], None]:
     """Make a function that shows progress: in the bar, or as notes where none can be drawn.
 
     Parameters
     ----------
-    bar : rich.progress.Progress
-        See :func:`progress_bar`.
-    shown
-        Its task, of 1 unit of work.
+    bar, task
+        See :func:`progress_bar`; the task has 1 unit of work.
 
     Returns
     -------
@@ -179,12 +119,12 @@ def teller(bar: Progress, shown: Any) -> Callable[[str, float, float | None], No
     """
     last = time.monotonic()
 
-    def tell(label: str, done: float, left: float | None) -> None:
+    def show(label: str, done: float, left: float | None) -> None:
         nonlocal last
         remaining = "" if left is None else f", {left / 60:.1f} min left"
-        bar.update(shown, completed=done, description=label + remaining)
+        bar.update(task, completed=done, description=label + remaining)
         if bar.disable and time.monotonic() - last >= _NOTE_SECONDS:
             last = time.monotonic()
             note(f"{done:4.0%} {label}{remaining}")
 
-    return tell
+    return show

@@ -10,30 +10,13 @@ from deltadecode.config import DeltaConfig
 if TYPE_CHECKING:
     from deltadecode.cli.decoding import Decoded
 
-_SHOWN = 32
+_LETTERS = 32  # shown of two texts where they part
 
 
 def summary(
     model: str, prompt_tokens: int, cfg: DeltaConfig | None, decoded: Decoded
 ) -> dict[str, Any]:
-    """Make the JSON object of one generation.
-
-    Parameters
-    ----------
-    model : str
-        As it was named.
-    prompt_tokens : int
-        Length of the prompt.
-    cfg : DeltaConfig or None
-        None: full attention.
-    decoded : Decoded
-        What was written.
-
-    Returns
-    -------
-    dict
-        ``config`` and the counts of attended tokens are null for full attention.
-    """
+    """The JSON object of one generation; no config, full attention: its DELTA values are null."""
     return {
         "model": model,
         "attention": "full" if cfg is None else "delta",
@@ -47,67 +30,37 @@ def summary(
 
 
 def compared(delta: Decoded, full: Decoded) -> dict[str, Any]:
-    """Compare DELTA with full attention, as part of the JSON object.
-
-    Parameters
-    ----------
-    delta, full : Decoded
-        Of the same prompt and settings.
-
-    Returns
-    -------
-    dict
-        ``first_difference`` is null when both wrote the same.
-    """
-    at = first_difference(delta, full)
+    """The part of the JSON object that compares both; ``first_difference`` is null if equal."""
+    difference = first_difference(delta, full)
     return {
         **_written(full),
-        "same": at is None,
-        "first_difference": at,
+        "same": difference is None,
+        "first_difference": difference,
         "speedup": full.seconds / delta.seconds,
     }
 
 
 def remarks(decoded: Decoded, full: Decoded | None, *, delta: bool) -> list[str]:
-    """Say in a few lines what a generation took.
-
-    Parameters
-    ----------
-    decoded : Decoded
-        What was shown.
-    full : Decoded or None
-        The same with full attention, to compare with.
-    delta : bool
-        Whether ``decoded`` is DELTA's.
-
-    Returns
-    -------
-    list of str
-    """
+    """Lines on what a generation took, DELTA's or not, and on full attention to compare with."""
     lines = [_took("DELTA" if delta else "full attention", decoded)]
     if delta:
         lines[0] += f"; attended to {_fraction(decoded):.1%} of what full attention reads"
     if full is None:
         return lines
     lines.append(_took("full attention", full))
-    at = first_difference(decoded, full)
-    if at is None:
+    difference = first_difference(decoded, full)
+    if difference is None:
         lines.append("both wrote the same text")
     else:
         lines.append(
-            f"the texts first differ at token {at['token']}: DELTA {at['delta']!r}, "
-            f"full attention {at['full']!r}"
+            f"the texts first differ at token {difference['token']}: DELTA "
+            f"{difference['delta']!r}, full attention {difference['full']!r}"
         )
     return lines
 
 
 def first_difference(delta: Decoded, full: Decoded) -> dict[str, Any] | None:
-    """Find where two texts part.
-
-    Parameters
-    ----------
-    delta, full : Decoded
-        Two generations.
+    """Where two texts part.
 
     Returns
     -------
@@ -116,17 +69,19 @@ def first_difference(delta: Decoded, full: Decoded) -> dict[str, Any] | None:
     """
     if delta.token_ids == full.token_ids:
         return None
-    pairs = zip(delta.token_ids, full.token_ids, strict=False)
-    shorter = min(len(delta.token_ids), len(full.token_ids))
-    token = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), shorter)
-    letters = zip(delta.text, full.text, strict=False)
-    end = min(len(delta.text), len(full.text))
-    letter = next((i for i, (ours, theirs) in enumerate(letters) if ours != theirs), end)
+    place = _equal(delta.text, full.text)
     return {
-        "token": token,
-        "delta": delta.text[letter : letter + _SHOWN],
-        "full": full.text[letter : letter + _SHOWN],
+        "token": _equal(delta.token_ids, full.token_ids),
+        "delta": delta.text[place : place + _LETTERS],
+        "full": full.text[place : place + _LETTERS],
     }
+
+
+def _equal(first: Any, second: Any) -> int:
+    """Length of what two sequences begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    shorter = min(len(first), len(second))
+    return next((place for place, (one, other) in pairs if one != other), shorter)
 
 
 def _written(decoded: Decoded) -> dict[str, Any]:

@@ -16,18 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from deltadecode.cli.loading import load_config, make_plan, parse_layers
+from deltadecode.cli import options
+from deltadecode.cli.loading import load_config, make_plan, named_folder
 from deltadecode.cli.output import BadInput, print_json, quiet_libraries
-from deltadecode.cli.plan_options import (
-    PANEL,
-    BudgetPages,
-    DeltaLayers,
-    DenseLayers,
-    PageSize,
-    PlanFile,
-    RecentPages,
-    SinkPages,
-)
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.vllm.settings import BACKEND, KEY
 from deltadecode.errors import UnsupportedModelError
@@ -50,26 +41,26 @@ class OnUnsupported(str, Enum):
 def serve(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="Folder or hub name; options of 'vllm serve' may follow.")
+        str, typer.Argument(help=f"{options.MODEL_HELP} Options of 'vllm serve' may follow.")
     ],
-    plan: PlanFile = None,
-    page_size: PageSize = None,
-    budget_pages: BudgetPages = None,
-    recent_pages: RecentPages = None,
-    sink_pages: SinkPages = None,
-    dense_layers: DenseLayers = None,
-    delta_layers: DeltaLayers = None,
+    plan: options.PlanFile = None,
+    page_size: options.PageSize = None,
+    budget_pages: options.BudgetPages = None,
+    recent_pages: options.RecentPages = None,
+    sink_pages: options.SinkPages = None,
+    dense_layers: options.DenseLayers = None,
+    delta_layers: options.DeltaLayers = None,
     sync_heads: Annotated[
         bool,
         typer.Option(
             "--sync-heads",
             help="Tensor-parallel ranks choose pages together.",
-            rich_help_panel=PANEL,
+            rich_help_panel=options.PLAN_PANEL,
         ),
     ] = False,
     on_unsupported: Annotated[
         OnUnsupported | None,
-        typer.Option(help="Of a model with nothing to plan.", rich_help_panel=PANEL),
+        typer.Option(help="Of a model with nothing to plan.", rich_help_panel=options.PLAN_PANEL),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command and run nothing.")
@@ -87,22 +78,20 @@ def serve(
         raise BadInput(f"MODEL comes before the options of vLLM, got {model!r} first")
     if as_json and not dry_run:
         raise BadInput("--json needs --dry-run: the server's output is its own")
-    given = {
-        "page_size": page_size,
-        "budget_pages": budget_pages,
-        "recent_pages": recent_pages,
-        "sink_pages": sink_pages,
-        "dense_layers": parse_layers("--dense-layers", dense_layers),
-        "delta_layers": parse_layers("--delta-layers", delta_layers),
-    }
+    fields = options.plan_fields(
+        page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers
+    )
     additional, rest = split_additional(context.args)
-    settings = plan_settings(model, plan, given, on_unsupported)
+    folder = named_folder(model)
+    settings = plan_settings(folder, plan, fields, on_unsupported)
     if sync_heads:
         settings["sync_heads"] = True
     if on_unsupported is not None:
         settings["on_unsupported"] = on_unsupported.value
-    line = ["serve", model, "--attention-backend", BACKEND]
+    line = ["serve", folder, "--attention-backend", BACKEND]
     line += ["--additional-config", json.dumps(merged(additional, settings)), *rest]
+    if folder != model and "--served-model-name" not in (_option(argument) for argument in rest):
+        line += ["--served-model-name", model]
     if dry_run:
         command = ["vllm", *line]
         if as_json:
@@ -120,11 +109,6 @@ def serve(
 def split_additional(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Take ``--additional-config`` out of vLLM's arguments.
 
-    Parameters
-    ----------
-    arguments : sequence of str
-        As they were typed.
-
     Returns
     -------
     tuple
@@ -135,13 +119,13 @@ def split_additional(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str
     BadInput
         When it is no JSON object or is given twice, or the attention backend is given too.
     """
-    found: list[str] = []
+    values: list[str] = []
     rest: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
-        option, equals, value = argument.partition("=")
-        # vLLM takes underscores for dashes, and a path of keys after a dot.
-        name, dot, _ = option.replace("_", "-").partition(".")
+        _, equals, value = argument.partition("=")
+        # vLLM takes a path of keys after a dot.
+        name, dot, _ = _option(argument).partition(".")
         if name == "--attention-backend":
             raise BadInput(f"--attention-backend is {BACKEND} with DELTA, got {argument!r} too")
         if name != "--additional-config":
@@ -150,32 +134,14 @@ def split_additional(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str
         if dot:
             # vLLM would make a second object of it, which replaces the one with our settings.
             raise BadInput(f"--additional-config must be one JSON object here, got {argument!r}")
-        found.append(value if equals else next(waiting, ""))
-    if len(found) > 1:
-        raise BadInput(f"--additional-config must be given once, got {found[1]!r} too")
-    return (_json_object(found[0]) if found else {}), rest
+        values.append(value if equals else next(waiting, ""))
+    if len(values) > 1:
+        raise BadInput(f"--additional-config must be given once, got {values[1]!r} too")
+    return (_json_object(values[0]) if values else {}), rest
 
 
 def merged(additional: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Put our settings into vLLM's additional config.
-
-    Parameters
-    ----------
-    additional : dict
-        What was given.
-    settings : dict
-        Ours.
-
-    Returns
-    -------
-    dict
-        Both.
-
-    Raises
-    ------
-    BadInput
-        When other settings of ours were given in it.
-    """
+    """Put our settings into vLLM's additional config; other settings of ours there are refused."""
     theirs = additional.get(KEY, settings)
     if theirs != settings:
         raise BadInput(
@@ -186,7 +152,7 @@ def merged(additional: dict[str, Any], settings: dict[str, Any]) -> dict[str, An
 
 
 def plan_settings(
-    model: str, plan: Path | None, given: dict[str, Any], on_unsupported: OnUnsupported | None
+    model: str, plan: Path | None, fields: dict[str, Any], on_unsupported: OnUnsupported | None
 ) -> dict[str, Any]:
     """Settings for the plugin, checked as far as that can be done before the model is loaded.
 
@@ -196,7 +162,7 @@ def plan_settings(
         Folder or hub name.
     plan : Path or None
         File of a DeltaConfig.
-    given : dict
+    fields : dict
         Fields of a DeltaConfig; None: not typed.
     on_unsupported : OnUnsupported or None
         Whether a model without a plan is an error.
@@ -206,13 +172,8 @@ def plan_settings(
     dict
         All fields of the file's configuration with what was typed in their place, or what was
         typed alone: the plugin completes it for the model.
-
-    Raises
-    ------
-    DeltaConfigError, UnsupportedModelError
-        When there is no valid plan.
     """
-    typed = {name: value for name, value in given.items() if value is not None}
+    typed = {name: value for name, value in fields.items() if value is not None}
     if plan is not None:
         settings = replace(DeltaConfig.load(plan), **typed).to_dict()
     else:
@@ -220,7 +181,8 @@ def plan_settings(
         layers = {"dense_layers": (), "delta_layers": ()}
         checked = DeltaConfig(**{**layers, **typed}).to_dict()
         settings = {name: checked[name] for name in typed}
-    if not (Path(model) / "config.json").is_file():
+    # Not Path.is_file, which raises for a name that is too long to be one.
+    if not os.path.isfile(os.path.join(model, "config.json")):
         return settings
     quiet_libraries()
     try:
@@ -228,7 +190,7 @@ def plan_settings(
     except BadInput:
         return settings  # vLLM knows models that Transformers does not
     try:
-        make_plan(config, plan, given)
+        make_plan(config, plan, fields)
     except UnsupportedModelError:
         if on_unsupported is not OnUnsupported.stock:
             raise
@@ -236,18 +198,20 @@ def plan_settings(
 
 
 def vllm_command() -> list[str]:
-    """How vLLM is run in this environment.
+    """The start of the command that runs vLLM in this environment.
 
-    Returns
-    -------
-    list of str
-        The script ``vllm``, or this Python and vLLM's module where no script of this environment is
-        on the PATH: another environment's vLLM would not find the plugin.
+    The script ``vllm``, or this Python and vLLM's module where no script of this environment is on
+    the PATH: another environment's vLLM would not find the plugin.
     """
     script = shutil.which("vllm")
     if script is not None and Path(script).parent == Path(sys.executable).parent:
         return ["vllm"]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def _option(argument: str) -> str:
+    # vLLM takes underscores for dashes.
+    return argument.partition("=")[0].replace("_", "-")
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -24,37 +24,28 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of what it runs on.
-
-    Returns
-    -------
-    dict
-        Package name -> version. Packages that are not installed are left out.
-    """
+    """Versions of Python, of this package and of what it runs on, as far as it is installed."""
     from deltadecode import __version__
 
     # What torch itself says names its build (+cpu, +cu130), which the metadata may leave out.
-    found = {
+    known = {
         "python": platform.python_version(),
         "deltadecode": __version__,
         "torch": str(torch.__version__),
     }
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            known[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def machine() -> dict[str, Any]:
     """Describe the machine generically.
 
-    Returns
-    -------
-    dict
-        ``os``, ``cpu`` (model), ``cpu_capability`` (widest vector instructions that PyTorch uses),
-        ``cores`` (usable by this process), ``threads`` (of PyTorch), ``memory_gib`` and ``gpus``.
+    ``cpu`` is its model, ``cpu_capability`` the widest vector instructions that PyTorch uses,
+    ``cores`` those that this process may use, and ``threads`` those of PyTorch.
     """
     return {
         "os": platform.system(),
@@ -68,12 +59,7 @@ def machine() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Count the cores that this process may use.
-
-    Returns
-    -------
-    int
-    """
+    """Count the cores that this process may use."""
     # A container often may use fewer cores than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -81,44 +67,26 @@ def cores() -> int:
 
 
 def gpus() -> list[str]:
-    """Names of the GPUs that PyTorch sees.
-
-    Returns
-    -------
-    list of str
-        One per device.
-    """
+    """Names of the GPUs that PyTorch sees."""
     if torch.cuda.is_available():
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return []
 
 
 def devices() -> list[str]:
-    """Devices that PyTorch can run a model on here.
-
-    Returns
-    -------
-    list of str
-        ``"cpu"`` and then the accelerators, as ``--device`` takes them.
-    """
-    found = ["cpu", *(f"cuda:{i}" for i in range(len(gpus())))]
+    """Devices that PyTorch can run a model on here: ``"cpu"``, and then the accelerators."""
+    names = ["cpu", *(f"cuda:{i}" for i in range(len(gpus())))]
     if torch.backends.mps.is_available():
-        found.append("mps")
-    return found
+        names.append("mps")
+    return names
 
 
 def backends() -> dict[str, str]:
-    """Makers of the operations, and where each of them runs.
-
-    Returns
-    -------
-    dict
-        Value of ``backend`` in :mod:`deltadecode.ops` -> devices.
-    """
-    found = {"reference": "any device", "cpu": "any device"}
+    """Values of ``backend`` in :mod:`deltadecode.ops`, and the devices that each runs on."""
+    runs_on = {"reference": "any device", "torch": "any device"}
     if importlib.util.find_spec("triton"):
-        found["triton"] = "CUDA"
-    return found
+        runs_on["triton"] = "CUDA"
+    return runs_on
 
 
 def _cpu_model() -> str:

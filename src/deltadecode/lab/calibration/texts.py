@@ -27,7 +27,7 @@ def read_texts(path: Path, count: int | None = None) -> list[Sample]:
     cannot be read, is empty, or a line is something else.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # -sig: a mark may lead
     except OSError as error:
         raise CalibrationError(f"cannot read the data {str(path)!r}: {error.strerror}") from error
     except UnicodeError as error:
@@ -54,6 +54,12 @@ def _parsed(line: str, where: str) -> tuple[str, str]:
         raise CalibrationError(f"{where} has no prompt; the format is {FORMAT}")
     if not isinstance(completion, str):
         raise CalibrationError(f"{where} has a completion that is no text; the format is {FORMAT}")
+    try:
+        (prompt + completion).encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a pair
+        raise CalibrationError(
+            f"{where} has the lone surrogate {error.object[error.start]!r}"
+        ) from None
     return prompt, completion
 
 

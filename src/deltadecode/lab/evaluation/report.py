@@ -49,15 +49,7 @@ def fill_document(document: Path, tag: str, report: dict[str, Any], files: Seque
     Files are named relative to it. Raises EvaluationError when it cannot be read or lacks the
     marks.
     """
-    begin, end = f"<!-- eval:{tag} -->", f"<!-- /eval:{tag} -->"
-    try:
-        text = document.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EvaluationError(f"cannot read {str(document)!r}: {error.strerror}") from error
-    before, first, rest = text.partition(begin)
-    _, second, after = rest.partition(end)
-    if not (first and second):
-        raise EvaluationError(f"{str(document)!r} has no {begin} ... {end} to fill")
+    before, after = document_parts(document, tag)
     links = [_relative(file, document.parent) for file in files]
     gpus = ", ".join(report["machine"].get("gpus") or [report["machine"].get("cpu", "a CPU")])
     lines = [
@@ -68,7 +60,22 @@ def fill_document(document: Path, tag: str, report: dict[str, Any], files: Seque
     ]
     lines += [f"- {line}" for line in report["verdicts"]]
     lines += ["", *(f"![{Path(link).stem}]({link})" for link in links[1:]), ""]
-    document.write_text(before + begin + "\n".join(lines) + end + after, encoding="utf-8")
+    document.write_text(before + "\n".join(lines) + after, encoding="utf-8")
+
+
+def document_parts(document: Path, tag: str) -> tuple[str, str]:
+    """What stands before and after the tables of a tag, both marks included."""
+    begin, end = f"<!-- eval:{tag} -->", f"<!-- /eval:{tag} -->"
+    try:
+        text = document.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise EvaluationError(f"cannot read {str(document)!r}: {reason}") from error
+    before, first, rest = text.partition(begin)
+    _, second, after = rest.partition(end)
+    if not (first and second):
+        raise EvaluationError(f"{str(document)!r} has no {begin} ... {end} to fill")
+    return before + begin, end + after
 
 
 def _relative(file: Path, folder: Path) -> str:

@@ -58,7 +58,7 @@ class Perplexity(Task):
         self.tokens, self.prompts, self.length, self.file = tokens, prompts, length, file
         if prompts == "text":
             try:
-                Path(file).read_text(encoding="utf-8")
+                Path(file).read_text(encoding="utf-8-sig")
             except (OSError, UnicodeError) as error:
                 raise EvaluationError(
                     f"cannot read the text {file!r} of task 'perplexity'"
@@ -70,7 +70,7 @@ class Perplexity(Task):
     def sample(self, seed: int, count_tokens: Callable[[str], int]) -> Sample:
         """Take the prompt of a seed; there is nothing to check."""
         if self.prompts == "text":
-            text = Path(self.file).read_text(encoding="utf-8")
+            text = Path(self.file).read_text(encoding="utf-8-sig")
             words = text.split(" ")
             per_word = max(count_tokens(text[:20_000]) / max(len(text[:20_000].split(" ")), 1), 1.0)
             size = max(int(self.length / per_word), 1)
