@@ -13,16 +13,8 @@ import typer
 from rich.table import Table
 
 from deltadecode.architecture import attention_layers
-from deltadecode.cli import options
+from deltadecode.cli import loading, options
 from deltadecode.cli.files import write_each
-from deltadecode.cli.loading import (
-    find_device,
-    load_config,
-    load_model,
-    load_tokenizer,
-    make_plan,
-    resolve_model,
-)
 from deltadecode.cli.output import (
     BadInput,
     print_json,
@@ -86,9 +78,9 @@ def calibrate(
         raise BadInput("--figure needs matplotlib: pip install 'deltadecode[lab]'")
     if figure is not None and out is not None and figure.resolve() == out.resolve():
         raise BadInput(f"--out and --figure must be two files, got {str(out)!r} for both")
-    folder = resolve_model(model)
+    folder = loading.resolve_model(model)
     quiet_libraries()
-    config = load_config(folder)
+    config = loading.load_config(folder)
     fields = options.plan_fields(page_size, budget_pages, recent_pages, sink_pages)
     wish = _wish(config, fields, dense_layers, delta_layers, attended_fraction, recall)
     from deltadecode.lab.calibration.fit import Measurement
@@ -98,8 +90,8 @@ def calibrate(
 
     texts = None if data is None else read_texts(data, samples)
     text_task = None if task is None else make_task(task)
-    tokenizer = load_tokenizer(folder)
-    loaded = load_model(folder, dtype, find_device(device))
+    tokenizer = loading.load_tokenizer(folder)
+    loaded = loading.load_model(folder, dtype, loading.find_device(device))
     if text_task is not None:
         texts = task_texts(text_task, tokenizer, samples or _SAMPLES)
     assert texts is not None
@@ -147,7 +139,7 @@ def _wish(
 ) -> Any:  # fmt: skip
     from deltadecode.lab.calibration.fit import PlanRequest
 
-    base = make_plan(config, None, fields)
+    base = loading.make_plan(config, None, fields)
     dense_count = len(base.dense_layers) if dense is None else dense
     wish = PlanRequest(base, dense_count, deltas, fraction, recall)
     if fraction is not None and deltas is None and dense is not None:

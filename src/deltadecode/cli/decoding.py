@@ -85,20 +85,8 @@ def decode(
 ) -> Decoded:
     """Generate once; DELTA is enabled on the model only while it decodes.
 
-    Parameters
-    ----------
-    model, tokenizer
-        Of Transformers.
-    prompt_ids : Tensor
-        [1, tokens] on the model's device.
-    cfg : DeltaConfig or None
-        None: stock attention and cache.
-    settings : dict
-        Arguments of ``model.generate``.
-    seed : int
-        Of sampling.
-    on_token, on_text : callable
-        See :class:`Follower`.
+    ``prompt_ids`` is [1, tokens] on the model's device; without a configuration, attention and
+    cache are the stock ones; ``settings`` are arguments of ``model.generate``.
     """
     follower = Follower(tokenizer, on_token, on_text)
     if cfg is not None:

@@ -8,7 +8,6 @@ import sys
 import time
 from contextlib import ExitStack
 from threading import Thread
-from types import TracebackType
 from typing import Any, NoReturn
 
 from rich.console import Console, Group
@@ -55,12 +54,7 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.wait()
         self._reader.join()
@@ -86,13 +80,7 @@ class Worker:
         self._process.stdin.flush()
 
     def result(self, key: str) -> Any:
-        """What it reported as ``"ready"``, ``"done"`` or ``"step"``.
-
-        Raises
-        ------
-        RuntimeError
-            When it has ended without.
-        """
+        """What it reported as ``"ready"``, ``"done"`` or ``"step"``; raises if it ended without."""
         if key not in self.reported:
             self._fail(self.reported.get("error") or f"exit code {self._process.wait()}")
         return self.reported[key]
@@ -130,11 +118,6 @@ def run(
     -------
     tuple
         Of full attention, of DELTA, and of the step; None where no larger model is asked for.
-
-    Raises
-    ------
-    RuntimeError
-        When one of them fails.
     """
     with ExitStack() as stack:
         full, delta = workers = [
@@ -181,12 +164,9 @@ def _watch(workers: list[Worker], console: Console) -> None:
         _watch_plainly(workers, console)
         return
     with Live(
-        console=console,
-        transient=True,
-        auto_refresh=False,
-        redirect_stdout=False,
+        console=console, transient=True, auto_refresh=False, redirect_stdout=False,
         redirect_stderr=False,
-    ) as live:
+    ) as live:  # fmt: skip
         while _going(workers, "done"):
             live.update(Group(*(_view(worker) for worker in workers)), refresh=True)
             time.sleep(_REFRESH)

@@ -13,15 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deltadecode.cli import options
+from deltadecode.cli import loading, options
 from deltadecode.cli.files import OutputError, attempt, check_file, check_folder, write_each
-from deltadecode.cli.loading import (
-    find_device,
-    load_model,
-    load_tokenizer,
-    make_plan,
-    resolve_model,
-)
 from deltadecode.cli.output import (
     BadInput,
     note,
@@ -151,7 +144,7 @@ def eval_command(
     if lm_eval is not None and (request.fractions or ablation or results or docs):
         raise BadInput("--lm-eval goes with --policies and --budgets only")
     check_folder("--out", out)
-    folder = resolve_model(model)
+    folder = loading.resolve_model(model)
     quiet_libraries()
     destination.check()
     from deltadecode.lab.evaluation.runner import Evaluation
@@ -159,8 +152,8 @@ def eval_command(
     from deltadecode.lab.tasks.registry import make_task
 
     problems = make_task(task)
-    tokenizer = load_tokenizer(folder)
-    loaded = load_model(folder, dtype, find_device(device))
+    tokenizer = loading.load_tokenizer(folder)
+    loaded = loading.load_model(folder, dtype, loading.find_device(device))
     if lm_eval is not None:
         _harness(loaded, tokenizer, request, _names(lm_eval), lm_eval_include, samples, batch, seed,
                  out, as_json)  # fmt: skip
@@ -189,7 +182,7 @@ def _cells(evaluation: Any, request: _Request) -> list[Any]:
         config = evaluation.model.config
         plan, layers = DeltaConfig.for_model(config), attention_layers(config)
         if request.plan is not None:
-            make_plan(config, request.plan, {})  # says so if it is of another model
+            loading.make_plan(config, request.plan, {})  # says so if it is of another model
             meta = load_meta(request.plan)
         else:
             meta = (find_profile(signature(config)) or {}).get("meta", {})

@@ -18,13 +18,7 @@ class OutputError(Exception):
 
 
 def check_file(option: str, path: Path) -> Path:
-    """Refuse a path that no file can be written to; what is in it now stays.
-
-    Returns
-    -------
-    Path
-        The same.
-    """
+    """Refuse a path that no file can be written to, or give it back; what is in it now stays."""
     if path.is_dir():
         raise BadInput(f"{option} must be a file, {str(path)!r} is a folder")
     if not path.resolve().parent.is_dir():
@@ -54,13 +48,7 @@ def picture_file(option: str, path: Path) -> Path:
 
 
 def check_folder(option: str, path: Path) -> Path:
-    """Refuse a path that no folder with new files can be at; nothing is made.
-
-    Returns
-    -------
-    Path
-        The same.
-    """
+    """Refuse a path that no folder with new files can be at, or give it back; nothing is made."""
     try:
         if path.exists() and not path.is_dir():
             raise BadInput(f"{option} must be a folder, got {str(path)!r}")
@@ -84,18 +72,7 @@ def attempt(path: Path, write: Callable[[], str]) -> str | None:
 
 
 def write_each(*outputs: tuple[Path, Callable[[], str]]) -> None:
-    """Write outputs, each whether or not those before it could be written.
-
-    Parameters
-    ----------
-    *outputs
-        Where to, and what writes it and returns a remark.
-
-    Raises
-    ------
-    OutputError
-        Naming all that could not be written.
-    """
+    """Write to each path, whether or not those before it could be written; see :func:`attempt`."""
     failures = [failure for path, write in outputs if (failure := attempt(path, write))]
     if failures:
         raise OutputError("; ".join(failures))

@@ -9,15 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltadecode.cli import options
-from deltadecode.cli.loading import (
-    find_device,
-    load_config,
-    load_model,
-    load_tokenizer,
-    make_plan,
-    resolve_model,
-)
+from deltadecode.cli import loading, options
 from deltadecode.cli.output import BadInput, note, print_json, progress_bar, quiet_libraries
 from deltadecode.cli.prompts import encode, fit, read_prompt
 from deltadecode.cli.report import compared, remarks, summary
@@ -65,21 +57,21 @@ def generate(
         raise BadInput(f"--top-p must be in (0, 1], got {top_p}")
     if not math.isfinite(temperature):
         raise BadInput(f"--temperature must be a finite number, got {temperature}")
-    folder = resolve_model(model)
+    folder = loading.resolve_model(model)
     text = read_prompt(prompt, prompt_file)
 
     quiet_libraries()
-    place = find_device(device)
-    config = load_config(folder)
-    cfg = None if full else make_plan(config, plan, fields)
-    tokenizer = load_tokenizer(folder)
+    place = loading.find_device(device)
+    config = loading.load_config(folder)
+    cfg = None if full else loading.make_plan(config, plan, fields)
+    tokenizer = loading.load_tokenizer(folder)
     prompt_ids = encode(tokenizer, text, system, use_template=not no_chat_template)
     new_tokens = fit(config, prompt_ids.shape[1], max_new_tokens)
     settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_p": top_p}
 
-    loaded = load_model(folder, dtype, place)
+    loaded = loading.load_model(folder, dtype, place)
     job = Job(loaded, tokenizer, prompt_ids.to(place), settings, seed)
     if new_tokens < max_new_tokens:
         note(f"writing at most {new_tokens} tokens: the model has no more positions")

@@ -41,14 +41,7 @@ def info(model: options.OptionalModel = None, as_json: options.AsJson = False) -
 
 
 def layers_by_role(plan: LayerPlan) -> list[dict[str, Any]]:
-    """Put the layers of a plan together by role and source.
-
-    Returns
-    -------
-    list of dict
-        ``role``, ``source``, what such layers read (``reads``) and their numbers (``layers``), by
-        first layer.
-    """
+    """Layers of a plan together by role and source, with what they read, by first layer."""
     reads = {
         "dense": "all tokens",
         "delta": "all tokens, and selects pages",

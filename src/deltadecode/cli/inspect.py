@@ -6,22 +6,13 @@ import datetime
 import importlib.util
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from deltadecode.cli import options
+from deltadecode.cli import loading, options
 from deltadecode.cli.files import write_each
-from deltadecode.cli.loading import (
-    find_device,
-    load_config,
-    load_model,
-    load_tokenizer,
-    make_plan,
-    resolve_model,
-)
 from deltadecode.cli.output import (
     BadInput,
     note,
@@ -43,14 +34,6 @@ from deltadecode.lab.inspection.folder import (
 )
 
 _SINKS = "Attention sinks"
-
-
-@dataclass(frozen=True)
-class _Text:
-    """What the model reads."""
-
-    ids: Any
-    name: str
 
 
 def inspect(
@@ -109,31 +92,31 @@ def inspect(
     check_installed()
     check_report_folder(out)
     source = _source(model, prompt, prompt_file, task)
-    folder = resolve_model(model)
+    folder = loading.resolve_model(model)
     quiet_libraries()
     from deltadecode.lab.inspection.report import make_report, summary_lines
     from deltadecode.lab.inspection.run import inspect_text
 
-    place = find_device(device)
-    config = load_config(folder)
-    cfg = make_plan(config, plan, fields)
-    tokenizer = load_tokenizer(folder)
-    text = _text(tokenizer, source, seed, use_template=not no_chat_template)
-    count = text.ids.shape[1]
+    place = loading.find_device(device)
+    config = loading.load_config(folder)
+    cfg = loading.make_plan(config, plan, fields)
+    tokenizer = loading.load_tokenizer(folder)
+    ids, text_name = _text(tokenizer, source, seed, use_template=not no_chat_template)
+    count = ids.shape[1]
     steps = fit(config, count, max_new_tokens)
     if steps < 2:
         raise BadInput(f"the prompt's {count} tokens leave the model no positions to write in")
     if steps < max_new_tokens:
         note(f"writing at most {steps} tokens: the model has no more positions")
     cfg = _budget(cfg, count, steps, free=plan is None and budget_pages is None)
-    loaded = load_model(folder, dtype, place)
+    loaded = loading.load_model(folder, dtype, place)
     with progress_bar("inspection", 1.0) as (bar, bar_task):
         show = teller(bar, bar_task)
         inspection = inspect_text(
-            loaded, tokenizer, text.ids[0].tolist(), cfg, steps=steps, removal_steps=removal_tokens,
+            loaded, tokenizer, ids[0].tolist(), cfg, steps=steps, removal_steps=removal_tokens,
             progress=lambda part, done: show(part, done, None),
         )  # fmt: skip
-    made_by = _made_by(model, loaded, text)
+    made_by = _made_by(model, loaded, text_name)
     report = make_report(
         inspection, lambda token: str(tokenizer.decode([token])), made_by, epsilon, least_queries
     )
@@ -171,7 +154,10 @@ def _source(
     return "task", task or "chain"
 
 
-def _text(tokenizer: Any, source: tuple[str, str], seed: int, *, use_template: bool) -> _Text:
+def _text(
+    tokenizer: Any, source: tuple[str, str], seed: int, *, use_template: bool
+) -> tuple[Any, str]:
+    """Token ids of the text, and its name in the report."""
     kind, text = source
     name = "a prompt of its user's"
     if kind == "task":
@@ -182,7 +168,7 @@ def _text(tokenizer: Any, source: tuple[str, str], seed: int, *, use_template: b
             seed, lambda words: len(tokenizer(words, add_special_tokens=False).input_ids)
         )
         text = sample.prompt
-    return _Text(encode(tokenizer, text, None, use_template=use_template), name)
+    return encode(tokenizer, text, None, use_template=use_template), name
 
 
 def _budget(cfg: DeltaConfig, count: int, steps: int, *, free: bool) -> DeltaConfig:
@@ -206,7 +192,7 @@ def _budget(cfg: DeltaConfig, count: int, steps: int, *, free: bool) -> DeltaCon
     return cfg
 
 
-def _made_by(model: str, loaded: Any, text: _Text) -> dict[str, Any]:
+def _made_by(model: str, loaded: Any, text_name: str) -> dict[str, Any]:
     from deltadecode.lab.evaluation.runner import fingerprint
     from deltadecode.lab.results import result
 
@@ -222,7 +208,7 @@ def _made_by(model: str, loaded: Any, text: _Text) -> dict[str, Any]:
             "fingerprint": fingerprint(loaded),
             "dtype": str(loaded.dtype).removeprefix("torch."),
         },
-        "text": text.name,
+        "text": text_name,
     }
 
 

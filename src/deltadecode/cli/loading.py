@@ -32,13 +32,7 @@ NAMED_MODELS: dict[str, Callable[[], Path]] = {EMBEDDED: _embedded}
 
 
 def named_folder(model: str) -> str:
-    """Folder that a name of :data:`NAMED_MODELS` stands for; anything else is given back.
-
-    Raises
-    ------
-    DeltaDecodeError
-        When the distribution that holds the model is not installed.
-    """
+    """Folder that a name of :data:`NAMED_MODELS` stands for; anything else is given back."""
     find = NAMED_MODELS.get(model)
     return model if find is None else str(find())
 
@@ -115,19 +109,8 @@ def find_device(name: str) -> torch.device:
 def make_plan(config: Any, plan_file: Path | None, fields: dict[str, Any]) -> DeltaConfig:
     """Configuration for a model: a file's or the model's own, with what was typed in its place.
 
-    Parameters
-    ----------
-    config : transformers.PreTrainedConfig
-        Of the model.
-    plan_file : Path or None
-        File that :meth:`DeltaConfig.load` reads.
-    fields : dict
-        Fields of the configuration; None: not typed.
-
-    Raises
-    ------
-    DeltaConfigError, UnsupportedModelError
-        When there is no valid plan.
+    Of the fields, None is one that was not typed. When there is no valid plan, the errors are
+    DeltaConfigError and UnsupportedModelError.
     """
     layers = attention_layers(config)
     base = DeltaConfig.for_model(config) if plan_file is None else DeltaConfig.load(plan_file)

@@ -107,15 +107,8 @@ def progress_bar(name: str, total: float) -> Iterator[tuple[Progress, Any]]:
 def teller(bar: Progress, task: Any) -> Callable[[str, float, float | None], None]:
     """Make a function that shows progress: in the bar, or as notes where none can be drawn.
 
-    Parameters
-    ----------
-    bar, task
-        See :func:`progress_bar`; the task has 1 unit of work.
-
-    Returns
-    -------
-    callable
-        Takes what runs, the share of the work that is done, and the seconds left or None.
+    It takes what runs, the share of the work that is done, and the seconds left or None; the task
+    of the bar has 1 unit of work.
     """
     last = time.monotonic()
 

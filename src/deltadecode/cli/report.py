@@ -60,13 +60,7 @@ def remarks(decoded: Decoded, full: Decoded | None, *, delta: bool) -> list[str]
 
 
 def first_difference(delta: Decoded, full: Decoded) -> dict[str, Any] | None:
-    """Where two texts part.
-
-    Returns
-    -------
-    dict or None
-        ``token``: number of equal tokens before; ``delta`` and ``full``: how each goes on.
-    """
+    """Where two texts part: the number of equal tokens before, and how each goes on."""
     if delta.token_ids == full.token_ids:
         return None
     place = _equal(delta.text, full.text)

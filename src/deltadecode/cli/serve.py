@@ -107,18 +107,7 @@ def serve(
 
 
 def split_additional(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take ``--additional-config`` out of vLLM's arguments.
-
-    Returns
-    -------
-    tuple
-        Its value, empty if it was not given; and the other arguments, in order.
-
-    Raises
-    ------
-    BadInput
-        When it is no JSON object or is given twice, or the attention backend is given too.
-    """
+    """Value of ``--additional-config`` among vLLM's arguments, and the others in order."""
     values: list[str] = []
     rest: list[str] = []
     waiting = iter(arguments)
@@ -156,22 +145,8 @@ def plan_settings(
 ) -> dict[str, Any]:
     """Settings for the plugin, checked as far as that can be done before the model is loaded.
 
-    Parameters
-    ----------
-    model : str
-        Folder or hub name.
-    plan : Path or None
-        File of a DeltaConfig.
-    fields : dict
-        Fields of a DeltaConfig; None: not typed.
-    on_unsupported : OnUnsupported or None
-        Whether a model without a plan is an error.
-
-    Returns
-    -------
-    dict
-        All fields of the file's configuration with what was typed in their place, or what was
-        typed alone: the plugin completes it for the model.
+    All fields of the file's configuration with what was typed in their place, or what was typed
+    alone: the plugin completes it for the model.
     """
     typed = {name: value for name, value in fields.items() if value is not None}
     if plan is not None:
