@@ -15,9 +15,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import fast_interpreter
 from transformers import Qwen2Config
 
 torch.set_num_threads(1)
+fast_interpreter.install()
 
 
 @pytest.fixture(autouse=True)
