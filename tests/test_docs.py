@@ -50,15 +50,19 @@ def small_model(tmp_path_factory):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, small_model):
-    """A folder with the files that commands and blocks of the pages name."""
+    """A folder with the files and models that commands and blocks of the pages name."""
     import deltadecode as dd
 
     monkeypatch.chdir(tmp_path)
     dd.DeltaConfig().save("plan.json")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "How many?"}\n')
     (tmp_path / "long.txt").write_text("How many?")
-    (tmp_path / "path" / "to").mkdir(parents=True)
-    (tmp_path / "path" / "to" / "model").symlink_to(small_model)
+    for text in (page(name).text for name in PAGES):
+        for name in re.findall(r'(?:path = |from_pretrained\()"([\w./-]+)"', text):
+            # A folder goes before a name of the hub.
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (tmp_path / name).exists():
+                (tmp_path / name).symlink_to(small_model)
     return tmp_path
 
 
@@ -84,7 +88,7 @@ def with_python():
 
 @pytest.mark.parametrize("name", with_python())
 def test_python_blocks_run_in_order(name, small_model, workplace, short_answers):
-    """All that a page may leave undefined is ``path``, a model's folder."""
+    """A page may leave ``path`` undefined, a model's folder; named models are that model too."""
     space = {"path": small_model}
     for block in page(name).blocks:
         if block.language == "python":
