@@ -105,8 +105,9 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         raise refusal(str(error)) from None
     if not model._can_set_attn_implementation():
         raise refusal("it does not use the attention interface of Transformers")
-    # A class method that needs nothing of the class but its name.
-    if not GenerationMixin._supports_default_dynamic_cache.__func__(type(model)):
+    # Of the class it needs nothing but the name, which models without ``generate`` have, too.
+    mixin: Any = GenerationMixin
+    if not mixin._supports_default_dynamic_cache.__func__(type(model)):
         raise refusal("it decodes from a cache class of its own")
     if not attention_modules(model):
         raise refusal("none of its attention layers is causal")
@@ -130,8 +131,9 @@ def _attention_modules(part: nn.Module) -> Iterator[nn.Module]:
         yield from _attention_modules(child)
 
 
-def find_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, ForwardHook]]:
+def find_hooks(model: nn.Module) -> Iterator[tuple[PreTrainedModel, int, ForwardHook]]:
     """The hooks of a model and of all its parts: part, key, hook."""
+    part: Any
     for part in model.modules():
         for key, hook in part._forward_pre_hooks.items():
             if isinstance(hook, ForwardHook):
@@ -166,7 +168,7 @@ def bind(model: PreTrainedModel, cfg: DeltaConfig | None) -> ModelState:
         Before anything has changed.
     """
     decoder = find_decoder(model)
-    config = next(iter(decoder.planned.values())).config
+    config: Any = next(iter(decoder.planned.values())).config
     previous = config._attn_implementation
     if previous == NAME:
         hook = next(find_hooks(model), (None, 0, ForwardHook()))[2]
@@ -181,7 +183,7 @@ def bind(model: PreTrainedModel, cfg: DeltaConfig | None) -> ModelState:
 def set_implementation(model: PreTrainedModel, name: str | None) -> None:
     """Put an attention implementation wherever ``"delta"`` is; None: each part's default."""
     for part in model.modules():
-        config = getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
         if getattr(config, "_attn_implementation", None) == NAME:
             owner = part if isinstance(part, PreTrainedModel) else model
             wanted = name or owner.get_correct_attn_implementation(None)

@@ -133,7 +133,7 @@ class DeltaStaticCache(StaticCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store tokens of one layer, in the dtype that it holds."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         if layer.is_initialized and layer.keys is not None:
             dtype = layer.keys.dtype
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)

@@ -75,9 +75,8 @@ def enabled(model: Any, cfg: DeltaConfig) -> Iterator[None]:
 
 @contextmanager
 def _kept_implementations(model: PreTrainedModel) -> Iterator[None]:
-    configs = {
-        id(part.config): part.config for part in model.modules() if hasattr(part, "config")
-    }.values()
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "config")]
+    configs = {id(part.config): part.config for part in parts}.values()
     kept = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs]
     try:
         yield
