@@ -140,6 +140,12 @@ def find_hooks(model: nn.Module) -> Iterator[tuple[PreTrainedModel, int, Forward
                 yield part, key, hook
 
 
+def find_hook(model: nn.Module) -> ForwardHook | None:
+    """The hook that decides for a model: one with a state before one that awaits its first use."""
+    hooks = [hook for _, _, hook in find_hooks(model)]
+    return next((hook for hook in hooks if hook.state is not None), hooks[0] if hooks else None)
+
+
 def find_state(model: nn.Module) -> ModelState | None:
     """State of a model that decodes with DELTA now; a model loaded by name is bound here.
 
@@ -148,9 +154,10 @@ def find_state(model: nn.Module) -> ModelState | None:
     UnsupportedModelError, DeltaConfigError
         At the first use of a model that cannot be planned.
     """
-    for part, _, hook in find_hooks(model):
-        if hook.state is not None:
-            return hook.state if hook.state.active else None
+    hook = find_hook(model)
+    if hook is not None and hook.state is not None:
+        return hook.state if hook.state.active else None
+    for part, _, _ in find_hooks(model) if hook is not None else ():
         if NAME in (
             part.config._attn_implementation,
             part.config.get_text_config(decoder=True)._attn_implementation,
@@ -171,8 +178,8 @@ def bind(model: PreTrainedModel, cfg: DeltaConfig | None) -> ModelState:
     config: Any = next(iter(decoder.planned.values())).config
     previous = config._attn_implementation
     if previous == NAME:
-        hook = next(find_hooks(model), (None, 0, ForwardHook()))[2]
-        previous = hook.state.previous if hook.state is not None else None
+        hook = find_hook(model)
+        previous = hook.state.previous if hook is not None and hook.state is not None else None
     state = ModelState(config, cfg, previous)
     attach(model, decoder, state)
     for used in decoder.configs:

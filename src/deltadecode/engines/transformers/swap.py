@@ -14,6 +14,7 @@ from deltadecode.engines.transformers.bind import (
     bind,
     detach,
     find_decoder,
+    find_hook,
     find_hooks,
     set_implementation,
 )
@@ -50,7 +51,7 @@ def attending(model: Any, name: str, state: State) -> Iterator[State]:
 @contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
     """While it lasts, an enabled model attends as it did before it was enabled."""
-    hook = next((hook for _, _, hook in find_hooks(model)), None)
+    hook = find_hook(model)
     with _kept_implementations(model):
         set_implementation(model, hook.state.previous if hook and hook.state else None)
         yield
