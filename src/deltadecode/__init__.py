@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.engines.on_import import on_import
 from deltadecode.errors import (
+    ArgumentError,
     DeltaConfigError,
     DeltaDecodeError,
     UnsupportedCacheError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "DecodeStats",
     "DeltaCache",
     "DeltaConfig",

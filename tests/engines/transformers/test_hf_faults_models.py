@@ -13,6 +13,7 @@ from transformers import (
     BartConfig,
     BartForCausalLM,
     DiffLlamaConfig,
+    DynamicCache,
     Gemma3Config,
     Gemma4TextConfig,
     MiniMaxConfig,
@@ -189,6 +190,25 @@ def test_shared_keys_and_a_static_cache() -> None:
     got = generate(model, make_prompt(PROMPT), STEPS, cache_implementation="static")
     torch.testing.assert_close(torch.cat(got.logits), torch.cat(expected.logits))
     assert dd.stats(model).per_layer == counts
+
+
+def test_caches_that_have_no_place_for_layers_that_share_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As Transformers 5.0 makes them.
+    model = make_gemma4("sdpa")
+    expected = generate(model, make_prompt(PROMPT), STEPS)
+    stock = DynamicCache.__init__
+
+    def shorter(self: DynamicCache, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        self.layers = self.layers[:3]
+
+    monkeypatch.setattr(DynamicCache, "__init__", shorter)
+    dd.enable(model, small_config(dense_layers=(), delta_layers=(0, 3), budget_pages=64))
+    got = generate(model, make_prompt(PROMPT), STEPS)
+    torch.testing.assert_close(torch.cat(got.logits), torch.cat(expected.logits))
+    assert dd.stats(model).steps == STEPS - 1
 
 
 def test_a_decoder_of_an_encoder_decoder_family_has_its_own_depth() -> None:

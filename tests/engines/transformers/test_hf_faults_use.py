@@ -151,6 +151,15 @@ def test_two_models_of_one_configuration_object() -> None:
     assert torch.equal(logits(first), expected)
 
 
+def test_a_plan_given_to_the_inner_model_of_one_loaded_by_name() -> None:
+    expected = logits(enabled())
+    model = make_model("llama", "delta")
+    dd.enable(model.model, small_config())
+    assert torch.equal(logits(model), expected)
+    assert dd.stats(model) is dd.stats(model.model)
+    assert dd.stats(model).steps == STEPS - 1
+
+
 def test_a_copied_layer_stays_with_its_model() -> None:
     model = enabled()
     expected = logits(model)

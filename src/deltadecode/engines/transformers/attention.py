@@ -87,7 +87,8 @@ def _attend(
         out = decode(module, role, query, key, value, mask, dropout, scaling, kwargs)
         if out is not None:
             return out[:, None]
-    _refuse_unknown(module, kwargs)
+    if query.shape[2] > 1:  # at the prompt; later steps pass no more
+        _refuse_unknown(module, kwargs)
     if static is not None and mask is None and static.tokens > 1:
         # Without a mask the cache was empty before, and what lies behind these is not written.
         key, value = key[:, :, : static.tokens], value[:, :, : static.tokens]

@@ -105,8 +105,9 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         raise refusal(str(error)) from None
     if not model._can_set_attn_implementation():
         raise refusal("it does not use the attention interface of Transformers")
-    # A class method that needs nothing of the class but its name.
-    if not GenerationMixin._supports_default_dynamic_cache.__func__(type(model)):
+    # Of the class it needs nothing but the name, which models without ``generate`` have, too.
+    mixin: Any = GenerationMixin
+    if not mixin._supports_default_dynamic_cache.__func__(type(model)):
         raise refusal("it decodes from a cache class of its own")
     if not attention_modules(model):
         raise refusal("none of its attention layers is causal")
@@ -130,12 +131,19 @@ def _attention_modules(part: nn.Module) -> Iterator[nn.Module]:
         yield from _attention_modules(child)
 
 
-def find_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int, ForwardHook]]:
+def find_hooks(model: nn.Module) -> Iterator[tuple[PreTrainedModel, int, ForwardHook]]:
     """The hooks of a model and of all its parts: part, key, hook."""
+    part: Any
     for part in model.modules():
         for key, hook in part._forward_pre_hooks.items():
             if isinstance(hook, ForwardHook):
                 yield part, key, hook
+
+
+def find_hook(model: nn.Module) -> ForwardHook | None:
+    """The hook that decides for a model: one with a state before one that awaits its first use."""
+    hooks = [hook for _, _, hook in find_hooks(model)]
+    return next((hook for hook in hooks if hook.state is not None), hooks[0] if hooks else None)
 
 
 def find_state(model: nn.Module) -> ModelState | None:
@@ -146,9 +154,10 @@ def find_state(model: nn.Module) -> ModelState | None:
     UnsupportedModelError, DeltaConfigError
         At the first use of a model that cannot be planned.
     """
-    for part, _, hook in find_hooks(model):
-        if hook.state is not None:
-            return hook.state if hook.state.active else None
+    hook = find_hook(model)
+    if hook is not None and hook.state is not None:
+        return hook.state if hook.state.active else None
+    for part, _, _ in find_hooks(model) if hook is not None else ():
         if NAME in (
             part.config._attn_implementation,
             part.config.get_text_config(decoder=True)._attn_implementation,
@@ -166,11 +175,11 @@ def bind(model: PreTrainedModel, cfg: DeltaConfig | None) -> ModelState:
         Before anything has changed.
     """
     decoder = find_decoder(model)
-    config = next(iter(decoder.planned.values())).config
+    config: Any = next(iter(decoder.planned.values())).config
     previous = config._attn_implementation
     if previous == NAME:
-        hook = next(find_hooks(model), (None, 0, ForwardHook()))[2]
-        previous = hook.state.previous if hook.state is not None else None
+        hook = find_hook(model)
+        previous = hook.state.previous if hook is not None and hook.state is not None else None
     state = ModelState(config, cfg, previous)
     attach(model, decoder, state)
     for used in decoder.configs:
@@ -181,7 +190,7 @@ def bind(model: PreTrainedModel, cfg: DeltaConfig | None) -> ModelState:
 def set_implementation(model: PreTrainedModel, name: str | None) -> None:
     """Put an attention implementation wherever ``"delta"`` is; None: each part's default."""
     for part in model.modules():
-        config = getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
         if getattr(config, "_attn_implementation", None) == NAME:
             owner = part if isinstance(part, PreTrainedModel) else model
             wanted = name or owner.get_correct_attn_implementation(None)

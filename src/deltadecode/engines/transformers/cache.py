@@ -109,13 +109,7 @@ class DeltaLayer(DynamicLayer):
         self.values.copy_(self.values.index_select(0, rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times.
-
-        Parameters
-        ----------
-        repeats : int
-            Copies of each row.
-        """
+        """Repeat every row ``repeats`` times."""
         if self.get_seq_length() > 0:
             self._adopt(
                 self.keys.repeat_interleave(repeats, dim=0),
@@ -172,11 +166,6 @@ class DeltaCache(DynamicCache):
     class that :class:`transformers.DynamicCache` gives them. ``generate`` makes one by itself,
     returns it with ``return_dict_in_generate=True``, and takes it back as ``past_key_values`` to
     continue a conversation.
-
-    Parameters
-    ----------
-    config : transformers.PreTrainedConfig
-        Configuration of the model.
 
     Raises
     ------

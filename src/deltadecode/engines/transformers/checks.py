@@ -18,13 +18,6 @@ from deltadecode.errors import ArgumentError, UnsupportedCacheError
 def check_cache(cache: Any, state: ModelState) -> None:
     """Refuse a cache of another kind, of another model, or for smaller pages.
 
-    Parameters
-    ----------
-    cache : Any
-        What was passed as ``past_key_values``; None passes.
-    state : ModelState
-        State of the model.
-
     Raises
     ------
     UnsupportedCacheError
@@ -51,16 +44,7 @@ def check_cache(cache: Any, state: ModelState) -> None:
 
 
 def check_rows(cache: DeltaStaticCache, mask: Any, tokens: int) -> None:
-    """Refuse rows that do not fit in a static cache, or that have gaps.
-
-    Parameters
-    ----------
-    cache : DeltaStaticCache
-        The cache.
-    mask : Any
-        The attention mask, if there is one; only a two-dimensional one is looked at.
-    tokens : int
-        Slots that the cache will hold, with what it already holds.
+    """Refuse rows that do not fit in a static cache with ``tokens`` slots, or that have gaps.
 
     Raises
     ------
@@ -76,13 +60,6 @@ def check_rows(cache: DeltaStaticCache, mask: Any, tokens: int) -> None:
 
 def check_gaps(mask: Any, tokens: int) -> None:
     """Refuse rows of a static cache with padding anywhere but on the left.
-
-    Parameters
-    ----------
-    mask : Any
-        The attention mask, if there is one; only a two-dimensional one is looked at.
-    tokens : int
-        Slots that count.
 
     Raises
     ------
@@ -104,11 +81,6 @@ def check_gaps(mask: Any, tokens: int) -> None:
 def check_attentions(wanted: Any) -> None:
     """Refuse to return attention weights.
 
-    Parameters
-    ----------
-    wanted : Any
-        The value of ``output_attentions``.
-
     Raises
     ------
     ArgumentError
@@ -122,16 +94,7 @@ def check_attentions(wanted: Any) -> None:
 
 
 def check_prompt(tokens: int, mask: Any, state: ModelState) -> None:
-    """Refuse a prompt that is longer than the model's positions.
-
-    Parameters
-    ----------
-    tokens : int
-        Length of the prompt, with what the cache already holds and with padding.
-    mask : Any
-        The attention mask, if there is one; a two-dimensional one tells padding from tokens.
-    state : ModelState
-        State of the model.
+    """Refuse a prompt longer than the model's positions; ``tokens`` includes cache and padding.
 
     Raises
     ------
@@ -151,15 +114,6 @@ def check_prompt(tokens: int, mask: Any, state: ModelState) -> None:
 
 def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[str, Any]) -> None:
     """Refuse what ``generate`` cannot do with DELTA.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The model.
-    state : ModelState
-        Its state.
-    arguments : dict
-        All arguments of the call by name.
 
     Raises
     ------

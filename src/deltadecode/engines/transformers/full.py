@@ -93,11 +93,6 @@ def rows_at_once(query: Tensor, mask: Tensor | None) -> int:
         [B, Hq, Q, D].
     mask : Tensor or None
         [B or 1, Hq or 1, Q, T].
-
-    Returns
-    -------
-    int
-        All of them without a mask or on a CPU.
     """
     rows, heads = query.shape[:2]
     if mask is None or query.is_cpu or rows == 0:

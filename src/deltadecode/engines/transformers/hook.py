@@ -90,9 +90,19 @@ class ForwardHook:
             state.static.decodes = new == 1 and not state.static.prefilling
             state.static.full, state.static.tokens = full, new
         else:
-            decodes = new == 1 and cache is not None and not state.local.prefilling
-            state.local.step = Step(decodes, full)
+            begin = _begin_uncompiled if torch.compiler.is_dynamo_compiling() else _begin
+            begin(state, new == 1 and cache is not None, full)
         return (), kwargs
+
+
+def _begin(state: ModelState, one: bool, full: bool) -> None:
+    """Begin a pass from any cache but a static one; what is exported is full attention."""
+    decodes = one and not state.local.prefilling and not torch.compiler.is_compiling()
+    state.local.step = Step(decodes, full)
+
+
+# What a compiled graph writes to a ``threading.local`` is lost.
+_begin_uncompiled = torch.compiler.disable(_begin)
 
 
 def _needs_gradients(model: PreTrainedModel, tokens: Any) -> bool:

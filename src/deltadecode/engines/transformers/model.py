@@ -8,7 +8,7 @@ from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.bind import (
     bind,
     detach,
-    find_hooks,
+    find_hook,
     find_state,
     set_implementation,
     unwrap,
@@ -56,7 +56,7 @@ def disable(model: PreTrainedModel) -> None:
     Transformers takes by default. Does nothing when DELTA is not enabled.
     """
     inner = unwrap(model)
-    hook = next((hook for _, _, hook in find_hooks(inner)), None)
+    hook = find_hook(inner)
     if hook is None:
         return
     detach(inner)

@@ -118,11 +118,6 @@ def group_rows(mask: Tensor | None, states: Tensor) -> list[RowGroup]:
     states : Tensor
         [B, Hkv, slots, D], keys of any layer.
 
-    Returns
-    -------
-    list of RowGroup
-        Each row is in exactly one group.
-
     Raises
     ------
     ArgumentError

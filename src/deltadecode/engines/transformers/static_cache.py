@@ -17,12 +17,7 @@ from deltadecode.errors import UnsupportedCacheError
 class DeltaStaticLayer(StaticLayer):
     """Keys and values of one full-attention layer, in buffers that never move.
 
-    Parameters
-    ----------
-    max_cache_len : int
-        Tokens that fit.
-    page_size : int
-        Largest page that the layer can be read by.
+    It holds ``max_cache_len`` tokens, and can be read by pages of up to ``page_size``.
     """
 
     # Set by the first states; None before, but nothing below reads them then.
@@ -85,15 +80,8 @@ class DeltaStaticCache(StaticCache):
     decode steps from CUDA graphs. Full-attention layers are :class:`DeltaStaticLayer`; other layers
     keep the class that :class:`transformers.StaticCache` gives them.
 
-    Parameters
-    ----------
-    config : transformers.PreTrainedConfig
-        Configuration of the model.
-    max_cache_len : int
-        Tokens of each row that fit, padding included.
-    page_size : int
-        Largest ``page_size`` of a plan that the cache can be decoded from; up to twice as many
-        slots of each row stay empty.
+    ``max_cache_len`` counts the tokens of each row, padding included. ``page_size`` is the largest
+    of a plan that the cache can be decoded from; up to twice as many slots of a row stay empty.
 
     Raises
     ------
@@ -133,7 +121,7 @@ class DeltaStaticCache(StaticCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store tokens of one layer, in the dtype that it holds."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         if layer.is_initialized and layer.keys is not None:
             dtype = layer.keys.dtype
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
@@ -145,24 +133,9 @@ class DeltaStaticCache(StaticCache):
 
 
 def replace_static(stock: StaticCache, config: Any, page_size: int) -> DeltaStaticCache:
-    """Make a cache of ours as large as a stock one that holds no tokens yet.
-
-    Parameters
-    ----------
-    stock : transformers.StaticCache
-        Its buffers are freed, layer by layer, if it has any.
-    config : transformers.PreTrainedConfig
-        Configuration of the model.
-    page_size : int
-        ``page_size`` of the plan.
-
-    Returns
-    -------
-    DeltaStaticCache
-        With buffers where the stock one had some.
-    """
+    """Make a cache of ours as large as a stock one that holds no tokens yet, and free that one."""
     # Sliding-window layers are shorter.
-    tokens = max(getattr(layer, "max_cache_len", 0) for layer in stock.layers)
+    tokens = max((getattr(layer, "max_cache_len", 0) for layer in stock.layers), default=0)
     cache = DeltaStaticCache(config, tokens, page_size)
     for ours, theirs in zip(cache.layers, stock.layers, strict=True):
         if not isinstance(theirs, StaticLayer) or not isinstance(ours, StaticLayer):

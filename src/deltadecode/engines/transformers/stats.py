@@ -40,11 +40,6 @@ class DecodeStats:
     The object is live: it goes on counting as the model decodes, and keeps its last numbers after
     :func:`deltadecode.disable`. A decode step is a forward pass of one new token per row after the
     prompt; prefill, also by chunks, is not counted.
-
-    Parameters
-    ----------
-    plan : LayerPlan
-        Plan of the model.
     """
 
     def __init__(self, plan: LayerPlan) -> None:
@@ -113,39 +108,21 @@ class DecodeStats:
         )
 
     def add_step(self, full: int, sparse: int) -> None:
-        """Count one decode step.
-
-        Parameters
-        ----------
-        full, sparse : int
-            Tokens that a full and a sparse layer read, over all rows.
-        """
+        """Count one decode step: tokens that a full and a sparse layer read, over all rows."""
         self._steps += 1
         self._full += full
         self._sparse += sparse
 
     def add_unread(self, source: int, tokens: Tensor) -> None:
-        """Count tokens that :meth:`add_step` was told of but that were not on the selected pages.
+        """Take back tokens that :meth:`add_step` counted for the sparse layers of a Δ-layer.
 
-        Parameters
-        ----------
-        source : int
-            The Δ-layer; the tokens are subtracted from each sparse layer that it selects for.
-        tokens : Tensor
-            Integer scalar, left on its device: reading it now would wait for the GPU.
+        ``tokens`` is an integer scalar, left on its device: reading it would wait for the GPU.
         """
         seen = self._unread.get(source)
         self._unread[source] = tokens if seen is None else seen + tokens
 
     def device_counts(self, layer: int, device: torch.device) -> Tensor:
         """Counts that steps from a static cache add to, where the layer's keys are.
-
-        Parameters
-        ----------
-        layer : int
-            The first planned layer, or a Δ-layer.
-        device : torch.device
-            Where its keys are.
 
         Returns
         -------

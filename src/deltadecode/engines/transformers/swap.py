@@ -14,6 +14,7 @@ from deltadecode.engines.transformers.bind import (
     bind,
     detach,
     find_decoder,
+    find_hook,
     find_hooks,
     set_implementation,
 )
@@ -50,7 +51,7 @@ def attending(model: Any, name: str, state: State) -> Iterator[State]:
 @contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
     """While it lasts, an enabled model attends as it did before it was enabled."""
-    hook = next((hook for _, _, hook in find_hooks(model)), None)
+    hook = find_hook(model)
     with _kept_implementations(model):
         set_implementation(model, hook.state.previous if hook and hook.state else None)
         yield
@@ -75,9 +76,8 @@ def enabled(model: Any, cfg: DeltaConfig) -> Iterator[None]:
 
 @contextmanager
 def _kept_implementations(model: PreTrainedModel) -> Iterator[None]:
-    configs = {
-        id(part.config): part.config for part in model.modules() if hasattr(part, "config")
-    }.values()
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "config")]
+    configs = {id(part.config): part.config for part in parts}.values()
     kept = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs]
     try:
         yield
