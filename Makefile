@@ -59,7 +59,7 @@ wheel: $(VENV)/.runtime ## build both wheels, the library and its embedded model
 	cd packages/embedded && $(CURDIR)/$(BIN)/python -m hatchling build -t wheel -d $(CURDIR)/dist
 
 bench-cpu: $(VENV)/.dev ## the CPU benchmark; writes benchmarks/results/cpu-<date>.json
-	$(BIN)/python -m benchmarks cpu --out benchmarks/results $(ARGS)
+	$(BIN)/python -m benchmarks.cpu --out benchmarks/results $(ARGS)
 
 clean: ## remove the environment, caches and build output
 	rm -rf $(VENV) $(LM_EVAL) $(VLLM) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,24 +1,20 @@
-"""The CPU benchmark: one decode step and its memory, stock Transformers beside DELTA.
-
-``python -m benchmarks.cpu.run`` or ``deltadecode bench cpu``.
-"""
+"""The CPU benchmark: one decode step and its memory, stock Transformers beside DELTA."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import Qwen2Config
 
+from benchmarks.base import ROUNDS, compare
 from benchmarks.memory import peak_memory
-from deltadecode.lab.results import check_tag, result, row, table, write_result
+from benchmarks.report import Progress
+from deltadecode.lab.results import result, row
 from deltadecode.lab.steptime import PLAN, StepTimer, qwen2_05b
 
 _PEER = "Transformers sdpa + DynamicCache"
@@ -30,7 +26,9 @@ _COVERED_TIMES = 4
 # the model was made varies by several percent from process to process.
 _PEAKS = 5
 # Dtype, context, and whether the budget covers all pages (DELTA then must not be slower).
-STEP_CASES: tuple[tuple[torch.dtype, int, bool], ...] = (
+StepCases = tuple[tuple[torch.dtype, int, bool], ...]
+MemoryCases = tuple[tuple[torch.dtype, int], ...]
+STEP_CASES: StepCases = (
     (torch.bfloat16, 16384, False),
     (torch.bfloat16, 32768, False),
     (torch.bfloat16, 16, True),
@@ -41,25 +39,27 @@ STEP_CASES: tuple[tuple[torch.dtype, int, bool], ...] = (
     (torch.float32, 1024, True),
     (torch.float32, 16384, True),
 )
-MEMORY_CASES: tuple[tuple[torch.dtype, int], ...] = (
+MEMORY_CASES: MemoryCases = (
     (torch.bfloat16, 16384),
     (torch.bfloat16, 32768),
     (torch.float32, 16384),
 )
-# Name of what runs now, and how much of all work is done.
-Progress = Callable[[str, float], None]
+QUICK_STEPS: StepCases = ((torch.float32, 2048, False), (torch.float32, 2048, True))
+QUICK_MEMORY: MemoryCases = ((torch.float32, 2048),)
 
 
 def run(
     config: Qwen2Config | None = None,
-    step_cases: tuple[tuple[torch.dtype, int, bool], ...] = STEP_CASES,
-    memory_cases: tuple[tuple[torch.dtype, int], ...] = MEMORY_CASES,
+    step_cases: StepCases = STEP_CASES,
+    memory_cases: MemoryCases = MEMORY_CASES,
     *,
+    quick: bool = False,
     steps: int = _STEPS,
     peaks: int = _PEAKS,
+    command: str = "python -m benchmarks.cpu",
     progress: Progress = lambda case, done: None,
 ) -> dict[str, Any]:
-    """Run the benchmark.
+    """Run the benchmark; see :func:`deltadecode.lab.results.result`.
 
     Parameters
     ----------
@@ -69,22 +69,60 @@ def run(
         (dtype, context, whether K ≥ N) of every step to time.
     memory_cases : tuple
         (dtype, context) of every peak to measure.
+    quick : bool
+        A tiny model and few cases instead.
     steps : int
         Timed steps per case and side, four times as many where K ≥ N; the result is their median.
     peaks : int
         Processes per memory case and side; the result is their lowest peak.
-    progress : callable
-        Told the case that runs and the part of all work that is done.
-
-    Returns
-    -------
-    dict
-        See :func:`deltadecode.lab.results.result`.
     """
+    if quick:
+        config, step_cases, memory_cases = quick_shape(), QUICK_STEPS, QUICK_MEMORY
     shape = qwen2_05b() if config is None else config
     work = _Work(len(step_cases) + len(memory_cases), progress)
     rows = [*_time_steps(shape, step_cases, steps, work), *_peaks(shape, memory_cases, peaks, work)]
-    return result("cpu", "deltadecode bench cpu", rows)
+    return result("cpu", command, rows)
+
+
+def quick_shape() -> Qwen2Config:
+    """A model that takes milliseconds, deep enough for the benchmark's plan."""
+    return Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=20,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+
+
+def compare_commits(
+    commit: str | None,
+    folder: Path | None,
+    command: str,
+    *,
+    quick: bool = False,
+    rounds: int = ROUNDS,
+    progress: Progress = lambda case, done: None,
+) -> dict[str, Any]:
+    """Time steps of another commit beside ours; see :func:`benchmarks.base.compare`."""
+    config = (quick_shape() if quick else qwen2_05b()).to_dict()
+    cases = [
+        {
+            "label": f"{dtype}, context {context}",
+            "config": config,
+            "dtype": dtype,
+            "context": context,
+        }
+        for dtype, context in dict.fromkeys(
+            (_name(case[0]), case[1]) for case in (QUICK_STEPS if quick else STEP_CASES)
+        )
+    ]
+    spec = {"kind": "steps", "unit": "ms", "threads": torch.get_num_threads()}
+    rows = list(compare(commit, folder, spec, cases, rounds, progress))
+    return result("cpu", command, rows)
 
 
 class _Work:
@@ -106,7 +144,7 @@ class _Work:
 
 
 def _time_steps(
-    shape: Qwen2Config, cases: tuple[tuple[torch.dtype, int, bool], ...], steps: int, work: _Work
+    shape: Qwen2Config, cases: StepCases, steps: int, work: _Work
 ) -> Iterator[dict[str, Any]]:
     timer: StepTimer | None = None
     for dtype, context, covered in cases:
@@ -130,7 +168,7 @@ def _time_steps(
 
 
 def _peaks(
-    shape: Qwen2Config, cases: tuple[tuple[torch.dtype, int], ...], peaks: int, work: _Work
+    shape: Qwen2Config, cases: MemoryCases, peaks: int, work: _Work
 ) -> Iterator[dict[str, Any]]:
     for dtype, context in cases:
         case = f"peak memory, {_name(dtype)}, context {context}"
@@ -150,27 +188,3 @@ def _peaks(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description="DELTA beside stock Transformers on the CPU.")
-    parser.add_argument("--out", type=Path, help="folder to write the result file to")
-    parser.add_argument("--tag", help="last part of the file's name")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    arguments = parser.parse_args()
-    try:
-        check_tag(arguments.tag)
-    except ValueError as error:
-        parser.error(str(error))
-    found = run()
-    if arguments.out:
-        write_result(found, arguments.out, arguments.tag)
-    if arguments.json:
-        print(json.dumps(found))
-    else:
-        Console().print(table(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -22,13 +22,10 @@ _SEED = 0
 class Engine:
     """A vLLM engine in this process, with random weights.
 
-    Parameters
-    ----------
-    spec : dict
-        ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a sequence),
-        ``memory_share`` (of the device), ``kv_bytes`` (of the cache; None: what the share leaves),
-        ``eager``, ``vocabulary``, and ``plan``: values of a DeltaConfig, or None for stock
-        attention.
+    ``spec`` has ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a
+    sequence), ``memory_share`` (of the device), ``kv_bytes`` (of the cache; None: what the share
+    leaves), ``eager``, ``vocabulary``, and ``plan``: values of a DeltaConfig, or None for stock
+    attention.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -69,11 +66,7 @@ class Engine:
     def facts(self) -> dict[str, Any]:
         """What runs, for the result.
 
-        Returns
-        -------
-        dict
-            ``start_s``, ``kv_tokens`` (that the cache holds), ``backends`` (of the attention
-            layers), ``cudagraph_mode``, ``async_scheduling`` and ``vllm`` (version).
+        ``kv_tokens`` is what the cache holds, ``backends`` those of the attention layers.
         """
         import vllm
 
@@ -94,19 +87,10 @@ class Engine:
         }
 
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one command.
+        """Carry out one command: ``do`` names it, the other keys are its arguments.
 
-        Parameters
-        ----------
-        command : dict
-            ``do`` names it: ``headline``, ``prefill``, ``fill``, ``steps``, ``profile`` or
-            ``drop``; the other keys are its arguments.
-
-        Returns
-        -------
-        dict
-            What was measured: ``seconds`` each of a number of steps or of the whole; and
-            ``preemptions`` meanwhile.
+        Gives what was measured: ``seconds`` each of a number of steps or of the whole; and
+        ``preemptions`` meanwhile.
         """
         arguments = {key: value for key, value in command.items() if key != "do"}
         actions: dict[str, Callable[..., dict[str, Any]]] = {

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.e2e.processes import WORKER, Process
 from benchmarks.e2e.rows import make_row
 from benchmarks.e2e.shapes import ModelShape
 from benchmarks.e2e.workloads import BLOCK, Workload, needs
+from benchmarks.processes import Process
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.results import result
 
+WORKER = (sys.executable, "-m", "benchmarks.e2e.worker")
 STOCK, DELTA = "stock", "DELTA"
 SIDES = (STOCK, DELTA)
 Values = dict[str, list[dict[str, Any]]]
@@ -26,12 +28,8 @@ class Setup:
 
     Attributes
     ----------
-    shape : ModelShape
-        The model.
     plan : DeltaConfig
         Of the DELTA side.
-    workloads : sequence of Workload
-        At least one.
     memory_share : float
         Of the device, for each engine.
     in_turn : bool
@@ -50,24 +48,11 @@ class Setup:
     memory_share: float
     in_turn: bool = False
     start_together: bool = False
-    command: str = "deltadecode bench e2e"
+    command: str = "python -m benchmarks.e2e"
     worker: Sequence[str] = WORKER
 
     def spec(self, side: str, model: Path) -> dict[str, Any]:
-        """What the process of a side is started with.
-
-        Parameters
-        ----------
-        side : str
-            Of :data:`SIDES`.
-        model : Path
-            The model's folder.
-
-        Returns
-        -------
-        dict
-            See :class:`benchmarks.e2e.engine.Engine`.
-        """
+        """What the process of a side is started with; see :class:`benchmarks.e2e.engine.Engine`."""
         batch, longest = needs(self.workloads)
         return {
             "model": str(model),
@@ -88,17 +73,7 @@ class Setup:
 
 @dataclass
 class Measurement:
-    """A run, and what it has found so far.
-
-    Parameters
-    ----------
-    setup : Setup
-        What runs.
-    save : callable
-        Told the result after every change.
-    progress : callable
-        Told what runs, and the part of all work that is done.
-    """
+    """A run, and what it has found so far; ``save`` gets the result after every change."""
 
     setup: Setup
     save: Callable[[dict[str, Any]], None]
@@ -125,23 +100,11 @@ class Measurement:
         self._values = {one: defaultdict(list) for one in setup.workloads}
 
     def run(self, folder: Path) -> dict[str, Any]:
-        """Measure everything.
+        """Measure everything; ``folder`` is for the model's configuration.
 
-        Parameters
-        ----------
-        folder : Path
-            For the model's configuration.
-
-        Returns
-        -------
-        dict
-            A result (CONTRIBUTING.md) with ``engines`` (what each ran with), ``skipped`` (workloads
-            that did not fit, and why) and ``one_side`` (what was measured on one side so far).
-
-        Raises
-        ------
-        EngineError
-            When a process fails. What was found before is saved.
+        Gives a result with ``engines`` (what each ran with), ``skipped`` (workloads that did not
+        fit, and why) and ``one_side`` (what was measured on one side so far). When a process
+        fails, its WorkerError is raised; what was found before is saved.
         """
         model = self.setup.shape.write(folder)
         try:

@@ -21,26 +21,12 @@ Rounds = Sequence[dict[str, Any]]
 def make_row(
     workload: Workload, ours: Rounds, theirs: Rounds, opening: Rounds, plan: DeltaConfig
 ) -> dict[str, Any]:
-    """Make the row of one workload.
+    """Make the row of one workload, from what both engines answered, one per round.
 
-    Parameters
-    ----------
-    workload : Workload
-        What was measured.
-    ours, theirs : sequence of dict
-        What the engine with DELTA and the stock one answered, one per round.
-    opening : sequence of dict
-        What both answered before, for its preemptions.
-    plan : DeltaConfig
-        Of our side.
-
-    Returns
-    -------
-    dict
-        Medians over all steps of all rounds, or over the rounds; with ``within_budget``: whether
-        every sparse layer reads all there is, so that nothing can be gained; and
-        ``preemptions`` of both sides together. A headline has ``tok_s`` and a ``curve`` of
-        [context, ms of a step] for either side.
+    ``opening`` is what both answered before, for its preemptions. Values are medians over all steps
+    of all rounds, or over the rounds. ``within_budget``: whether every sparse layer reads all there
+    is, so that nothing can be gained. A headline has ``tok_s`` and a ``curve`` of [context, ms of a
+    step] for either side.
     """
     shared = {
         "kind": workload.kind,
@@ -65,17 +51,9 @@ def make_row(
 
 
 def curve(steps: Sequence[float]) -> list[list[float]]:
-    """Step times over the context, from the steps of whole sequences.
+    """Step times over the context, from the seconds of all steps of whole sequences.
 
-    Parameters
-    ----------
-    steps : sequence of float
-        Seconds of every step, the prefill first.
-
-    Returns
-    -------
-    list of list
-        At most 64 of [tokens in the cache, median ms of up to 64 steps around], ascending.
+    At most 64 of [tokens in the cache, median ms of up to 64 steps around], ascending.
     """
     # The first steps hold the prefill, and with asynchronous scheduling a call without a result.
     decode = [*enumerate(steps)][2:]
@@ -92,18 +70,7 @@ def curve(steps: Sequence[float]) -> list[list[float]]:
 
 
 def e2e_table(found: dict[str, Any]) -> Table:
-    """Show a result as a table.
-
-    Parameters
-    ----------
-    found : dict
-        See :func:`benchmarks.e2e.run.run`.
-
-    Returns
-    -------
-    rich.table.Table
-        One line per row, and one per workload that was skipped.
-    """
+    """Show a result, one line per row and one per workload that was skipped."""
     gpus = found["machine"]["gpus"]
     title = f"e2e: {found['model']}, {gpus[0] if gpus else found['machine']['cpu']}"
     shown = Table(title=title, title_justify="left")

@@ -22,12 +22,8 @@ class ModelShape:
         As ``--shape`` takes it.
     architecture : str
         ``"Qwen2"`` or ``"Qwen3"``.
-    layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, positions : int
-        As in the model's configuration.
-    plan : DeltaConfig
-        Used unless another one is given.
-    plan_note : str
-        Where the plan comes from.
+    plan, plan_note : DeltaConfig, str
+        Used unless another one is given; and where it comes from.
     eager : bool
         Without compilation and graphs, which a tiny model on a CPU would wait for.
     """
@@ -85,18 +81,7 @@ class ModelShape:
         }
 
     def write(self, folder: Path) -> Path:
-        """Write the model's folder, without weights.
-
-        Parameters
-        ----------
-        folder : Path
-            Made if it does not exist.
-
-        Returns
-        -------
-        Path
-            The folder.
-        """
+        """Write the model's folder, without weights."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config(), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -156,22 +141,7 @@ SHAPES = {
 
 
 def find_shape(name: str) -> ModelShape:
-    """Shape of a name.
-
-    Parameters
-    ----------
-    name : str
-        See :data:`SHAPES`.
-
-    Returns
-    -------
-    ModelShape
-
-    Raises
-    ------
-    ValueError
-        When there is none of that name.
-    """
+    """Shape of a name of :data:`SHAPES`; a ValueError for another one."""
     if name not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}")
     return SHAPES[name]

@@ -132,23 +132,7 @@ class Workload:
 
 
 def parse_point(text: str) -> tuple[int, int]:
-    """Read ``batch:context``.
-
-    Parameters
-    ----------
-    text : str
-        For example ``"64:8192"``.
-
-    Returns
-    -------
-    tuple of int
-        Sequences, and tokens of each.
-
-    Raises
-    ------
-    ValueError
-        When it is something else.
-    """
+    """Read ``batch:context``, such as ``64:8192``; a ValueError for anything else."""
     found = _POINT.fullmatch(text)
     if not found or not int(found[1]) or not int(found[2]):
         raise ValueError(f"a point must be batch:context, such as 64:8192, got {text!r}")
@@ -162,28 +146,11 @@ def workloads(
     steps: int = 64,
     rounds: int = 3,
 ) -> list[Workload]:
-    """Choose what to measure.
+    """Choose what to measure, in the order of the kinds; by default all of them.
 
-    Parameters
-    ----------
-    kinds : iterable of str
-        Of :data:`KINDS`; none: all.
-    points : sequence of tuple of int
-        (batch, context) in place of the defaults of the chosen kinds.
-    steps : int
-        Decode steps of a round of ``step`` and ``short``.
-    rounds : int
-        Rounds of ``step``, ``short`` and ``prefill``.
-
-    Returns
-    -------
-    list of Workload
-        In the order in which they are measured: that of the kinds.
-
-    Raises
-    ------
-    ValueError
-        For an unknown kind, or a context that the measured steps alone would fill.
+    Points (batch, context) replace the defaults of the chosen kinds. ``steps`` are those of a round
+    of ``step`` and ``short``, ``rounds`` those of ``prefill`` as well. A ValueError for an unknown
+    kind, or a context that the measured steps alone would fill.
     """
     chosen = tuple(kinds) or KINDS
     for kind in chosen:
@@ -208,16 +175,5 @@ def workloads(
 
 
 def needs(chosen: Sequence[Workload]) -> tuple[int, int]:
-    """What an engine has to be started with.
-
-    Parameters
-    ----------
-    chosen : sequence of Workload
-        At least one.
-
-    Returns
-    -------
-    tuple of int
-        Sequences at once, and tokens of the longest one.
-    """
+    """Sequences at once, and tokens of the longest one, that an engine has to hold."""
     return max(one.batch for one in chosen), max(one.longest for one in chosen)

@@ -22,20 +22,7 @@ Series = dict[tuple[str, str], dict[tuple[int, int], tuple[float, float]]]
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw times and achieved bandwidths, a line of panels per head shape.
-
-    Parameters
-    ----------
-    found : dict
-        See :func:`benchmarks.kernels.run.run`.
-    path : Path
-        PNG file to write.
-
-    Raises
-    ------
-    ValueError
-        When the result has no attention rows.
-    """
+    """Draw times and achieved bandwidths to a PNG file, a line of panels per head shape."""
     by_heads = {heads: series(found, heads) for heads in _heads(found)}
     if not by_heads:
         raise ValueError("the result has no attention rows to draw")
@@ -68,20 +55,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def series(found: dict[str, Any], heads: str) -> Series:
-    """Collect what is drawn for one head shape.
+    """Collect what is drawn for one head shape; see :data:`Series`.
 
-    Parameters
-    ----------
-    found : dict
-        A result.
-    heads : str
-        ``Hq/Hkv``.
-
-    Returns
-    -------
-    dict
-        (operation, side) -> (batch, context) -> (µs, TB/s). Peers appear with the operation that
-        they ran, so those of a Δ-layer once, as dense attention.
+    Peers appear with the operation that they ran, so those of a Δ-layer once, as dense attention.
     """
     lines: Series = {}
     for row in found["rows"]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.kernels.cases import (
     BLOCK_SIZE,
@@ -20,22 +19,21 @@ from benchmarks.kernels.cases import (
     moved_bytes,
 )
 from benchmarks.kernels.inputs import (
-    SCALE,
     Inputs,
     exact_attention,
     inputs_bytes,
     make_inputs,
+    our_calls,
     relative_error,
 )
 from benchmarks.kernels.peers import TOPK, Peer, topk_select
 from benchmarks.kernels.rows import OURS, attention_rows, error_rows, select_row
 from benchmarks.kernels.timing import Bandwidth, Call, Runner, Timer
+from benchmarks.report import Progress, reason
 from deltadecode import ops
-from deltadecode.lab.results import reason, result
+from deltadecode.lab.results import result
 
 _ERROR_SEQUENCES = 4
-# Name of what runs now, and how much of all work is done.
-Progress = Callable[[str, float], None]
 
 
 @dataclass
@@ -44,14 +42,8 @@ class Bench:
 
     Attributes
     ----------
-    timer : Timer
-        Times calls.
-    bandwidth : Bandwidth
-        Of the device.
-    device : torch.device
-        Where it runs.
     backend : str
-        Maker of our operations.
+        Of our operations.
     l2_bytes, memory_limit : int
         L2 cache of the device, and what inputs may take of its memory, in bytes.
     peers : list of Peer
@@ -83,22 +75,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure all shapes.
 
-    Parameters
-    ----------
-    bench : Bench
-        What to measure with; gets what was skipped, and loses peers that fail.
-    shapes : sequence of Shape
-        What to measure.
-    command : str
-        That repeats it.
-    progress : callable
-        Told the case that runs and the part of all work that is done.
-
-    Returns
-    -------
-    dict
-        See :func:`deltadecode.lab.results.result`; and ``bandwidth``, ``settings``,
-        ``peers_missing`` and ``skipped``.
+    Gives :func:`deltadecode.lab.results.result`, and ``bandwidth``, ``settings``,
+    ``peers_missing`` and ``skipped``.
     """
     rows: list[dict[str, Any]] = []
     fitting = [shape for shape in shapes if _fits(bench, shape)]
@@ -166,56 +144,6 @@ def _attention(bench: Bench, shape: Shape, errors: bool) -> list[dict[str, Any]]
     if errors:
         rows += error_rows(shape, _errors(inputs, calls))
     return rows
-
-
-def our_calls(inputs: Inputs, backend: str) -> dict[str, list[Call]]:
-    """Prepare calls of our operations.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        The inputs.
-    backend : str
-        Maker of the operations.
-
-    Returns
-    -------
-    dict
-        ``"dense"``, ``"scores"``, ``"delta"`` and ``"sparse"`` -> one call per input set, which
-        gives the output [B, Hq, D]; ``"scores"`` (output, page scores), and ``"delta"`` (output,
-        page ids, page counts).
-    """
-
-    def attend(cache: tuple[Tensor, Tensor], **options: Any) -> Any:
-        return ops.decode_attention(
-            inputs.q,
-            *cache,
-            inputs.block_table,
-            inputs.seq_lens,
-            scale=SCALE,
-            page_size=CFG.page_size,
-            backend=backend,
-            **options,
-        )
-
-    def delta(cache: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        out, page_scores = attend(cache, return_page_scores=True)
-        return out, *ops.select_pages(page_scores, inputs.seq_lens, CFG, backend=backend)
-
-    return {
-        "dense": [partial(attend, cache) for cache in inputs.caches],
-        "scores": [partial(attend, cache, return_page_scores=True) for cache in inputs.caches],
-        "delta": [partial(delta, cache) for cache in inputs.caches],
-        "sparse": [
-            partial(
-                attend,
-                inputs.caches[number],
-                page_ids=chosen.page_ids,
-                page_counts=chosen.page_counts,
-            )
-            for number, chosen in inputs.sparse
-        ],
-    }
 
 
 def _peer_runners(

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.kernels.cases import BLOCK_SIZE, CFG, DIM
 from benchmarks.kernels.inputs import SCALE, Inputs
 from benchmarks.kernels.timing import Call
-from deltadecode.lab.results import reason
+from benchmarks.report import reason
 
 TOPK = "torch.topk + sort"
 # vLLM's default for decoding in full CUDA graphs (flash_attn_max_num_splits_for_cuda_graph).
@@ -28,12 +28,7 @@ _FLASHINFER_WORKSPACE = 256 * 2**20
 class Peer(Protocol):
     """Somebody else's decode attention.
 
-    Attributes
-    ----------
-    name : str
-        In the result file.
-    ops : tuple of str
-        Which of ``"dense"`` and ``"sparse"`` it runs.
+    ``ops`` says which of ``"dense"`` and ``"sparse"`` it runs.
     """
 
     @property
@@ -63,20 +58,7 @@ class FlashAttention3:
         self._schedule: Callable[..., Any] = vllm_flash_attn.get_scheduler_metadata
 
     def calls(self, op: str, inputs: Inputs) -> list[Call]:
-        """Prepare calls; for sparse ones, the selected blocks are the block table.
-
-        Parameters
-        ----------
-        op : str
-            ``"dense"`` or ``"sparse"``.
-        inputs : Inputs
-            The inputs.
-
-        Returns
-        -------
-        list of callable
-            One per cache or selection.
-        """
+        """Prepare calls; for sparse ones, the selected blocks are the block table."""
         shape = inputs.shape
         if op == "dense":
             longest = shape.context
@@ -142,20 +124,7 @@ class FlashInfer:
         self._workspace: Tensor | None = None
 
     def calls(self, op: str, inputs: Inputs) -> list[Call]:
-        """Plan, which FlashInfer does on the host, and prepare calls.
-
-        Parameters
-        ----------
-        op : str
-            ``"dense"``.
-        inputs : Inputs
-            The inputs.
-
-        Returns
-        -------
-        list of callable
-            One per cache.
-        """
+        """Plan, which FlashInfer does on the host, and prepare one call per cache."""
         shape, device = inputs.shape, inputs.q.device
         if self._workspace is None:
             # It has to be zero when it is first used, and serves every shape.
@@ -193,15 +162,7 @@ class FlashInfer:
 
 
 def find_peers() -> tuple[list[Peer], dict[str, str]]:
-    """Load the peers that are there.
-
-    Returns
-    -------
-    peers : list of Peer
-        Ready to run.
-    missing : dict
-        Name -> why it does not run here, in one line.
-    """
+    """Load the peers that are there; for the others, name -> why it does not run, in one line."""
     peers: list[Peer] = []
     missing: dict[str, str] = {}
     for make in (FlashAttention3, FlashInfer):
@@ -215,15 +176,8 @@ def find_peers() -> tuple[list[Peer], dict[str, str]]:
 def topk_select(page_scores: Tensor) -> Tensor:
     """Select pages with PyTorch's own operations, of rows that all have the same length.
 
-    Parameters
-    ----------
-    page_scores : Tensor
-        [B, N] float.
-
-    Returns
-    -------
-    Tensor
-        [B, min(N, K)] int32, ascending: the last L pages and the best of the others.
+    Page scores [B, N]; gives [B, min(N, K)] int32, ascending: the last L pages and the best of the
+    others.
     """
     pages = page_scores.shape[1]
     scores = page_scores.clone()

@@ -26,26 +26,13 @@ def attention_rows(
     sets: Mapping[str, int],
     bandwidth: Bandwidth,
 ) -> list[dict[str, Any]]:
-    """Make the rows of one shape.
+    """Make the rows of one shape: one per operation and peer.
 
-    Parameters
-    ----------
-    shape : Shape
-        What was timed.
-    timings : mapping
-        (operation, side) -> time. The peers of a Δ-layer are those of dense attention, since
-        nobody else's kernel scores pages.
-    sets : mapping
-        Operation -> input sets.
-    bandwidth : Bandwidth
-        Of the device.
-
-    Returns
-    -------
-    list of dict
-        One per operation and peer, the first of each operation against :data:`FLOOR`. ``tb_s`` and
-        ``peer_tb_s`` are bytes that have to be moved ÷ time, in 10¹² bytes/s; ``copy_fraction`` is
-        our part of the copy bandwidth, and ``floor_us`` the time at all of it.
+    The first of each operation is against :data:`FLOOR`. The peers of a Δ-layer are those of dense
+    attention, since nobody else's kernel scores pages. ``tb_s`` and ``peer_tb_s`` are bytes that
+    have to be moved ÷ time, in 10¹² bytes/s; ``copy_fraction`` is our part of the copy bandwidth,
+    and ``floor_us`` the time at all of it. ``timings`` are by (operation, side), ``sets`` counts
+    the input sets of an operation.
     """
     rows = []
     for op in _ATTENTION:
@@ -80,19 +67,7 @@ def attention_rows(
 
 
 def select_row(batch: int, pages: int, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Make the row of one selection.
-
-    Parameters
-    ----------
-    batch, pages : int
-        Rows, and pages of each.
-    timings : mapping
-        Side -> time.
-
-    Returns
-    -------
-    dict
-    """
+    """Make the row of one selection, from the times of both sides."""
     ours, theirs = timings[OURS], timings[TOPK]
     case = f"select, {batch} rows of {pages} pages"
     return row(
@@ -102,19 +77,9 @@ def select_row(batch: int, pages: int, timings: Mapping[str, Timing]) -> dict[st
 
 
 def error_rows(shape: Shape, errors: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
-    """Make the rows of errors against float64.
+    """Make the rows of errors against float64, of relative Frobenius norms.
 
-    Parameters
-    ----------
-    shape : Shape
-        Where they were taken.
-    errors : mapping
-        (operation, side) -> relative error; the side ``""`` is the exact result, rounded.
-
-    Returns
-    -------
-    list of dict
-        One per operation and other side; its unit is the relative Frobenius norm.
+    ``errors`` are by (operation, side); the side ``""`` is the exact result, rounded.
     """
     return [
         row(
@@ -134,18 +99,7 @@ def error_rows(shape: Shape, errors: Mapping[tuple[str, str], float]) -> list[di
 
 
 def kernel_table(found: dict[str, Any]) -> Table:
-    """Show a result, all sides of a case on one line.
-
-    Parameters
-    ----------
-    found : dict
-        See :func:`benchmarks.kernels.run.run`.
-
-    Returns
-    -------
-    rich.table.Table
-        Per peer, its value and its value ÷ ours.
-    """
+    """Show a result, all sides of a case on one line: a peer's value, and it ÷ ours."""
     lines: dict[str, dict[str, dict[str, Any]]] = {}
     for each in found["rows"]:
         lines.setdefault(each["case"], {})[each["peer"]] = each

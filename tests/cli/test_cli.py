@@ -97,10 +97,7 @@ def tokens_of(text):
     [
         [],
         ["--help"],
-        ["bench"],
-        ["bench", "--help"],
-        ["bench", "cpu", "-h"],
-        ["bench", "kernels", "-h"],
+        ["demo", "-h"],
     ],
 )
 def test_help_goes_to_stdout(run, command):
@@ -532,87 +529,6 @@ def test_a_failure_is_told_though_the_other_side_is_not_so_far(monkeypatch, last
     monkeypatch.setattr(demo_workers.subprocess, "Popen", start)
     with pytest.raises(RuntimeError, match=message):
         demo_workers.run({}, {"pairs": 1}, Console(stderr=True))
-
-
-# bench
-
-
-def test_bench_cpu_writes_its_result(run, monkeypatch, tmp_path):
-    from benchmarks.cpu import run as cpu
-    from deltadecode.lab.results import result, row
-
-    found = result("cpu", "deltadecode bench cpu", [row("a case", "a peer", "ms", 1.0, 2.0)])
-    monkeypatch.setattr(cpu, "run", lambda progress: found)
-    code, out, err = run("bench", "cpu", "--json", "--out", tmp_path / "new", "--tag", "x")
-    assert (code, json.loads(out)) == (0, found)
-    (path,) = (tmp_path / "new").iterdir()
-    assert json.loads(path.read_text()) == found
-    assert path.name in err.replace("\n", "")
-    code, out, err = run("bench", "cpu")
-    assert (code, err) == (0, "")
-    assert "2.00×" in out
-
-
-def test_bench_cpu_refuses_bad_places_before_it_runs(refused, tmp_path):
-    assert "'a/b'" in refused("bench", "cpu", "--tag", "a/b")
-    (tmp_path / "file").write_text("")
-    assert "file" in refused("bench", "cpu", "--out", tmp_path / "file")
-
-
-def test_bench_kernels_needs_a_gpu(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, out, err = run("bench", "kernels", "--quick", "--out", tmp_path / "new")
-    assert (code, out) == (1, "")
-    assert err == (
-        "deltadecode: error: RuntimeError: deltadecode bench kernels needs a CUDA GPU; "
-        "none was found\n"
-    )
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--heads", "12x2"], "'12x2'"),
-        (["--heads", "12/5"], "'12/5'"),
-        (["--batch", "0"], "0"),
-        (["--context", "many"], "many"),
-        (["--quick", "--batch", "3"], "[3]"),
-        (["--tag", "a/b"], "'a/b'"),
-    ],
-)
-def test_bench_kernels_refuses_what_it_cannot_measure(refused, options, named):
-    assert named in refused("bench", "kernels", *options)
-
-
-def test_bench_kernels_passes_its_options_on_and_tells_its_progress(run, monkeypatch, tmp_path):
-    from benchmarks.kernels import run as kernels
-    from benchmarks.kernels.cases import Shape
-    from deltadecode.lab.results import result, row
-
-    found = result("kernels", "a command", [row("a case", "a peer", "us", 1.0, 2.0)])
-    found["bandwidth"] = {"copy_tb_s": 4.0}
-    given = {}
-
-    def measured(shapes, *, command, memory_gib, progress):
-        given.update(shapes=shapes, command=command, memory_gib=memory_gib)
-        progress("a shape", 0.25)
-        return found
-
-    monkeypatch.setattr(kernels, "run", measured)
-    options = ("--heads", "28/4", "--batch", "2", "--context", "99", "--memory-gib", "3")
-    code, out, err = run("bench", "kernels", *options, "--json", "--out", tmp_path, "--tag", "x")
-    assert (code, json.loads(out)) == (0, found)
-    assert given["shapes"] == [Shape(28, 4, 2, 99)]
-    assert given["command"] == f"deltadecode bench kernels {' '.join(options)}"
-    assert given["memory_gib"] == 3
-    assert "25% a shape" in err
-    (path,) = tmp_path.glob("kernels-*-x.json")
-    assert json.loads(path.read_text()) == found
-    assert "no figure drawn" in err
-    code, out, err = run("bench", "kernels")
-    assert code == 0
-    assert "2.00×" in out
 
 
 # As a process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -50,12 +50,12 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit.
+    """Run ``deltadecode`` with these arguments, by default those of the process, and exit."""
+    run_app(app, arguments, "deltadecode")
 
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        By default those of the process.
+
+def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> NoReturn:
+    """Run a command line and exit.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = None if arguments is None else list(arguments)
     try:
         # Not standalone: its own error messages take several lines.
-        code = app(args=given, prog_name="deltadecode", standalone_mode=False)
+        code = app(args=given, prog_name=name, standalone_mode=False)
     except typer.TyperException as error:
         complain(_usage_message(error))
         code = 2

@@ -1,4 +1,4 @@
-"""``deltadecode bench e2e``: what it refuses, passes on and prints."""
+"""``python -m benchmarks.e2e``: what it refuses, passes on and prints."""
 
 import json
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.e2e import run as e2e
-from deltadecode.cli import main
+from benchmarks.e2e.__main__ import main
 
-FAKE = str(Path(__file__).parent / "benchmark" / "fake_engine.py")
+FAKE = str(Path(__file__).with_name("fake_engine.py"))
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def run(capfd):
     def call(*arguments):
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main(["bench", "e2e", *map(str, arguments)])
+            main([*map(str, arguments)])
         out, err = capfd.readouterr()
         return ended.value.code, out, err
 
@@ -96,5 +96,5 @@ def test_a_failing_engine_is_one_line_and_exit_code_1(run, fake):
     code, out, err = run("--shape", "tiny", "--workload", "step", "--point", "4:300")
     assert (code, out) == (1, "")
     assert err.splitlines()[-1] == (
-        "deltadecode: error: EngineError: DELTA engine: RuntimeError: broken on purpose"
+        "deltadecode: error: WorkerError: DELTA engine: RuntimeError: broken on purpose"
     )
