@@ -1,7 +1,5 @@
 """Another commit's code beside this one's, each in a process of its own, timed in turns."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

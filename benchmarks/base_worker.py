@@ -3,8 +3,6 @@
 Of ``deltadecode`` it uses only public names, which every commit has.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ import deltadecode
 from benchmarks.kernels.cases import CFG, Shape, moved_bytes
 from benchmarks.kernels.inputs import make_inputs, our_calls
 from benchmarks.kernels.timing import Call, GraphTimer, Runner
-from benchmarks.processes import ROOT, Worker, serve_process
+from benchmarks.processes import ROOT, serve_process
 from deltadecode import ops
 
 _STEPS = 5  # of each model in a round
@@ -111,9 +109,5 @@ class Side:
         return {}
 
 
-def _start(spec: dict[str, Any]) -> Worker:
-    return Side(spec)
-
-
 if __name__ == "__main__":
-    serve_process(_start)
+    serve_process(Side)

@@ -1,7 +1,5 @@
 """What the command lines of all benchmarks share: options, progress, result files, exit codes."""
 
-from __future__ import annotations
-
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +31,7 @@ Base = Annotated[
     str | None, typer.Option(help="Instead: time the code of this commit beside ours, in turns.")
 ]
 BaseSource = Annotated[
-    Path | None,
-    typer.Option(help="Unpacked source of that commit, where there is no git history."),
+    Path | None, typer.Option(help="Unpacked source of that commit, where there is no git history.")
 ]
 _NOTE_SECONDS = 15
 

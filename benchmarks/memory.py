@@ -1,7 +1,5 @@
 """Peak memory of decoding, one side per process: ``python -m benchmarks.memory``."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -23,26 +21,16 @@ _STEPS = 4
 def peak_memory(
     side: Side, config: Qwen2Config, context: int, dtype: torch.dtype, cfg: DeltaConfig
 ) -> float:
-    """Measure the peak memory of a fresh process that decodes a few tokens of a random model.
+    """MiB at most of a fresh process that decodes a few tokens of a random model.
 
-    Returns
-    -------
-    float
-        High-water mark of the resident set, in MiB: interpreter, weights, cache and all.
-
-    Raises
-    ------
-    RuntimeError
-        When the process fails.
+    The high-water mark of its resident set: interpreter, weights, cache and all. A RuntimeError of
+    one line when the process fails.
     """
     task = {
-        "side": side,
-        "config": config.to_dict(),
-        "context": context,
-        "dtype": str(dtype).removeprefix("torch."),
-        "cfg": cfg.to_dict(),
+        "side": side, "config": config.to_dict(), "context": context,
+        "dtype": str(dtype).removeprefix("torch."), "cfg": cfg.to_dict(),
         "threads": torch.get_num_threads(),
-    }
+    }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:

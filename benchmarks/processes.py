@@ -1,7 +1,5 @@
 """Processes that measure, one at a time: started here, and answering with JSON lines."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -10,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TextIO
+from typing import Any, NoReturn, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 _PATIENCE_S = 30
@@ -22,21 +20,11 @@ def environment(source: Path = ROOT / "src") -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-class Worker(Protocol):
-    """What works in a process: all values are of JSON."""
-
-    def facts(self) -> dict[str, Any]:
-        """What runs, for the result."""
-
-    def do(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one command."""
-
-
-def serve(lines: TextIO, answers: TextIO, start: Callable[[dict[str, Any]], Worker]) -> int:
+def serve(lines: TextIO, answers: TextIO, start: Callable[[dict[str, Any]], Any]) -> int:
     """Start a worker as the first line says, and do what each further line says, to the end.
 
-    Answers are lines ``{"ready": ...}``, ``{"done": ...}`` or ``{"error": "one line"}``, after
-    which the error is raised.
+    Its ``facts()`` and ``do(command)`` give what JSON can hold. Answers are lines
+    ``{"ready": ...}``, ``{"done": ...}`` or ``{"error": "one line"}``; the error is then raised.
     """
 
     def answer(**values: Any) -> None:
@@ -54,7 +42,7 @@ def serve(lines: TextIO, answers: TextIO, start: Callable[[dict[str, Any]], Work
     return 0
 
 
-def serve_process(start: Callable[[dict[str, Any]], Worker]) -> NoReturn:
+def serve_process(start: Callable[[dict[str, Any]], Any]) -> NoReturn:
     """Serve this process's input and exit."""
     # Engines print to stdout; what the other side reads goes out by a file of its own.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
@@ -85,14 +73,9 @@ class Process:
         self._name = f"{side} {role}"
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            encoding="utf-8",
-            env=environment(source),
-        )
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            text=True, encoding="utf-8", env=environment(source),
+        )  # fmt: skip
         self._send(spec)
 
     def ready(self) -> dict[str, Any]:

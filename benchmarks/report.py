@@ -1,7 +1,5 @@
 """What becomes of a result: a file, its figure and a table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -47,15 +45,20 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
-def table(found: dict[str, Any]) -> Table:
+def table(found: dict[str, Any], title: str | None = None) -> Table:
     """Show a result, one line per row."""
     machine = found["machine"]
     on_gpu = found["benchmark"] == "kernels" and machine["gpus"]
-    title = f"{found['benchmark']}: {machine['gpus'][0] if on_gpu else machine['cpu']}"
-    shown = Table(title=title, title_justify="left")
+    place = f"{found['benchmark']}: {machine['gpus'][0] if on_gpu else machine['cpu']}"
+    drawn = Table(title=title or place, title_justify="left")
     for name in ("case", "unit", "peer", "theirs", "ours", "ratio"):
-        shown.add_column(name, justify="left" if name in ("case", "unit", "peer") else "right")
+        drawn.add_column(name, justify="left" if name in ("case", "unit", "peer") else "right")
     for line in found["rows"]:
-        values = f"{line['theirs']:.1f}", f"{line['ours']:.1f}", f"{line['ratio']:.2f}×"
-        shown.add_row(line["case"], line["unit"], line["peer"], *values)
-    return shown
+        values = shown(line["theirs"]), shown(line["ours"]), f"{line['ratio']:.2f}×"
+        drawn.add_row(line["case"], line["unit"], line["peer"], *values)
+    return drawn
+
+
+def shown(value: float) -> str:
+    """A value in a table."""
+    return f"{value:.1f}" if value >= 1 else f"{value:.3g}"

@@ -1,12 +1,9 @@
 """Command line of the calibration benchmark."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from benchmarks.command import Json, Out, Tag, checking, command_line, deliver, launch, progress
 
@@ -26,27 +23,16 @@ def calibration(
     """
     with checking(out, tag):
         from benchmarks.calibration.run import run
+        from benchmarks.report import table
 
     command = command_line("calibration", problems=problems)
     with progress() as show:
         found = run(command, lambda done, left: show("calibration", done, left), problems)
-    deliver(found, out, tag, as_json, _table, "deltadecode.lab.calibration.figures")
+    shown = partial(table, title=f"{found['seconds']:.0f} s, {found['peak_mib']} MiB")
+    deliver(found, out, tag, as_json, shown, "deltadecode.lab.calibration.figures")
 
 
-def _table(found: dict[str, Any]) -> Table:
-    shown = Table(title=f"{found['seconds']:.0f} s, {found['peak_mib']} MiB")
-    for name in ("plan", "share lost", "ours", "ratio"):
-        shown.add_column(name)
-    for line in found["rows"]:
-        values = f"{line['theirs']:.4f}", f"{line['ours']:.4f}", f"{line['ratio']:.2f}×"
-        shown.add_row(line["peer"], *values)
-    return shown
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run with these arguments, by default those of the process, and exit."""
-    launch(calibration, arguments)
-
+main = partial(launch, calibration)
 
 if __name__ == "__main__":
     main()

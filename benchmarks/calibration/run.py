@@ -1,7 +1,5 @@
 """Calibration of the embedded model, measured: seconds, memory, and the plan among its peers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

@@ -1,8 +1,6 @@
 """Command line of the CPU benchmark."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -48,10 +46,7 @@ def cpu(
     deliver(found, out, tag, as_json, table)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run with these arguments, by default those of the process, and exit."""
-    launch(cpu, arguments)
-
+main = partial(launch, cpu)
 
 if __name__ == "__main__":
     main()

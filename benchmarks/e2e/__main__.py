@@ -1,8 +1,6 @@
 """Command line of the end-to-end benchmark."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -74,10 +72,7 @@ def e2e(
     deliver(found, out, tag, as_json, e2e_table, "benchmarks.e2e.figure")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run with these arguments, by default those of the process, and exit."""
-    launch(e2e, arguments)
-
+main = partial(launch, e2e)
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,8 @@
-"""One vLLM engine of the end-to-end benchmark, its steps driven and timed one by one."""
-
-from __future__ import annotations
+"""One vLLM engine, its steps driven and timed one by one: ``python -m benchmarks.e2e.engine``."""
 
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.e2e.profile import summarize
+from benchmarks.processes import serve_process
 from deltadecode.engines.vllm.settings import BACKEND, KEY
 
 _FIRST_TOKEN = 10  # past the special ones
@@ -38,21 +36,14 @@ class Engine:
         ours = {"attention_backend": BACKEND, "additional_config": {KEY: spec["plan"]}}
         began = time.perf_counter()
         self._llm = LLM(
-            model=spec["model"],
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            seed=_SEED,
-            max_num_seqs=spec["batch"],
-            max_model_len=spec["longest"],
-            gpu_memory_utilization=spec["memory_share"],
-            kv_cache_memory_bytes=spec["kv_bytes"],
+            model=spec["model"], load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
+            seed=_SEED, max_num_seqs=spec["batch"], max_model_len=spec["longest"],
+            gpu_memory_utilization=spec["memory_share"], kv_cache_memory_bytes=spec["kv_bytes"],
             # With it, the second round of a prefill would read nothing.
             enable_prefix_caching=False,
-            disable_log_stats=True,
-            enforce_eager=spec["eager"],
+            disable_log_stats=True, enforce_eager=spec["eager"],
             **(ours if spec["plan"] is not None else {}),
-        )
+        )  # fmt: skip
         self._engine = self._llm.llm_engine
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         self._vocabulary = spec["vocabulary"]
@@ -93,16 +84,9 @@ class Engine:
         ``preemptions`` meanwhile.
         """
         arguments = {key: value for key, value in command.items() if key != "do"}
-        actions: dict[str, Callable[..., dict[str, Any]]] = {
-            "headline": self._decode,
-            "prefill": self._decode,
-            "fill": self._fill,
-            "steps": self._steps,
-            "profile": self._profile,
-            "drop": self._drop,
-        }
+        name = "decode" if command["do"] in ("headline", "prefill") else command["do"]
         self._preemptions = 0
-        found = actions[command["do"]](**arguments)
+        found: dict[str, Any] = getattr(self, f"_{name}")(**arguments)
         return {**found, "preemptions": self._preemptions}
 
     def _decode(self, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
@@ -178,13 +162,10 @@ class Engine:
         random = np.random.default_rng(_SEED)
         tokens = random.integers(_FIRST_TOKEN, self._vocabulary, (batch, prompt)).tolist()
         sampling = SamplingParams(
-            max_tokens=new_tokens,
-            ignore_eos=True,
-            temperature=0.0,
-            detokenize=False,
+            max_tokens=new_tokens, ignore_eos=True, temperature=0.0, detokenize=False,
             # As LLM.generate does; else every step would copy out all tokens so far.
             output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        )  # fmt: skip
         prompts = [{"prompt_token_ids": each} for each in tokens]
         self._ids = list(self._llm.enqueue(prompts, sampling, use_tqdm=False))
 
@@ -211,9 +192,10 @@ def _set_environment() -> None:
     # Read when vLLM is imported. In one process, so that the plugin is registered where the
     # engine runs, its scheduler can be asked, and the profiler sees its kernels.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in (
-        ("VLLM_LOGGING_LEVEL", "WARNING"),
-        ("VLLM_NO_USAGE_STATS", "1"),
-        ("HF_HUB_OFFLINE", "1"),
-    ):
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    serve_process(Engine)

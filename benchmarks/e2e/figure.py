@@ -1,7 +1,5 @@
 """The figure of an end-to-end benchmark, from its result alone. Needs matplotlib."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

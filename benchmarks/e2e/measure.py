@@ -1,7 +1,5 @@
 """Stock vLLM and DELTA on the same workloads, in turns or one after the other."""
 
-from __future__ import annotations
-
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,7 +14,7 @@ from benchmarks.processes import Process
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.results import result
 
-WORKER = (sys.executable, "-m", "benchmarks.e2e.worker")
+WORKER = (sys.executable, "-m", "benchmarks.e2e.engine")
 STOCK, DELTA = "stock", "DELTA"
 SIDES = (STOCK, DELTA)
 Values = dict[str, list[dict[str, Any]]]
@@ -24,47 +22,28 @@ Values = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What runs and how.
-
-    Attributes
-    ----------
-    plan : DeltaConfig
-        Of the DELTA side.
-    memory_share : float
-        Of the device, for each engine.
-    in_turn : bool
-        One engine after the other, where two do not fit; else both live and rounds alternate.
-    start_together : bool
-        Start both at once, with caches of just the size that is needed.
-    command : str
-        That repeats it, for the result.
-    worker : sequence of str
-        The process of an engine.
-    """
+    """What runs and how."""
 
     shape: ModelShape
-    plan: DeltaConfig
+    plan: DeltaConfig  # of the DELTA side
     workloads: Sequence[Workload]
-    memory_share: float
-    in_turn: bool = False
-    start_together: bool = False
-    command: str = "python -m benchmarks.e2e"
+    memory_share: float  # of the device, for each engine
+    in_turn: bool = False  # one engine after the other; else both live, and rounds alternate
+    start_together: bool = False  # with caches of just the size that is needed
+    command: str = "python -m benchmarks.e2e"  # that repeats it
     worker: Sequence[str] = WORKER
 
     def spec(self, side: str, model: Path) -> dict[str, Any]:
         """What the process of a side is started with; see :class:`benchmarks.e2e.engine.Engine`."""
         batch, longest = needs(self.workloads)
         return {
-            "model": str(model),
-            "batch": batch,
-            "longest": longest,
-            "memory_share": self.memory_share,
-            "eager": self.shape.eager,
+            "model": str(model), "batch": batch, "longest": longest,
+            "memory_share": self.memory_share, "eager": self.shape.eager,
             "vocabulary": self.shape.vocabulary,
             "plan": self.plan.to_dict() if side == DELTA else None,
             # Else an engine takes what is free, less what it sees taken while it starts.
             "kv_bytes": self._kv_bytes() if self.start_together else None,
-        }
+        }  # fmt: skip
 
     def _kv_bytes(self) -> int:
         # vLLM keeps a block to itself.
@@ -87,16 +66,12 @@ class Measurement:
         # Asked before an engine starts, which measures the memory that others take.
         self.found = {
             **result("e2e", setup.command, []),
-            "model": setup.shape.name,
-            "parameters": setup.shape.parameters,
+            "model": setup.shape.name, "parameters": setup.shape.parameters,
             "plan": setup.plan.to_dict(),
             "plan_note": setup.shape.plan_note if setup.plan == setup.shape.plan else "given",
-            "memory_share": setup.memory_share,
-            "in_turn": setup.in_turn,
-            "engines": {},
-            "skipped": [],
-            "one_side": [],
-        }
+            "memory_share": setup.memory_share, "in_turn": setup.in_turn,
+            "engines": {}, "skipped": [], "one_side": [],
+        }  # fmt: skip
         self._values = {one: defaultdict(list) for one in setup.workloads}
 
     def run(self, folder: Path) -> dict[str, Any]:
@@ -145,13 +120,9 @@ class Measurement:
             return False
         for side, facts in self.found["engines"].items():
             if facts["kv_tokens"] < workload.kv_tokens:
-                why = (
-                    f"needs {workload.kv_tokens} tokens of KV cache, the {side} engine has "
-                    f"{facts['kv_tokens']}"
-                )
-                self.found["skipped"].append({"case": workload.case, "why": why})
-                self._tell(f"skipped {workload.case}: {why}")
-                self.save(self.found)
+                have = facts["kv_tokens"]
+                why = f"needs {workload.kv_tokens} tokens of KV cache, the {side} engine has {have}"
+                self._skip(workload, why)
                 return False
         return True
 
@@ -176,18 +147,20 @@ class Measurement:
         values = self._values[workload]
         stock, delta = values.get(STOCK), values.get(DELTA)
         if not (stock and delta):
-            half = {"case": workload.case, "side": STOCK, "rounds": stock}
-            self.found["one_side"].append(half)
+            self.found["one_side"].append({"case": workload.case, "side": STOCK, "rounds": stock})
             return
         self.found["one_side"] = [
             half for half in self.found["one_side"] if half["case"] != workload.case
         ]
         if workload.kind == "profile" and not (stock[0]["busy_us"] and delta[0]["busy_us"]):
-            why = "the profiler saw nothing run on a GPU"
-            self.found["skipped"].append({"case": workload.case, "why": why})
-            return
+            return self._skip(workload, "the profiler saw nothing run on a GPU")
         opened = [value for side in SIDES for value in values[f"{side} opening"]]
         self.found["rows"].append(make_row(workload, delta, stock, opened, self.setup.plan))
+
+    def _skip(self, workload: Workload, why: str) -> None:
+        self.found["skipped"].append({"case": workload.case, "why": why})
+        self._tell(f"skipped {workload.case}: {why}")
+        self.save(self.found)
 
     def _tell(self, what: str) -> None:
         sides = sum(

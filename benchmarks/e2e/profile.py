@@ -1,7 +1,5 @@
 """What a profiler saw of decode steps: graph launches, kernels, and the gaps between them."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Sequence

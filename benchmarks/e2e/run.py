@@ -1,7 +1,5 @@
 """The end-to-end benchmark: stock vLLM and the same engine with DELTA, on the same workloads."""
 
-from __future__ import annotations
-
 import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
 """Command line of the benchmark of the evaluation."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from functools import partial
 
 from benchmarks.command import Json, Out, Tag, checking, command_line, deliver, launch, progress
 
@@ -18,10 +16,7 @@ def evaluation(as_json: Json = False, out: Out = None, tag: Tag = "speed") -> No
     deliver(found, out, tag, as_json, table)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run with these arguments, by default those of the process, and exit."""
-    launch(evaluation, arguments)
-
+main = partial(launch, evaluation)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,5 @@
 """Speed of the evaluation itself: problems in a batch beside the same problems one at a time."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from pathlib import Path
@@ -24,11 +22,7 @@ _PEER = "one problem at a time"
 
 
 def run(
-    command: str,
-    progress: Progress,
-    task: str = TASK,
-    problems: int = PROBLEMS,
-    alone: int = ALONE,
+    command: str, progress: Progress, task: str = TASK, problems: int = PROBLEMS, alone: int = ALONE
 ) -> dict[str, Any]:
     """Solve problems with the embedded model in one batch, and some of them one at a time.
 

@@ -1,8 +1,6 @@
 """Command line of the kernel benchmark."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -74,10 +72,7 @@ def kernels(
         deliver(found, out, tag, as_json, kernel_table, "benchmarks.kernels.figures")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run with these arguments, by default those of the process, and exit."""
-    launch(kernels, arguments)
-
+main = partial(launch, kernels)
 
 if __name__ == "__main__":
     main()

@@ -5,8 +5,6 @@ under Nsight Compute (``ncu``), at batch 64 and 8,192 tokens, and sets its count
 kernel has to move.
 """
 
-from __future__ import annotations
-
 import csv
 import shutil
 import subprocess
@@ -18,7 +16,7 @@ import typer
 
 from benchmarks.command import Json, Out, checking, command_line, deliver, launch
 from benchmarks.kernels.cases import CFG, DIM, Shape, moved_bytes, parse_heads
-from benchmarks.kernels.inputs import SCALE, make_inputs
+from benchmarks.kernels.inputs import make_inputs, our_calls
 from benchmarks.processes import environment
 from benchmarks.report import table
 from deltadecode import ops
@@ -49,17 +47,15 @@ def launch_each(shape: Shape) -> None:
     """Launch every kernel once, on cold caches."""
     device = torch.device("cuda")
     inputs = make_inputs(shape, device, 0)
-    keys, values = inputs.caches[0]
-    arguments = (inputs.q, keys, values, inputs.block_table, inputs.seq_lens)
-    options: dict[str, Any] = {"scale": SCALE, "page_size": CFG.page_size, "backend": "triton"}
+    calls = our_calls(inputs, "triton")
     flush = torch.empty(2**28, dtype=torch.uint8, device=device)
-    ops.decode_attention(*arguments, **options)
+    calls["dense"][0]()
     flush.zero_()
-    _, scores = ops.decode_attention(*arguments, **options, return_page_scores=True)
+    _, scores = calls["scores"][0]()
     flush.zero_()
-    ids, counts = ops.select_pages(scores, inputs.seq_lens, CFG, backend="triton")
+    ops.select_pages(scores, inputs.seq_lens, CFG, backend="triton")
     flush.zero_()
-    ops.decode_attention(*arguments, **options, page_ids=ids, page_counts=counts)
+    calls["sparse"][0]()
     torch.cuda.synchronize()
 
 

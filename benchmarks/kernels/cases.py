@@ -1,7 +1,5 @@
 """What the kernel benchmark measures: shapes, the bytes each operation moves, input sets."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,13 +83,11 @@ def moved_bytes(op: str, shape: Shape) -> int:
     """
     n = shape.context
     with_logits = n * (shape.token_bytes + 2 * shape.heads * 4)
+    selected = min(n, CFG.budget_pages * CFG.page_size)
     per_row = {
-        "dense": n * shape.token_bytes,
-        "scores": with_logits,
-        "delta": with_logits,
-        "sparse": min(n, CFG.budget_pages * CFG.page_size) * shape.token_bytes,
-        "select": shape.pages * 4,
-    }
+        "dense": n * shape.token_bytes, "scores": with_logits, "delta": with_logits,
+        "sparse": selected * shape.token_bytes, "select": shape.pages * 4,
+    }  # fmt: skip
     return shape.batch * per_row[op]
 
 
@@ -138,11 +134,7 @@ def grid(
         if min(values, default=1) < 1:
             raise ValueError(f"{name} must be at least 1, got {min(values)}")
     if quick:
-        pairs = [
-            (batch, context)
-            for batch, context in QUICK
-            if batch in (batches or (batch,)) and context in (contexts or (context,))
-        ]
+        pairs = [(b, n) for b, n in QUICK if b in (batches or (b,)) and n in (contexts or (n,))]
     else:
         pairs = [(b, n) for b in batches or BATCHES for n in contexts or CONTEXTS]
     if not pairs:
@@ -159,11 +151,9 @@ def error_shapes(shapes: Iterable[Shape]) -> set[Shape]:
 
     One per head shape: of the context nearest to 8,192, the one with the smallest batch.
     """
-    chosen: dict[str, Shape] = {}
-    for shape in sorted(shapes, key=_distance):
-        chosen.setdefault(shape.heads_label, shape)
-    return set(chosen.values())
 
+    def distance(shape: Shape) -> tuple[float, int]:
+        return abs(log2(shape.context / _ERROR_CONTEXT)), shape.batch
 
-def _distance(shape: Shape) -> tuple[float, int]:
-    return abs(log2(shape.context / _ERROR_CONTEXT)), shape.batch
+    ordered = sorted(shapes, key=distance, reverse=True)
+    return set({shape.heads_label: shape for shape in ordered}.values())

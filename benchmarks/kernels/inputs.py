@@ -1,7 +1,5 @@
 """Random inputs of the kernel benchmark, and the exact result for some of their rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,48 +18,24 @@ _DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Selection:
-    """Pages of every row, as :func:`deltadecode.ops.select_pages` gives them; all int32.
+    """Pages of every row, as :func:`deltadecode.ops.select_pages` gives them; all int32."""
 
-    Attributes
-    ----------
-    page_ids, page_counts : Tensor
-        [B, K] and [B].
-    blocks : Tensor
-        [B, K], the blocks that hold these pages: a block table for any paged kernel.
-    tokens : Tensor
-        [B], tokens on these pages.
-    """
-
-    page_ids: Tensor
-    page_counts: Tensor
-    blocks: Tensor
-    tokens: Tensor
+    page_ids: Tensor  # [B, K]
+    page_counts: Tensor  # [B]
+    blocks: Tensor  # [B, K], that hold these pages: a block table for any paged kernel
+    tokens: Tensor  # [B], on these pages
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of one shape.
-
-    Attributes
-    ----------
-    q : Tensor
-        [B, Hq, D] bfloat16.
-    caches : list of tuple
-        (keys, values), each [blocks, block_size, Hkv, D]; as many as it takes to exceed the L2
-        cache several times.
-    block_table : Tensor
-        [B, blocks of a row] int32, shuffled; the same for all caches.
-    seq_lens : Tensor
-        [B] int32, all the context.
-    sparse : list of tuple
-        (number of a cache, selection) of every sparse call; no two read the same page.
-    """
+    """Inputs of one shape; as many caches as it takes to exceed the L2 cache several times."""
 
     shape: Shape
-    q: Tensor
-    caches: list[tuple[Tensor, Tensor]]
-    block_table: Tensor
-    seq_lens: Tensor
+    q: Tensor  # [B, Hq, D] bfloat16
+    caches: list[tuple[Tensor, Tensor]]  # keys and values, [blocks, block_size, Hkv, D]
+    block_table: Tensor  # [B, blocks of a row] int32, shuffled; the same for all caches
+    seq_lens: Tensor  # [B] int32, all the context
+    # Number of a cache and selection of every sparse call; no two read the same page.
     sparse: list[tuple[int, Selection]]
 
 
@@ -83,14 +57,11 @@ def make_inputs(shape: Shape, device: torch.device, l2_bytes: int) -> Inputs:
     q = torch.empty((shape.batch, shape.heads, DIM), dtype=_DTYPE, device=device)
     table = torch.randperm(blocks, generator=generator, device=device).to(torch.int32)
     block_table = table.view(shape.batch, row_blocks)
-    return Inputs(
-        shape=shape,
-        q=q.normal_(generator=generator),
-        caches=[(part[:, 0], part[:, 1]) for part in pool.split(blocks)],
-        block_table=block_table,
-        seq_lens=torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device),
-        sparse=_sparse_sets(shape, block_table, sets, l2_bytes, generator),
-    )
+    q.normal_(generator=generator)
+    caches = [(part[:, 0], part[:, 1]) for part in pool.split(blocks)]
+    lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device)
+    sparse = _sparse_sets(shape, block_table, sets, l2_bytes, generator)
+    return Inputs(shape, q, caches, block_table, lens, sparse)
 
 
 def _sparse_sets(

@@ -1,7 +1,5 @@
 """The kernel benchmark: decode attention on a GPU, ours beside its peers, in turns in one run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -1,11 +1,10 @@
 """Time on a CUDA GPU: calls in CUDA graphs, several sides in turns, and the memory's bandwidth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,16 +43,6 @@ class Bandwidth:
 
     copy: float
     read: float
-
-
-class Timer(Protocol):
-    """Prepares and times calls."""
-
-    def prepare(self, calls: Sequence[Call], call_bytes: int) -> Runner:
-        """Run calls, one per input set, for the first time, and make them ready to be timed."""
-
-    def measure(self, runners: Mapping[Key, Runner]) -> dict[Key, Timing]:
-        """Time them in turns."""
 
 
 class GraphTimer:
@@ -99,22 +88,21 @@ class GraphTimer:
 
         Medians over 25 replays, after 5 others.
         """
+        event = partial(torch.cuda.Event, enable_timing=True)
         spans: dict[Key, list[tuple[torch.cuda.Event, torch.cuda.Event]]]
         spans = {key: [] for key in runners}
         for turn in range(_WARMUP + _REPLAYS):
             for key, runner in runners.items():
-                span = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+                span = event(), event()
                 span[0].record()
                 runner.run()
                 span[1].record()
                 if turn >= _WARMUP:
                     spans[key].append(span)
         torch.cuda.synchronize()
+        ms = {key: median(a.elapsed_time(b) for a, b in pairs) for key, pairs in spans.items()}
         return {
-            key: Timing(
-                1000 * median(start.elapsed_time(end) for start, end in spans[key]) / runner.calls,
-                runner.graph,
-            )
+            key: Timing(1000 * ms[key] / runner.calls, runner.graph)
             for key, runner in runners.items()
         }
 
