@@ -1,1 +1,10 @@
-"""Measurements of DELTA beside its peers, in one run and on one machine."""
+"""Measurements of DELTA beside its peers, each in one run and on one machine.
+
+python -m benchmarks.cpu          decode steps and peak memory on the CPU, beside Transformers
+python -m benchmarks.kernels      decode attention on a GPU, beside other kernels
+python -m benchmarks.e2e          whole vLLM engines on a GPU, stock beside DELTA
+python -m benchmarks.calibration  calibration of the embedded model, and its plan beside others
+python -m benchmarks.evaluation   the evaluation's own speed, batched beside one at a time
+
+Each has --help. CONTRIBUTING.md describes the result files.
+"""

@@ -1,6 +1,5 @@
-"""The benchmarks: ``python -m benchmarks NAME``."""
+"""``python -m benchmarks`` lists the benchmarks."""
 
-from benchmarks.bench import bench
+import benchmarks
 
-if __name__ == "__main__":
-    bench(prog_name="python -m benchmarks")
+print(benchmarks.__doc__)

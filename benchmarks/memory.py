@@ -1,18 +1,15 @@
 """Peak memory of decoding, one side per process: ``python -m benchmarks.memory``."""
 
-from __future__ import annotations
-
-import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache, Qwen2Config
 
+from benchmarks.processes import environment
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers import DeltaCache, enable
 from deltadecode.lab.steptime import decode_step, fill_cache, random_model
@@ -24,52 +21,26 @@ _STEPS = 4
 def peak_memory(
     side: Side, config: Qwen2Config, context: int, dtype: torch.dtype, cfg: DeltaConfig
 ) -> float:
-    """Measure the peak memory of a fresh process that decodes a few tokens.
+    """MiB at most of a fresh process that decodes a few tokens of a random model.
 
-    Parameters
-    ----------
-    side : str
-        ``"full"`` (stock ``sdpa`` and ``DynamicCache``) or ``"delta"``.
-    config : Qwen2Config
-        Shape of the random model.
-    context : int
-        Tokens in the cache before the first step.
-    dtype : torch.dtype
-        Of weights and cache.
-    cfg : DeltaConfig
-        Plan and budget of DELTA.
-
-    Returns
-    -------
-    float
-        High-water mark of the resident set, in MiB: interpreter, weights, cache and all.
-
-    Raises
-    ------
-    RuntimeError
-        When the process fails.
+    The high-water mark of its resident set: interpreter, weights, cache and all. A RuntimeError of
+    one line when the process fails.
     """
     task = {
-        "side": side,
-        "config": config.to_dict(),
-        "context": context,
-        "dtype": str(dtype).removeprefix("torch."),
-        "cfg": asdict(cfg),
+        "side": side, "config": config.to_dict(), "context": context,
+        "dtype": str(dtype).removeprefix("torch."), "cfg": cfg.to_dict(),
         "threads": torch.get_num_threads(),
-    }
-    command = [sys.executable, "-m", __name__, json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    }  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RuntimeError(f"measuring peak memory failed ({done.returncode}): {lines[-1]}")
     return float(done.stdout)
 
 
-def main() -> None:
-    """Run one side, as :func:`peak_memory` asks for it, and print its peak in MiB."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", help="JSON object: side, config, context, dtype, cfg, threads")
-    task = json.loads(parser.parse_args().task)
+def decode_some(task: dict[str, Any]) -> None:
+    """Do what a process is asked for by :func:`peak_memory`."""
     torch.set_num_threads(task["threads"])
     dtype = getattr(torch, task["dtype"])
     config = Qwen2Config.from_dict(task["config"])
@@ -82,16 +53,10 @@ def main() -> None:
     fill_cache(cache, config, task["context"], dtype)
     for _ in range(_STEPS):
         decode_step(model, cache)
-    print(high_water_mib())
 
 
 def high_water_mib() -> float:
-    """High-water mark of this process's resident set, in MiB.
-
-    Returns
-    -------
-    float
-    """
+    """High-water mark of this process's resident set, in MiB."""
     # VmHWM belongs to this program alone; what getrusage reports on Linux starts at the size of
     # the process that started it.
     status = Path("/proc/self/status")
@@ -106,4 +71,5 @@ def high_water_mib() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    decode_some(json.loads(sys.argv[1]))
+    print(high_water_mib())

@@ -1,1 +1,1 @@
-"""A benchmark of the project; not in the wheel."""
+"""Calibration of the embedded model: ``python -m benchmarks.calibration``."""

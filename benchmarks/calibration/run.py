@@ -1,7 +1,5 @@
 """Calibration of the embedded model, measured: seconds, memory, and the plan among its peers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,22 +30,9 @@ def run(
 ) -> dict[str, Any]:
     """Calibrate on chain problems, and rank the plan among all of its size.
 
-    Parameters
-    ----------
-    command : str
-        What repeats it.
-    progress : callable
-        See :data:`deltadecode.lab.observe.Progress`.
-    problems, new_tokens : int
-        Texts, and what is generated for each.
-
-    Returns
-    -------
-    dict
-        See :func:`deltadecode.lab.results.result`. A row compares the share of the held-out
-        attention that is lost, weighted by need. Besides: ``seconds`` from loading the model to
-        the plan, ``peak_mib`` of the process, and what
-        :func:`deltadecode.lab.calibration.report.report` and ``against`` say.
+    A row compares the share of the held-out attention that is lost, weighted by need. Besides:
+    ``seconds`` from loading the model to the plan, ``peak_mib`` of the process, and what
+    :func:`deltadecode.lab.calibration.report.report` and ``against`` say.
     """
     start = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model_path())

@@ -1,1 +1,1 @@
-"""A benchmark of the project; not in the wheel."""
+"""Decode steps on the CPU, and their memory: ``python -m benchmarks.cpu``."""

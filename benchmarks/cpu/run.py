@@ -1,24 +1,18 @@
-"""The CPU benchmark: one decode step and its memory, stock Transformers beside DELTA.
+"""The CPU benchmark: one decode step and its memory, stock Transformers beside DELTA."""
 
-``python -m benchmarks.cpu.run`` or ``deltadecode bench cpu``.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import Qwen2Config
 
-from benchmarks.memory import peak_memory
-from deltadecode.lab.results import check_tag, result, row, table, write_result
+from benchmarks.base import ROUNDS, compare
+from benchmarks.memory import Side, peak_memory
+from benchmarks.report import Progress
+from deltadecode.lab.results import result, row
 from deltadecode.lab.steptime import PLAN, StepTimer, qwen2_05b
 
 _PEER = "Transformers sdpa + DynamicCache"
@@ -30,88 +24,88 @@ _COVERED_TIMES = 4
 # the model was made varies by several percent from process to process.
 _PEAKS = 5
 # Dtype, context, and whether the budget covers all pages (DELTA then must not be slower).
-STEP_CASES: tuple[tuple[torch.dtype, int, bool], ...] = (
-    (torch.bfloat16, 16384, False),
-    (torch.bfloat16, 32768, False),
-    (torch.bfloat16, 16, True),
-    (torch.bfloat16, 1024, True),
-    (torch.bfloat16, 16384, True),
-    (torch.float32, 16384, False),
-    (torch.float32, 16, True),
-    (torch.float32, 1024, True),
-    (torch.float32, 16384, True),
+StepCases = tuple[tuple[torch.dtype, int, bool], ...]
+MemoryCases = tuple[tuple[torch.dtype, int], ...]
+_BF16, _F32 = torch.bfloat16, torch.float32
+STEP_CASES: StepCases = (
+    *((_BF16, context, False) for context in (16384, 32768)),
+    *((_BF16, context, True) for context in (16, 1024, 16384)),
+    (_F32, 16384, False),
+    *((_F32, context, True) for context in (16, 1024, 16384)),
 )
-MEMORY_CASES: tuple[tuple[torch.dtype, int], ...] = (
-    (torch.bfloat16, 16384),
-    (torch.bfloat16, 32768),
-    (torch.float32, 16384),
-)
-# Name of what runs now, and how much of all work is done.
-Progress = Callable[[str, float], None]
+MEMORY_CASES: MemoryCases = ((_BF16, 16384), (_BF16, 32768), (_F32, 16384))
+QUICK_STEPS: StepCases = ((_F32, 2048, False), (_F32, 2048, True))
+QUICK_MEMORY: MemoryCases = ((_F32, 2048),)
 
 
 def run(
     config: Qwen2Config | None = None,
-    step_cases: tuple[tuple[torch.dtype, int, bool], ...] = STEP_CASES,
-    memory_cases: tuple[tuple[torch.dtype, int], ...] = MEMORY_CASES,
+    step_cases: StepCases = STEP_CASES,
+    memory_cases: MemoryCases = MEMORY_CASES,
     *,
+    quick: bool = False,
     steps: int = _STEPS,
     peaks: int = _PEAKS,
+    command: str = "python -m benchmarks.cpu",
     progress: Progress = lambda case, done: None,
 ) -> dict[str, Any]:
-    """Run the benchmark.
+    """Run the benchmark; see :func:`deltadecode.lab.results.result`.
 
-    Parameters
-    ----------
-    config : Qwen2Config, optional
-        Shape of the random model; by default that of Qwen2.5-0.5B.
-    step_cases : tuple
-        (dtype, context, whether K ≥ N) of every step to time.
-    memory_cases : tuple
-        (dtype, context) of every peak to measure.
-    steps : int
-        Timed steps per case and side, four times as many where K ≥ N; the result is their median.
-    peaks : int
-        Processes per memory case and side; the result is their lowest peak.
-    progress : callable
-        Told the case that runs and the part of all work that is done.
-
-    Returns
-    -------
-    dict
-        See :func:`deltadecode.lab.results.result`.
+    A step is the median of ``steps`` timed ones (four times as many where K ≥ N), a peak the lowest
+    of ``peaks`` processes. The random model has the shape of Qwen2.5-0.5B unless another is given.
     """
+    if quick:
+        config, step_cases, memory_cases = quick_shape(), QUICK_STEPS, QUICK_MEMORY
     shape = qwen2_05b() if config is None else config
-    work = _Work(len(step_cases) + len(memory_cases), progress)
-    rows = [*_time_steps(shape, step_cases, steps, work), *_peaks(shape, memory_cases, peaks, work)]
-    return result("cpu", "deltadecode bench cpu", rows)
+    done = 0.0
+
+    def advance(case: str, part: float) -> None:
+        nonlocal done
+        done += part / (len(step_cases) + len(memory_cases))
+        progress(case, done)
+
+    rows = [*_time_steps(shape, step_cases, steps, advance)]
+    rows += _peaks(shape, memory_cases, peaks, advance)
+    return result("cpu", command, rows)
 
 
-class _Work:
-    """How much is done, over cases that count alike."""
+def quick_shape() -> Qwen2Config:
+    """A model that takes milliseconds, deep enough for the benchmark's plan."""
+    return Qwen2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=20,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )  # fmt: skip
 
-    def __init__(self, cases: int, progress: Progress) -> None:
-        self._cases = cases
-        self._progress = progress
-        self._done = 0.0
-        self._case = ""
 
-    def begin(self, case: str) -> None:
-        self._case = case
-        self._progress(case, self._done / self._cases)
-
-    def advance(self, part: float) -> None:
-        self._done += part
-        self._progress(self._case, self._done / self._cases)
+def compare_commits(
+    commit: str | None,
+    folder: Path | None,
+    command: str,
+    *,
+    quick: bool = False,
+    rounds: int = ROUNDS,
+    progress: Progress = lambda case, done: None,
+) -> dict[str, Any]:
+    """Time steps of another commit beside ours; see :func:`benchmarks.base.compare`."""
+    config = (quick_shape() if quick else qwen2_05b()).to_dict()
+    chosen = dict.fromkeys((_name(d), n) for d, n, _ in (QUICK_STEPS if quick else STEP_CASES))
+    cases = [
+        {"label": f"{dtype}, context {n}", "config": config, "dtype": dtype, "context": n}
+        for dtype, n in chosen
+    ]
+    spec = {"kind": "steps", "unit": "ms", "threads": torch.get_num_threads()}
+    rows = list(compare(commit, folder, spec, cases, rounds, progress))
+    return result("cpu", command, rows)
 
 
 def _time_steps(
-    shape: Qwen2Config, cases: tuple[tuple[torch.dtype, int, bool], ...], steps: int, work: _Work
+    shape: Qwen2Config, cases: StepCases, steps: int, advance: Progress
 ) -> Iterator[dict[str, Any]]:
     timer: StepTimer | None = None
     for dtype, context, covered in cases:
         case = f"decode step, {_name(dtype)}, context {context}{', K ≥ N' if covered else ''}"
-        work.begin(case)
+        advance(case, 0.0)
         if timer is None or timer.dtype != dtype:
             timer = None  # the old weights go before the new ones come
             timer = StepTimer(shape, dtype)
@@ -119,58 +113,28 @@ def _time_steps(
         # In K ≥ N cases the budget covers the tokens that the timed steps add as well.
         pages = -(-(context + count + _WARMUP) // PLAN.page_size)
         budget = max(PLAN.budget_pages, pages) if covered else PLAN.budget_pages
-        found = timer.measure(
-            context,
-            replace(PLAN, budget_pages=budget),
-            steps=count,
-            warmup=_WARMUP,
-            on_step=partial(work.advance, 1 / (count + _WARMUP)),
-        )
+        cfg = replace(PLAN, budget_pages=budget)
+        on_step = partial(advance, case, 1 / (count + _WARMUP))
+        found = timer.measure(context, cfg, steps=count, warmup=_WARMUP, on_step=on_step)
         yield row(case, _PEER, "ms", found.delta_ms, found.full_ms, budget_pages=budget)
 
 
 def _peaks(
-    shape: Qwen2Config, cases: tuple[tuple[torch.dtype, int], ...], peaks: int, work: _Work
+    shape: Qwen2Config, cases: MemoryCases, peaks: int, advance: Progress
 ) -> Iterator[dict[str, Any]]:
     for dtype, context in cases:
         case = f"peak memory, {_name(dtype)}, context {context}"
-        work.begin(case)
-        delta: list[float] = []
-        full: list[float] = []
+        advance(case, 0.0)
+        runs: dict[Side, list[float]] = {"delta": [], "full": []}
         for _ in range(peaks):
-            delta.append(peak_memory("delta", shape, context, dtype, PLAN))
-            work.advance(0.5 / peaks)
-            full.append(peak_memory("full", shape, context, dtype, PLAN))
-            work.advance(0.5 / peaks)
+            for side, found in runs.items():
+                found.append(peak_memory(side, shape, context, dtype, PLAN))
+                advance(case, 0.5 / peaks)
         yield row(
-            case, _PEER, "MiB", min(delta), min(full),
-            budget_pages=PLAN.budget_pages, runs_ours=delta, runs_theirs=full,
+            case, _PEER, "MiB", min(runs["delta"]), min(runs["full"]),
+            budget_pages=PLAN.budget_pages, runs_ours=runs["delta"], runs_theirs=runs["full"],
         )  # fmt: skip
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description="DELTA beside stock Transformers on the CPU.")
-    parser.add_argument("--out", type=Path, help="folder to write the result file to")
-    parser.add_argument("--tag", help="last part of the file's name")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    arguments = parser.parse_args()
-    try:
-        check_tag(arguments.tag)
-    except ValueError as error:
-        parser.error(str(error))
-    found = run()
-    if arguments.out:
-        write_result(found, arguments.out, arguments.tag)
-    if arguments.json:
-        print(json.dumps(found))
-    else:
-        Console().print(table(found))
-
-
-if __name__ == "__main__":
-    main()

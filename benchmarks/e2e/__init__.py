@@ -1,1 +1,1 @@
-"""A benchmark of the project; not in the wheel."""
+"""Whole vLLM engines: ``python -m benchmarks.e2e``."""

@@ -1,11 +1,8 @@
-"""One vLLM engine of the end-to-end benchmark, its steps driven and timed one by one."""
-
-from __future__ import annotations
+"""One vLLM engine, its steps driven and timed one by one: ``python -m benchmarks.e2e.engine``."""
 
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.e2e.profile import summarize
+from benchmarks.processes import serve_process
 from deltadecode.engines.vllm.settings import BACKEND, KEY
 
 _FIRST_TOKEN = 10  # past the special ones
@@ -22,13 +20,10 @@ _SEED = 0
 class Engine:
     """A vLLM engine in this process, with random weights.
 
-    Parameters
-    ----------
-    spec : dict
-        ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a sequence),
-        ``memory_share`` (of the device), ``kv_bytes`` (of the cache; None: what the share leaves),
-        ``eager``, ``vocabulary``, and ``plan``: values of a DeltaConfig, or None for stock
-        attention.
+    ``spec`` has ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a
+    sequence), ``memory_share`` (of the device), ``kv_bytes`` (of the cache; None: what the share
+    leaves), ``eager``, ``vocabulary``, and ``plan``: values of a DeltaConfig, or None for stock
+    attention.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -41,21 +36,14 @@ class Engine:
         ours = {"attention_backend": BACKEND, "additional_config": {KEY: spec["plan"]}}
         began = time.perf_counter()
         self._llm = LLM(
-            model=spec["model"],
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            seed=_SEED,
-            max_num_seqs=spec["batch"],
-            max_model_len=spec["longest"],
-            gpu_memory_utilization=spec["memory_share"],
-            kv_cache_memory_bytes=spec["kv_bytes"],
+            model=spec["model"], load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
+            seed=_SEED, max_num_seqs=spec["batch"], max_model_len=spec["longest"],
+            gpu_memory_utilization=spec["memory_share"], kv_cache_memory_bytes=spec["kv_bytes"],
             # With it, the second round of a prefill would read nothing.
             enable_prefix_caching=False,
-            disable_log_stats=True,
-            enforce_eager=spec["eager"],
+            disable_log_stats=True, enforce_eager=spec["eager"],
             **(ours if spec["plan"] is not None else {}),
-        )
+        )  # fmt: skip
         self._engine = self._llm.llm_engine
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         self._vocabulary = spec["vocabulary"]
@@ -69,11 +57,7 @@ class Engine:
     def facts(self) -> dict[str, Any]:
         """What runs, for the result.
 
-        Returns
-        -------
-        dict
-            ``start_s``, ``kv_tokens`` (that the cache holds), ``backends`` (of the attention
-            layers), ``cudagraph_mode``, ``async_scheduling`` and ``vllm`` (version).
+        ``kv_tokens`` is what the cache holds, ``backends`` those of the attention layers.
         """
         import vllm
 
@@ -94,31 +78,15 @@ class Engine:
         }
 
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one command.
+        """Carry out one command: ``do`` names it, the other keys are its arguments.
 
-        Parameters
-        ----------
-        command : dict
-            ``do`` names it: ``headline``, ``prefill``, ``fill``, ``steps``, ``profile`` or
-            ``drop``; the other keys are its arguments.
-
-        Returns
-        -------
-        dict
-            What was measured: ``seconds`` each of a number of steps or of the whole; and
-            ``preemptions`` meanwhile.
+        Gives what was measured: ``seconds`` each of a number of steps or of the whole; and
+        ``preemptions`` meanwhile.
         """
         arguments = {key: value for key, value in command.items() if key != "do"}
-        actions: dict[str, Callable[..., dict[str, Any]]] = {
-            "headline": self._decode,
-            "prefill": self._decode,
-            "fill": self._fill,
-            "steps": self._steps,
-            "profile": self._profile,
-            "drop": self._drop,
-        }
+        name = "decode" if command["do"] in ("headline", "prefill") else command["do"]
         self._preemptions = 0
-        found = actions[command["do"]](**arguments)
+        found: dict[str, Any] = getattr(self, f"_{name}")(**arguments)
         return {**found, "preemptions": self._preemptions}
 
     def _decode(self, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
@@ -194,13 +162,10 @@ class Engine:
         random = np.random.default_rng(_SEED)
         tokens = random.integers(_FIRST_TOKEN, self._vocabulary, (batch, prompt)).tolist()
         sampling = SamplingParams(
-            max_tokens=new_tokens,
-            ignore_eos=True,
-            temperature=0.0,
-            detokenize=False,
+            max_tokens=new_tokens, ignore_eos=True, temperature=0.0, detokenize=False,
             # As LLM.generate does; else every step would copy out all tokens so far.
             output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        )  # fmt: skip
         prompts = [{"prompt_token_ids": each} for each in tokens]
         self._ids = list(self._llm.enqueue(prompts, sampling, use_tqdm=False))
 
@@ -227,9 +192,10 @@ def _set_environment() -> None:
     # Read when vLLM is imported. In one process, so that the plugin is registered where the
     # engine runs, its scheduler can be asked, and the profiler sees its kernels.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in (
-        ("VLLM_LOGGING_LEVEL", "WARNING"),
-        ("VLLM_NO_USAGE_STATS", "1"),
-        ("HF_HUB_OFFLINE", "1"),
-    ):
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    serve_process(Engine)

@@ -1,7 +1,5 @@
 """The figure of an end-to-end benchmark, from its result alone. Needs matplotlib."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,7 @@ Lines = dict[int, dict[str, list[list[float]]]]
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw the time of a step over the context, a panel per batch.
-
-    Parameters
-    ----------
-    found : dict
-        See :func:`benchmarks.e2e.run.run`.
-    path : Path
-        PNG file to write.
-
-    Raises
-    ------
-    ValueError
-        When the result has no step times.
-    """
+    """Draw the time of a step over the context to a PNG file, a panel per batch."""
     batches = lines(found)
     if not batches:
         raise ValueError("the result has no step times to draw")
@@ -49,18 +34,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def lines(found: dict[str, Any]) -> Lines:
-    """Collect what is drawn.
+    """Collect what is drawn: batch -> side -> [context, ms], ascending in context.
 
-    Parameters
-    ----------
-    found : dict
-        A result.
-
-    Returns
-    -------
-    dict
-        Batch -> side (``"ours"``, ``"theirs"``) -> [context, ms], ascending in context: the curve
-        of a headline run where there is one, and the single points.
+    The curve of a headline run where there is one, and the single points.
     """
     batches: Lines = {}
     for line in found["rows"]:

@@ -1,20 +1,20 @@
 """Stock vLLM and DELTA on the same workloads, in turns or one after the other."""
 
-from __future__ import annotations
-
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.e2e.processes import WORKER, Process
 from benchmarks.e2e.rows import make_row
 from benchmarks.e2e.shapes import ModelShape
 from benchmarks.e2e.workloads import BLOCK, Workload, needs
+from benchmarks.processes import Process
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.results import result
 
+WORKER = (sys.executable, "-m", "benchmarks.e2e.engine")
 STOCK, DELTA = "stock", "DELTA"
 SIDES = (STOCK, DELTA)
 Values = dict[str, list[dict[str, Any]]]
@@ -22,64 +22,28 @@ Values = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What runs and how.
-
-    Attributes
-    ----------
-    shape : ModelShape
-        The model.
-    plan : DeltaConfig
-        Of the DELTA side.
-    workloads : sequence of Workload
-        At least one.
-    memory_share : float
-        Of the device, for each engine.
-    in_turn : bool
-        One engine after the other, where two do not fit; else both live and rounds alternate.
-    start_together : bool
-        Start both at once, with caches of just the size that is needed.
-    command : str
-        That repeats it, for the result.
-    worker : sequence of str
-        The process of an engine.
-    """
+    """What runs and how."""
 
     shape: ModelShape
-    plan: DeltaConfig
+    plan: DeltaConfig  # of the DELTA side
     workloads: Sequence[Workload]
-    memory_share: float
-    in_turn: bool = False
-    start_together: bool = False
-    command: str = "deltadecode bench e2e"
+    memory_share: float  # of the device, for each engine
+    in_turn: bool = False  # one engine after the other; else both live, and rounds alternate
+    start_together: bool = False  # with caches of just the size that is needed
+    command: str = "python -m benchmarks.e2e"  # that repeats it
     worker: Sequence[str] = WORKER
 
     def spec(self, side: str, model: Path) -> dict[str, Any]:
-        """What the process of a side is started with.
-
-        Parameters
-        ----------
-        side : str
-            Of :data:`SIDES`.
-        model : Path
-            The model's folder.
-
-        Returns
-        -------
-        dict
-            See :class:`benchmarks.e2e.engine.Engine`.
-        """
+        """What the process of a side is started with; see :class:`benchmarks.e2e.engine.Engine`."""
         batch, longest = needs(self.workloads)
         return {
-            "model": str(model),
-            "batch": batch,
-            "longest": longest,
-            "memory_share": self.memory_share,
-            "eager": self.shape.eager,
+            "model": str(model), "batch": batch, "longest": longest,
+            "memory_share": self.memory_share, "eager": self.shape.eager,
             "vocabulary": self.shape.vocabulary,
             "plan": self.plan.to_dict() if side == DELTA else None,
             # Else an engine takes what is free, less what it sees taken while it starts.
             "kv_bytes": self._kv_bytes() if self.start_together else None,
-        }
+        }  # fmt: skip
 
     def _kv_bytes(self) -> int:
         # vLLM keeps a block to itself.
@@ -88,17 +52,7 @@ class Setup:
 
 @dataclass
 class Measurement:
-    """A run, and what it has found so far.
-
-    Parameters
-    ----------
-    setup : Setup
-        What runs.
-    save : callable
-        Told the result after every change.
-    progress : callable
-        Told what runs, and the part of all work that is done.
-    """
+    """A run, and what it has found so far; ``save`` gets the result after every change."""
 
     setup: Setup
     save: Callable[[dict[str, Any]], None]
@@ -112,36 +66,20 @@ class Measurement:
         # Asked before an engine starts, which measures the memory that others take.
         self.found = {
             **result("e2e", setup.command, []),
-            "model": setup.shape.name,
-            "parameters": setup.shape.parameters,
+            "model": setup.shape.name, "parameters": setup.shape.parameters,
             "plan": setup.plan.to_dict(),
             "plan_note": setup.shape.plan_note if setup.plan == setup.shape.plan else "given",
-            "memory_share": setup.memory_share,
-            "in_turn": setup.in_turn,
-            "engines": {},
-            "skipped": [],
-            "one_side": [],
-        }
+            "memory_share": setup.memory_share, "in_turn": setup.in_turn,
+            "engines": {}, "skipped": [], "one_side": [],
+        }  # fmt: skip
         self._values = {one: defaultdict(list) for one in setup.workloads}
 
     def run(self, folder: Path) -> dict[str, Any]:
-        """Measure everything.
+        """Measure everything; ``folder`` is for the model's configuration.
 
-        Parameters
-        ----------
-        folder : Path
-            For the model's configuration.
-
-        Returns
-        -------
-        dict
-            A result (CONTRIBUTING.md) with ``engines`` (what each ran with), ``skipped`` (workloads
-            that did not fit, and why) and ``one_side`` (what was measured on one side so far).
-
-        Raises
-        ------
-        EngineError
-            When a process fails. What was found before is saved.
+        Gives a result with ``engines`` (what each ran with), ``skipped`` (workloads that did not
+        fit, and why) and ``one_side`` (what was measured on one side so far). When a process
+        fails, its WorkerError is raised; what was found before is saved.
         """
         model = self.setup.shape.write(folder)
         try:
@@ -182,13 +120,9 @@ class Measurement:
             return False
         for side, facts in self.found["engines"].items():
             if facts["kv_tokens"] < workload.kv_tokens:
-                why = (
-                    f"needs {workload.kv_tokens} tokens of KV cache, the {side} engine has "
-                    f"{facts['kv_tokens']}"
-                )
-                self.found["skipped"].append({"case": workload.case, "why": why})
-                self._tell(f"skipped {workload.case}: {why}")
-                self.save(self.found)
+                have = facts["kv_tokens"]
+                why = f"needs {workload.kv_tokens} tokens of KV cache, the {side} engine has {have}"
+                self._skip(workload, why)
                 return False
         return True
 
@@ -213,18 +147,20 @@ class Measurement:
         values = self._values[workload]
         stock, delta = values.get(STOCK), values.get(DELTA)
         if not (stock and delta):
-            half = {"case": workload.case, "side": STOCK, "rounds": stock}
-            self.found["one_side"].append(half)
+            self.found["one_side"].append({"case": workload.case, "side": STOCK, "rounds": stock})
             return
         self.found["one_side"] = [
             half for half in self.found["one_side"] if half["case"] != workload.case
         ]
         if workload.kind == "profile" and not (stock[0]["busy_us"] and delta[0]["busy_us"]):
-            why = "the profiler saw nothing run on a GPU"
-            self.found["skipped"].append({"case": workload.case, "why": why})
-            return
+            return self._skip(workload, "the profiler saw nothing run on a GPU")
         opened = [value for side in SIDES for value in values[f"{side} opening"]]
         self.found["rows"].append(make_row(workload, delta, stock, opened, self.setup.plan))
+
+    def _skip(self, workload: Workload, why: str) -> None:
+        self.found["skipped"].append({"case": workload.case, "why": why})
+        self._tell(f"skipped {workload.case}: {why}")
+        self.save(self.found)
 
     def _tell(self, what: str) -> None:
         sides = sum(

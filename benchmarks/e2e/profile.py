@@ -1,7 +1,5 @@
 """What a profiler saw of decode steps: graph launches, kernels, and the gaps between them."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,24 +14,14 @@ Span = tuple[float, float]
 
 
 def summarize(trace: Path, steps: int) -> dict[str, Any]:
-    """Read a Chrome trace of ``torch.profiler``.
+    """Read a Chrome trace of ``torch.profiler``, of ``steps`` decode steps.
 
-    Parameters
-    ----------
-    trace : Path
-        Written by ``export_chrome_trace``.
-    steps : int
-        Decode steps in it.
-
-    Returns
-    -------
-    dict
-        Per step: ``graph_launches``, ``kernel_launches`` (outside of graphs),
-        ``kernels_in_graphs``, ``kernels_outside``, ``copies``; in µs ``busy_us`` (something runs on
-        the GPU), ``graph_us`` (from the first kernel of a graph to its last), ``gaps_in_graph_us``
-        (nothing runs in between). ``period_us``: from one graph to the next, the median; None with
-        fewer than two graphs. ``kernels``: the 25 names with most time, each with ``count`` and
-        ``us`` per step and whether it ran ``in_graph``.
+    Per step: ``graph_launches``, ``kernel_launches`` (outside of graphs), ``kernels_in_graphs``,
+    ``kernels_outside``, ``copies``; in µs ``busy_us`` (something runs on the GPU), ``graph_us``
+    (from the first kernel of a graph to its last), ``gaps_in_graph_us`` (nothing runs in between).
+    ``period_us``: from one graph to the next, the median; None with fewer than two graphs.
+    ``kernels``: the 25 names with most time, each with ``count`` and ``us`` per step and whether it
+    ran ``in_graph``.
     """
     events = [
         event

@@ -1,7 +1,5 @@
 """Rows and table of the end-to-end benchmark, from what the engines measured."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import median, quantiles
 from typing import Any
@@ -21,26 +19,12 @@ Rounds = Sequence[dict[str, Any]]
 def make_row(
     workload: Workload, ours: Rounds, theirs: Rounds, opening: Rounds, plan: DeltaConfig
 ) -> dict[str, Any]:
-    """Make the row of one workload.
+    """Make the row of one workload, from what both engines answered, one per round.
 
-    Parameters
-    ----------
-    workload : Workload
-        What was measured.
-    ours, theirs : sequence of dict
-        What the engine with DELTA and the stock one answered, one per round.
-    opening : sequence of dict
-        What both answered before, for its preemptions.
-    plan : DeltaConfig
-        Of our side.
-
-    Returns
-    -------
-    dict
-        Medians over all steps of all rounds, or over the rounds; with ``within_budget``: whether
-        every sparse layer reads all there is, so that nothing can be gained; and
-        ``preemptions`` of both sides together. A headline has ``tok_s`` and a ``curve`` of
-        [context, ms of a step] for either side.
+    ``opening`` is what both answered before, for its preemptions. Values are medians over all steps
+    of all rounds, or over the rounds. ``within_budget``: whether every sparse layer reads all there
+    is, so that nothing can be gained. A headline has ``tok_s`` and a ``curve`` of [context, ms of a
+    step] for either side.
     """
     shared = {
         "kind": workload.kind,
@@ -50,7 +34,9 @@ def make_row(
         "preemptions": sum(each["preemptions"] for each in (*opening, *ours, *theirs)),
     }
     if workload.kind == "profile":
-        return _profile_row(workload, ours[0], theirs[0], shared)
+        shared |= {"profile_ours": ours[0], "profile_theirs": theirs[0]}
+        busy = ours[0]["busy_us"] / 1e3, theirs[0]["busy_us"] / 1e3
+        return row(workload.case, PEER, workload.unit, *busy, **shared)
     if workload.kind in ("step", "short"):
         return _step_row(workload, ours, theirs, shared)
     seconds = [median(each["seconds"] for each in rounds) for rounds in (ours, theirs)]
@@ -65,17 +51,9 @@ def make_row(
 
 
 def curve(steps: Sequence[float]) -> list[list[float]]:
-    """Step times over the context, from the steps of whole sequences.
+    """Step times over the context, from the seconds of all steps of whole sequences.
 
-    Parameters
-    ----------
-    steps : sequence of float
-        Seconds of every step, the prefill first.
-
-    Returns
-    -------
-    list of list
-        At most 64 of [tokens in the cache, median ms of up to 64 steps around], ascending.
+    At most 64 of [tokens in the cache, median ms of up to 64 steps around], ascending.
     """
     # The first steps hold the prefill, and with asynchronous scheduling a call without a result.
     decode = [*enumerate(steps)][2:]
@@ -83,41 +61,21 @@ def curve(steps: Sequence[float]) -> list[list[float]]:
     width = min(_WINDOW, stride)
     windows = [decode[at : at + width] for at in range(0, len(decode) - width + 1, stride)]
     return [
-        [
-            HEADLINE_PROMPT + window[len(window) // 2][0],
-            float(f"{median(seconds for _, seconds in window) * 1e3:.5g}"),
-        ]
+        [HEADLINE_PROMPT + window[len(window) // 2][0], _short(median(s for _, s in window) * 1e3)]
         for window in windows[-_CURVE_POINTS:]
     ]
 
 
 def e2e_table(found: dict[str, Any]) -> Table:
-    """Show a result as a table.
-
-    Parameters
-    ----------
-    found : dict
-        See :func:`benchmarks.e2e.run.run`.
-
-    Returns
-    -------
-    rich.table.Table
-        One line per row, and one per workload that was skipped.
-    """
+    """Show a result, one line per row and one per workload that was skipped."""
     gpus = found["machine"]["gpus"]
     title = f"e2e: {found['model']}, {gpus[0] if gpus else found['machine']['cpu']}"
     shown = Table(title=title, title_justify="left")
     for name in ("case", "unit", "stock vLLM", "DELTA", "ratio", "notes"):
         shown.add_column(name, justify="left" if name in ("case", "unit", "notes") else "right")
     for line in found["rows"]:
-        shown.add_row(
-            line["case"],
-            line["unit"],
-            f"{line['theirs']:.4g}",
-            f"{line['ours']:.4g}",
-            f"{line['ratio']:.3f}×",
-            _notes(line),
-        )
+        values = f"{line['theirs']:.4g}", f"{line['ours']:.4g}", f"{line['ratio']:.3f}×"
+        shown.add_row(line["case"], line["unit"], *values, _notes(line))
     for line in found["skipped"]:
         shown.add_row(line["case"], "", "", "", "", f"skipped: {line['why']}")
     return shown
@@ -145,12 +103,8 @@ def _step_row(
         steps = [seconds * 1e3 for each in rounds for seconds in each["seconds"]]
         values[name] = median(steps)
         tenths = quantiles(steps, n=10) if len(steps) > 1 else steps * 9
-        shared[f"p10_{name}"], shared[f"p90_{name}"] = (
-            float(f"{value:.5g}") for value in (tenths[0], tenths[-1])
-        )
-        shared[f"rounds_{name}"] = [
-            float(f"{median(each['seconds']) * 1e3:.5g}") for each in rounds
-        ]
+        shared[f"p10_{name}"], shared[f"p90_{name}"] = _short(tenths[0]), _short(tenths[-1])
+        shared[f"rounds_{name}"] = [_short(median(one["seconds"]) * 1e3) for one in rounds]
     # What was in the cache, where sequences that were read first ran ahead.
     shared["from"] = min(each["from"] for each in (*ours, *theirs))
     shared["to"] = max(each["to"] for each in (*ours, *theirs))
@@ -158,9 +112,5 @@ def _step_row(
     return row(workload.case, PEER, workload.unit, values["ours"], values["theirs"], **shared)
 
 
-def _profile_row(
-    workload: Workload, ours: dict[str, Any], theirs: dict[str, Any], shared: dict[str, Any]
-) -> dict[str, Any]:
-    shared |= {"profile_ours": ours, "profile_theirs": theirs}
-    busy = [each["busy_us"] / 1e3 for each in (ours, theirs)]
-    return row(workload.case, PEER, workload.unit, *busy, **shared)
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -1,7 +1,5 @@
 """Models of the end-to-end benchmark: random weights in the shapes of known ones."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +12,10 @@ _BYTES = 2  # bfloat16, weights and cache
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a model's speed depends on, and the plan that it is measured with.
+    """What a model's speed depends on, and the plan that it is measured with."""
 
-    Attributes
-    ----------
-    name : str
-        As ``--shape`` takes it.
-    architecture : str
-        ``"Qwen2"`` or ``"Qwen3"``.
-    layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, positions : int
-        As in the model's configuration.
-    plan : DeltaConfig
-        Used unless another one is given.
-    plan_note : str
-        Where the plan comes from.
-    eager : bool
-        Without compilation and graphs, which a tiny model on a CPU would wait for.
-    """
-
-    name: str
-    architecture: str
+    name: str  # as --shape takes it
+    architecture: str  # Qwen2 or Qwen3
     layers: int
     hidden: int
     intermediate: int
@@ -42,9 +24,9 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     positions: int
-    plan: DeltaConfig
-    plan_note: str
-    eager: bool = False
+    plan: DeltaConfig  # unless another one is given
+    plan_note: str  # where it comes from
+    eager: bool = False  # without compilation and graphs, for tests on the CPU
 
     @property
     def parameters(self) -> int:
@@ -65,113 +47,49 @@ class ModelShape:
         """The model's ``config.json``."""
         return {
             "architectures": [f"{self.architecture}ForCausalLM"],
-            "model_type": self.architecture.lower(),
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": self.positions,
+            "model_type": self.architecture.lower(), "torch_dtype": "bfloat16",
+            "hidden_size": self.hidden, "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary, "max_position_embeddings": self.positions,
             "rope_theta": 10000.0 if self.architecture == "Qwen2" else 1000000.0,
-            "rms_norm_eps": 1e-6,
-            "hidden_act": "silu",
-            "use_sliding_window": False,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-        }
+            "rms_norm_eps": 1e-6, "hidden_act": "silu", "use_sliding_window": False,
+            "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+        }  # fmt: skip
 
     def write(self, folder: Path) -> Path:
-        """Write the model's folder, without weights.
-
-        Parameters
-        ----------
-        folder : Path
-            Made if it does not exist.
-
-        Returns
-        -------
-        Path
-            The folder.
-        """
+        """Write the model's folder, without weights."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config(), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         return folder
 
 
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        ModelShape(
-            name="r1-1.5b",
-            architecture="Qwen2",
-            layers=28,
-            hidden=1536,
-            intermediate=8960,
-            heads=12,
-            kv_heads=2,
-            head_dim=128,
-            vocabulary=151936,
-            positions=131072,
-            plan=DeltaConfig(delta_layers=(2, 14, 22)),
-            plan_note="the plan of arXiv 2510.09883 for DeepSeek-R1-Distill-Qwen-1.5B",
-        ),
-        ModelShape(
-            name="qwen3-8b",
-            architecture="Qwen3",
-            layers=36,
-            hidden=4096,
-            intermediate=12288,
-            heads=32,
-            kv_heads=8,
-            head_dim=128,
-            vocabulary=151936,
-            positions=40960,
-            plan=DeltaConfig(delta_layers=(2, 18, 28)),
-            plan_note="the proportions of the plan for 28 layers; not calibrated",
-        ),
-        ModelShape(
-            name="tiny",
-            architecture="Qwen2",
-            layers=6,
-            hidden=128,
-            intermediate=128,
-            heads=4,
-            kv_heads=2,
-            head_dim=32,
-            vocabulary=512,
-            positions=4096,
-            plan=DeltaConfig(
-                budget_pages=4, recent_pages=1, dense_layers=(0,), delta_layers=(1, 3)
-            ),
-            plan_note="for tests; says nothing about speed",
-            eager=True,
-        ),
-    )
-}
+_SHAPES = (
+    ModelShape(
+        name="r1-1.5b", architecture="Qwen2", layers=28, hidden=1536, intermediate=8960,
+        heads=12, kv_heads=2, head_dim=128, vocabulary=151936, positions=131072,
+        plan=DeltaConfig(delta_layers=(2, 14, 22)),
+        plan_note="the plan of arXiv 2510.09883 for DeepSeek-R1-Distill-Qwen-1.5B",
+    ),
+    ModelShape(
+        name="qwen3-8b", architecture="Qwen3", layers=36, hidden=4096, intermediate=12288,
+        heads=32, kv_heads=8, head_dim=128, vocabulary=151936, positions=40960,
+        plan=DeltaConfig(delta_layers=(2, 18, 28)),
+        plan_note="the proportions of the plan for 28 layers; not calibrated",
+    ),
+    ModelShape(
+        name="tiny", architecture="Qwen2", layers=6, hidden=128, intermediate=128,
+        heads=4, kv_heads=2, head_dim=32, vocabulary=512, positions=4096, eager=True,
+        plan=DeltaConfig(budget_pages=4, recent_pages=1, dense_layers=(0,), delta_layers=(1, 3)),
+        plan_note="for tests; says nothing about speed",
+    ),
+)  # fmt: skip
+SHAPES = {shape.name: shape for shape in _SHAPES}
 
 
 def find_shape(name: str) -> ModelShape:
-    """Shape of a name.
-
-    Parameters
-    ----------
-    name : str
-        See :data:`SHAPES`.
-
-    Returns
-    -------
-    ModelShape
-
-    Raises
-    ------
-    ValueError
-        When there is none of that name.
-    """
+    """Shape of a name of :data:`SHAPES`; a ValueError for another one."""
     if name not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}")
     return SHAPES[name]

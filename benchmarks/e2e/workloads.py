@@ -1,7 +1,5 @@
 """What the end-to-end benchmark measures, as commands for an engine's process."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,27 +25,13 @@ BLOCK = 128  # tokens, at most, of a block of an engine's cache
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to measure on both sides.
+    """One thing to measure on both sides."""
 
-    Attributes
-    ----------
-    kind : str
-        One of :data:`KINDS`.
-    batch : int
-        Sequences.
-    context : int
-        Tokens of each at the end; of a prefill, tokens of each prompt.
-    steps : int
-        Decode steps of one round.
-    rounds : int
-        Rounds, each of them first stock and then DELTA.
-    """
-
-    kind: str
-    batch: int
-    context: int
-    steps: int = 0
-    rounds: int = 1
+    kind: str  # of KINDS
+    batch: int  # sequences
+    context: int  # tokens of each at the end; of a prefill, tokens of each prompt
+    steps: int = 0  # decode steps of one round
+    rounds: int = 1  # each of them first stock and then DELTA
 
     @property
     def case(self) -> str:
@@ -56,12 +40,8 @@ class Workload:
             return f"batch {self.batch}, {HEADLINE_PROMPT} to {self.context} tokens"
         if self.kind == "prefill":
             return f"prefill, batch {self.batch}, {self.context} tokens"
-        what = {
-            "step": "decode step",
-            "short": "short decode step",
-            "profile": "GPU time of a decode step",
-        }
-        return f"{what[self.kind]}, batch {self.batch}, context {self.context}"
+        before = {"step": "", "short": "short ", "profile": "GPU time of a "}[self.kind]
+        return f"{before}decode step, batch {self.batch}, context {self.context}"
 
     @property
     def unit(self) -> str:
@@ -132,23 +112,7 @@ class Workload:
 
 
 def parse_point(text: str) -> tuple[int, int]:
-    """Read ``batch:context``.
-
-    Parameters
-    ----------
-    text : str
-        For example ``"64:8192"``.
-
-    Returns
-    -------
-    tuple of int
-        Sequences, and tokens of each.
-
-    Raises
-    ------
-    ValueError
-        When it is something else.
-    """
+    """Read ``batch:context``, such as ``64:8192``; a ValueError for anything else."""
     found = _POINT.fullmatch(text)
     if not found or not int(found[1]) or not int(found[2]):
         raise ValueError(f"a point must be batch:context, such as 64:8192, got {text!r}")
@@ -162,28 +126,11 @@ def workloads(
     steps: int = 64,
     rounds: int = 3,
 ) -> list[Workload]:
-    """Choose what to measure.
+    """Choose what to measure, in the order of the kinds; by default all of them.
 
-    Parameters
-    ----------
-    kinds : iterable of str
-        Of :data:`KINDS`; none: all.
-    points : sequence of tuple of int
-        (batch, context) in place of the defaults of the chosen kinds.
-    steps : int
-        Decode steps of a round of ``step`` and ``short``.
-    rounds : int
-        Rounds of ``step``, ``short`` and ``prefill``.
-
-    Returns
-    -------
-    list of Workload
-        In the order in which they are measured: that of the kinds.
-
-    Raises
-    ------
-    ValueError
-        For an unknown kind, or a context that the measured steps alone would fill.
+    Points (batch, context) replace the defaults of the chosen kinds. ``steps`` are those of a round
+    of ``step`` and ``short``, ``rounds`` those of ``prefill`` as well. A ValueError for an unknown
+    kind, or a context that the measured steps alone would fill.
     """
     chosen = tuple(kinds) or KINDS
     for kind in chosen:
@@ -192,12 +139,9 @@ def workloads(
     found = []
     for kind in dict.fromkeys(chosen):
         for batch, context in points or _DEFAULTS[kind]:
-            if kind in ("step", "short"):
-                one = Workload(kind, batch, context, steps, rounds)
-            elif kind == "profile":
-                one = Workload(kind, batch, context, steps=3)
-            else:
-                one = Workload(kind, batch, context, rounds=rounds if kind == "prefill" else 1)
+            timed = {"step": steps, "short": steps, "profile": 3}.get(kind, 0)
+            repeated = 1 if kind in ("headline", "profile") else rounds
+            one = Workload(kind, batch, context, timed, repeated)
             if one.prompt < 1 or one.new_tokens < 1:
                 raise ValueError(
                     f"context must be longer than the {one.context - one.prompt} tokens decoded "
@@ -208,16 +152,5 @@ def workloads(
 
 
 def needs(chosen: Sequence[Workload]) -> tuple[int, int]:
-    """What an engine has to be started with.
-
-    Parameters
-    ----------
-    chosen : sequence of Workload
-        At least one.
-
-    Returns
-    -------
-    tuple of int
-        Sequences at once, and tokens of the longest one.
-    """
+    """Sequences at once, and tokens of the longest one, that an engine has to hold."""
     return max(one.batch for one in chosen), max(one.longest for one in chosen)

@@ -1,1 +1,1 @@
-"""A benchmark of the project; not in the wheel."""
+"""Speed of the evaluation itself: ``python -m benchmarks.evaluation``."""

@@ -1,1 +1,1 @@
-"""A benchmark of the project; not in the wheel."""
+"""Decode attention on a GPU: ``python -m benchmarks.kernels``."""

@@ -5,40 +5,31 @@ under Nsight Compute (``ncu``), at batch 64 and 8,192 tokens, and sets its count
 kernel has to move.
 """
 
-from __future__ import annotations
-
-import argparse
 import csv
-import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
+from benchmarks.command import Json, Out, checking, command_line, deliver, launch
 from benchmarks.kernels.cases import CFG, DIM, Shape, moved_bytes, parse_heads
-from benchmarks.kernels.inputs import SCALE, make_inputs
+from benchmarks.kernels.inputs import make_inputs, our_calls
+from benchmarks.processes import environment
+from benchmarks.report import table
 from deltadecode import ops
-from deltadecode.lab.results import result, row, write_result
+from deltadecode.lab.results import result, row
 
 _METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
 _BATCH, _CONTEXT = 64, 8192
 
 
 def expected_bytes(shape: Shape) -> list[tuple[str, str, int]]:
-    """What each launch has to move, in the order in which :func:`launch_each` makes them.
+    """(operation, kernel, bytes) of each launch of :func:`launch_each`, in its order.
 
-    Parameters
-    ----------
-    shape : Shape
-        The shape.
-
-    Returns
-    -------
-    list of tuple
-        (operation, kernel, bytes), queries, outputs and tables left out.
+    Queries, outputs and tables are left out.
     """
     logits = shape.batch * shape.context * shape.heads * 4
     scores = shape.batch * shape.pages * 4
@@ -53,41 +44,25 @@ def expected_bytes(shape: Shape) -> list[tuple[str, str, int]]:
 
 
 def launch_each(shape: Shape) -> None:
-    """Launch every kernel once, on cold caches.
-
-    Parameters
-    ----------
-    shape : Shape
-        The shape.
-    """
+    """Launch every kernel once, on cold caches."""
     device = torch.device("cuda")
     inputs = make_inputs(shape, device, 0)
-    keys, values = inputs.caches[0]
-    arguments = (inputs.q, keys, values, inputs.block_table, inputs.seq_lens)
-    options: dict[str, Any] = {"scale": SCALE, "page_size": CFG.page_size, "backend": "triton"}
+    calls = our_calls(inputs, "triton")
     flush = torch.empty(2**28, dtype=torch.uint8, device=device)
-    ops.decode_attention(*arguments, **options)
+    calls["dense"][0]()
     flush.zero_()
-    _, scores = ops.decode_attention(*arguments, **options, return_page_scores=True)
+    _, scores = calls["scores"][0]()
     flush.zero_()
-    ids, counts = ops.select_pages(scores, inputs.seq_lens, CFG, backend="triton")
+    ops.select_pages(scores, inputs.seq_lens, CFG, backend="triton")
     flush.zero_()
-    ops.decode_attention(*arguments, **options, page_ids=ids, page_counts=counts)
+    calls["sparse"][0]()
     torch.cuda.synchronize()
 
 
 def read_counters(text: str) -> list[dict[str, Any]]:
-    """Read what ``ncu --csv --print-units base`` prints.
+    """Read what ``ncu --csv --print-units base`` prints, with any lines before the table.
 
-    Parameters
-    ----------
-    text : str
-        Its output; lines that are no part of the table may stand before it.
-
-    Returns
-    -------
-    list of dict
-        Per launch, in order: ``kernel``, and each metric by its name.
+    Per launch, in order: ``kernel``, and each metric by its name.
     """
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
@@ -99,19 +74,9 @@ def read_counters(text: str) -> list[dict[str, Any]]:
 
 
 def make_rows(shape: Shape, launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Set counters beside what was expected.
+    """Set counters (ours) beside what the kernel has to move (theirs).
 
-    Parameters
-    ----------
-    shape : Shape
-        The shape.
-    launches : list of dict
-        See :func:`read_counters`; the merge of splits, which moves next to nothing, is left out.
-
-    Returns
-    -------
-    list of dict
-        Rows of a result: ours is measured, theirs is what the kernel has to move.
+    The merge of splits, which moves next to nothing, is left out.
     """
     rows = []
     left = iter(launches)
@@ -128,36 +93,32 @@ def make_rows(shape: Shape, launches: list[dict[str, Any]]) -> list[dict[str, An
     return rows
 
 
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description="Bytes each kernel moves, by hardware counters.")
-    parser.add_argument("--heads", default="12/2", help="Hq/Hkv")
-    parser.add_argument("--out", type=Path, help="folder to write the result to")
-    parser.add_argument("--launch", action="store_true", help="only launch, as ncu needs it")
-    given = parser.parse_args()
-    try:
-        shape = Shape(*parse_heads(given.heads), batch=_BATCH, context=_CONTEXT)
-    except ValueError as error:
-        parser.error(str(error))
-    if given.launch:
+def kernel_bytes(
+    heads: Annotated[str, typer.Option(help="Query heads/KV heads.")] = "12/2",
+    only_launch: Annotated[bool, typer.Option("--launch", hidden=True)] = False,
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Count the bytes that each kernel moves, by hardware counters (Nsight Compute's ncu)."""
+    tag = f"bytes-{heads.replace('/', '-')}"
+    with checking(out, tag):
+        shape = Shape(*parse_heads(heads), batch=_BATCH, context=_CONTEXT)
+    if only_launch:
         launch_each(shape)
         return
     if not torch.cuda.is_available() or shutil.which("ncu") is None:
-        sys.exit(f"{parser.prog}: error: it needs a CUDA GPU and Nsight Compute's ncu")
-    launch = ["-m", __spec__.name, "--launch", "--heads", given.heads]
-    # Clocks are left as they are: bytes do not hang on them.
+        raise RuntimeError("it needs a CUDA GPU and Nsight Compute's ncu")
+    again = [sys.executable, "-m", "benchmarks.kernels.bytes", "--launch", "--heads", heads]
+    # Clocks are left as they are: bytes do not depend on them.
     profile = ["ncu", "--clock-control", "none", "--csv", "--print-units", "base"]
     profile += ["--metrics", ",".join(_METRICS), "--kernel-name", "regex:^(attend|finish|select)$"]
-    done = subprocess.run([*profile, sys.executable, *launch], capture_output=True, text=True)
+    done = subprocess.run([*profile, *again], capture_output=True, text=True, env=environment())
     if done.returncode:
-        sys.exit(f"{parser.prog}: error: ncu failed: {(done.stdout + done.stderr)[-500:]}")
-    command = f"python -m benchmarks.kernels.bytes --heads {given.heads}"
+        raise RuntimeError(f"ncu failed: {(done.stdout + done.stderr)[-500:]}")
+    command = command_line("kernels.bytes", heads=heads)
     found = result("kernels", command, make_rows(shape, read_counters(done.stdout)))
-    found["head_dim"] = DIM
-    if given.out:
-        write_result(found, given.out, f"bytes-{given.heads.replace('/', '-')}")
-    print(json.dumps(found, indent=1))
+    deliver({**found, "head_dim": DIM}, out, tag, as_json, table)
 
 
 if __name__ == "__main__":
-    main()
+    launch(kernel_bytes)

@@ -1,7 +1,5 @@
 """What the kernel benchmark measures: shapes, the bytes each operation moves, input sets."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,17 +40,7 @@ _BYTES_PER_US = 3e6
 
 @dataclass(frozen=True)
 class Shape:
-    """One decode step of one layer.
-
-    Attributes
-    ----------
-    heads, kv_heads : int
-        Hq and Hkv.
-    batch : int
-        Rows.
-    context : int
-        Tokens n of every row, the new one included.
-    """
+    """One decode step of one layer: Hq, Hkv, rows, and tokens n of each, the new one included."""
 
     heads: int
     kv_heads: int
@@ -88,46 +76,25 @@ class Shape:
 def moved_bytes(op: str, shape: Shape) -> int:
     """Bytes that an operation has to move over all rows.
 
-    Parameters
-    ----------
-    op : str
-        ``"dense"``: n · b a row. ``"scores"`` (attention and page scores) and ``"delta"`` (these
-        and the selection): the float32 logits of all query heads too, written and read.
-        ``"sparse"``: min(n, K · P) · b. ``"select"``: the float32 page scores.
-    shape : Shape
-        Batch, context and heads.
-
-    Returns
-    -------
-    int
-        Queries, outputs and tables, which are small beside them, are left out.
+    ``"dense"``: n · b a row. ``"scores"`` (attention and page scores) and ``"delta"`` (these and
+    the selection): the float32 logits of all query heads too, written and read. ``"sparse"``:
+    min(n, K · P) · b. ``"select"``: the float32 page scores. Queries, outputs and tables, which
+    are small beside them, are left out.
     """
     n = shape.context
     with_logits = n * (shape.token_bytes + 2 * shape.heads * 4)
+    selected = min(n, CFG.budget_pages * CFG.page_size)
     per_row = {
-        "dense": n * shape.token_bytes,
-        "scores": with_logits,
-        "delta": with_logits,
-        "sparse": min(n, CFG.budget_pages * CFG.page_size) * shape.token_bytes,
-        "select": shape.pages * 4,
-    }
+        "dense": n * shape.token_bytes, "scores": with_logits, "delta": with_logits,
+        "sparse": selected * shape.token_bytes, "select": shape.pages * 4,
+    }  # fmt: skip
     return shape.batch * per_row[op]
 
 
 def input_sets(call_bytes: int, l2_bytes: int) -> int:
     """Input sets to go round, so that the L2 cache holds little of the next one.
 
-    Parameters
-    ----------
-    call_bytes : int
-        Bytes that a call reads.
-    l2_bytes : int
-        Size of the cache.
-
-    Returns
-    -------
-    int
-        At least 1; so many that they exceed four times the cache together, up to 256.
+    As many as together exceed four times the cache, from 1 to 256.
     """
     return min(_L2_TIMES * l2_bytes // call_bytes + 1, _MAX_SETS)
 
@@ -135,40 +102,14 @@ def input_sets(call_bytes: int, l2_bytes: int) -> int:
 def calls_per_graph(call_bytes: int, sets: int) -> int:
     """Calls to put into one CUDA graph, a multiple of the input sets.
 
-    Parameters
-    ----------
-    call_bytes : int
-        Bytes that a call moves.
-    sets : int
-        Input sets.
-
-    Returns
-    -------
-    int
-        So many that a replay takes some 400 µs, since events resolve half a microsecond.
+    As many as take some 400 µs in a replay, since events resolve half a microsecond.
     """
     guess_us = max(_LEAST_US, call_bytes / _BYTES_PER_US)
     return sets * ceil(_GRAPH_US / (sets * guess_us))
 
 
 def parse_heads(text: str) -> tuple[int, int]:
-    """Read ``Hq/Hkv``.
-
-    Parameters
-    ----------
-    text : str
-        For example ``"12/2"``.
-
-    Returns
-    -------
-    tuple of int
-        Query and KV heads.
-
-    Raises
-    ------
-    ValueError
-        When it is something else, or Hkv does not divide Hq.
-    """
+    """Read ``Hq/Hkv``, such as ``12/2``; a ValueError for anything else."""
     found = _HEADS.fullmatch(text)
     if not found or int(found[1]) % int(found[2]):
         raise ValueError(
@@ -184,36 +125,16 @@ def grid(
     batches: Sequence[int] = (),
     contexts: Sequence[int] = (),
 ) -> list[Shape]:
-    """List the shapes of a run.
+    """List the shapes of a run without repetition: by heads, then batch, then context.
 
-    Parameters
-    ----------
-    quick : bool
-        Five shapes of the first head shape; batches and contexts then choose among them.
-    heads : sequence of tuple
-        (Hq, Hkv) in place of the usual ones.
-    batches, contexts : sequence of int
-        In place of the usual ones.
-
-    Returns
-    -------
-    list of Shape
-        Without repetition, by heads, then batch, then context.
-
-    Raises
-    ------
-    ValueError
-        When a batch or context is below 1, or a quick run has none of them.
+    What is given replaces the usual values; in a quick run, of five shapes with the first heads,
+    batches and contexts choose among them instead. A ValueError where nothing is left.
     """
     for name, values in (("batch", batches), ("context", contexts)):
         if min(values, default=1) < 1:
             raise ValueError(f"{name} must be at least 1, got {min(values)}")
     if quick:
-        pairs = [
-            (batch, context)
-            for batch, context in QUICK
-            if batch in (batches or (batch,)) and context in (contexts or (context,))
-        ]
+        pairs = [(b, n) for b, n in QUICK if b in (batches or (b,)) and n in (contexts or (n,))]
     else:
         pairs = [(b, n) for b in batches or BATCHES for n in contexts or CONTEXTS]
     if not pairs:
@@ -228,21 +149,11 @@ def grid(
 def error_shapes(shapes: Iterable[Shape]) -> set[Shape]:
     """Choose the shapes at which errors are taken too.
 
-    Parameters
-    ----------
-    shapes : iterable of Shape
-        Those of the run.
-
-    Returns
-    -------
-    set of Shape
-        One per head shape: of the context nearest to 8,192, the one with the smallest batch.
+    One per head shape: of the context nearest to 8,192, the one with the smallest batch.
     """
-    chosen: dict[str, Shape] = {}
-    for shape in sorted(shapes, key=_distance):
-        chosen.setdefault(shape.heads_label, shape)
-    return set(chosen.values())
 
+    def distance(shape: Shape) -> tuple[float, int]:
+        return abs(log2(shape.context / _ERROR_CONTEXT)), shape.batch
 
-def _distance(shape: Shape) -> tuple[float, int]:
-    return abs(log2(shape.context / _ERROR_CONTEXT)), shape.batch
+    ordered = sorted(shapes, key=distance, reverse=True)
+    return set({shape.heads_label: shape for shape in ordered}.values())

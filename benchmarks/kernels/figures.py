@@ -1,19 +1,12 @@
 """The figure of a kernel benchmark, from its result alone. Needs matplotlib."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-_COLORS = {
-    "dense": "tab:blue",
-    "scores": "tab:purple",
-    "delta": "tab:orange",
-    "sparse": "tab:green",
-}
+_COLORS = {"dense": "blue", "scores": "purple", "delta": "orange", "sparse": "green"}
 # Distinct for each further peer; ours are drawn through.
 _STYLES = ("--", ":", "-.")
 _OURS = "ours"
@@ -22,21 +15,9 @@ Series = dict[tuple[str, str], dict[tuple[int, int], tuple[float, float]]]
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw times and achieved bandwidths, a line of panels per head shape.
-
-    Parameters
-    ----------
-    found : dict
-        See :func:`benchmarks.kernels.run.run`.
-    path : Path
-        PNG file to write.
-
-    Raises
-    ------
-    ValueError
-        When the result has no attention rows.
-    """
-    by_heads = {heads: series(found, heads) for heads in _heads(found)}
+    """Draw times and achieved bandwidths to a PNG file, a line of panels per head shape."""
+    shapes = dict.fromkeys(row["heads"] for row in found["rows"] if "tb_s" in row)
+    by_heads = {heads: series(found, heads) for heads in shapes}
     if not by_heads:
         raise ValueError("the result has no attention rows to draw")
     copy = found["bandwidth"]["copy_tb_s"]
@@ -46,42 +27,26 @@ def draw(found: dict[str, Any], path: Path) -> None:
         points = {point for values in lines.values() for point in values}
         batch = _most_common([b for b, _ in points])
         context = _most_common([n for _, n in points])
-        for panel, quantity in zip(line[:2], (0, 1), strict=True):
-            _panel(panel, lines, quantity, axis=1, fixed=batch, copy=copy)
-            panel.set_title(f"heads {heads}, batch {batch}")
-        for panel, quantity in zip(line[2:], (0, 1), strict=True):
-            _panel(panel, lines, quantity, axis=0, fixed=context, copy=copy)
-            panel.set_title(f"heads {heads}, context {context}")
+        for at, panel in enumerate(line):
+            axis, fixed, name = (1, batch, "batch") if at < 2 else (0, context, "context")
+            _panel(panel, lines, at % 2, axis=axis, fixed=fixed, copy=copy)
+            panel.set_title(f"heads {heads}, {name} {fixed}")
     handles = {
         label: handle
         for panel in panels.flat
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(),
-        handles.keys(),
+        handles.values(), handles.keys(), ncols=len(handles), loc="outside upper center",
         title=", ".join(found["machine"]["gpus"][:1]),
-        loc="outside upper center",
-        ncols=len(handles),
-    )
+    )  # fmt: skip
     figure.savefig(path, dpi=100)
 
 
 def series(found: dict[str, Any], heads: str) -> Series:
-    """Collect what is drawn for one head shape.
+    """Collect what is drawn for one head shape; see :data:`Series`.
 
-    Parameters
-    ----------
-    found : dict
-        A result.
-    heads : str
-        ``Hq/Hkv``.
-
-    Returns
-    -------
-    dict
-        (operation, side) -> (batch, context) -> (µs, TB/s). Peers appear with the operation that
-        they ran, so those of a Δ-layer once, as dense attention.
+    Peers appear with the operation that they ran, so those of a Δ-layer once, as dense attention.
     """
     lines: Series = {}
     for row in found["rows"]:
@@ -99,15 +64,13 @@ def _panel(panel: Any, lines: Series, quantity: int, *, axis: int, fixed: int, c
     """Draw over the context (axis 1) or the batch (axis 0), at one value of the other."""
     peers = list(dict.fromkeys(side for _, side in lines if side != _OURS))
     for (op, side), values in lines.items():
-        points = sorted(
-            (point[axis], value[quantity])
-            for point, value in values.items()
-            if point[1 - axis] == fixed
-        )
+        drawn = {at[axis]: value[quantity] for at, value in values.items() if at[1 - axis] == fixed}
+        points = sorted(drawn.items())
         style = "-" if side == _OURS else _STYLES[peers.index(side) % len(_STYLES)]
         panel.plot(
             [x for x, _ in points], [y for _, y in points],
-            style, color=_COLORS[op], marker="o" if side == _OURS else "x", label=f"{op}, {side}",
+            style, color=f"tab:{_COLORS[op]}", label=f"{op}, {side}",
+            marker="o" if side == _OURS else "x",
         )  # fmt: skip
     panel.set_xscale("log", base=2)
     panel.set_xlabel("context, tokens" if axis else "batch")
@@ -119,10 +82,6 @@ def _panel(panel: Any, lines: Series, quantity: int, *, axis: int, fixed: int, c
         panel.axhline(copy, color="grey", linewidth=1, label=f"copy, {copy:.2f} TB/s")
         panel.set_ylabel("TB/s")
         panel.set_ylim(bottom=0)
-
-
-def _heads(found: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(row["heads"] for row in found["rows"] if "tb_s" in row))
 
 
 def _most_common(values: list[int]) -> int:

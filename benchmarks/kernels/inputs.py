@@ -1,14 +1,16 @@
 """Random inputs of the kernel benchmark, and the exact result for some of their rows."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernels.cases import BLOCK_SIZE, CFG, DIM, Shape, input_sets, moved_bytes
+from deltadecode import ops
 
 SCALE = DIM**-0.5
 _DTYPE = torch.bfloat16
@@ -16,91 +18,35 @@ _DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Selection:
-    """Pages of every row, as :func:`deltadecode.ops.select_pages` gives them.
+    """Pages of every row, as :func:`deltadecode.ops.select_pages` gives them; all int32."""
 
-    Attributes
-    ----------
-    page_ids : Tensor
-        [B, K] int32.
-    page_counts : Tensor
-        [B] int32.
-    blocks : Tensor
-        [B, K] int32, the blocks that hold these pages: a block table for any paged kernel.
-    tokens : Tensor
-        [B] int32, tokens on these pages.
-    """
-
-    page_ids: Tensor
-    page_counts: Tensor
-    blocks: Tensor
-    tokens: Tensor
+    page_ids: Tensor  # [B, K]
+    page_counts: Tensor  # [B]
+    blocks: Tensor  # [B, K], that hold these pages: a block table for any paged kernel
+    tokens: Tensor  # [B], on these pages
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of one shape.
-
-    Attributes
-    ----------
-    shape : Shape
-        What they are inputs of.
-    q : Tensor
-        [B, Hq, D] bfloat16.
-    caches : list of tuple
-        (keys, values), each [blocks, block_size, Hkv, D]; as many as it takes to exceed the L2
-        cache several times.
-    block_table : Tensor
-        [B, blocks of a row] int32, shuffled; the same for all caches.
-    seq_lens : Tensor
-        [B] int32, all the context.
-    sparse : list of tuple
-        (number of a cache, selection) of every sparse call; no two read the same page.
-    """
+    """Inputs of one shape; as many caches as it takes to exceed the L2 cache several times."""
 
     shape: Shape
-    q: Tensor
-    caches: list[tuple[Tensor, Tensor]]
-    block_table: Tensor
-    seq_lens: Tensor
+    q: Tensor  # [B, Hq, D] bfloat16
+    caches: list[tuple[Tensor, Tensor]]  # keys and values, [blocks, block_size, Hkv, D]
+    block_table: Tensor  # [B, blocks of a row] int32, shuffled; the same for all caches
+    seq_lens: Tensor  # [B] int32, all the context
+    # Number of a cache and selection of every sparse call; no two read the same page.
     sparse: list[tuple[int, Selection]]
 
 
 def inputs_bytes(shape: Shape, l2_bytes: int) -> int:
-    """Bytes of device memory that a shape takes.
-
-    Parameters
-    ----------
-    shape : Shape
-        The shape.
-    l2_bytes : int
-        Size of the L2 cache.
-
-    Returns
-    -------
-    int
-        All caches, and the float32 logits of a Δ-layer.
-    """
+    """Bytes of device memory that a shape takes: all caches, and a Δ-layer's float32 logits."""
     logits = shape.batch * shape.context * shape.heads * 4
     return shape.cache_bytes * input_sets(shape.cache_bytes, l2_bytes) + logits
 
 
 def make_inputs(shape: Shape, device: torch.device, l2_bytes: int) -> Inputs:
-    """Make random inputs.
-
-    Parameters
-    ----------
-    shape : Shape
-        Their shape.
-    device : torch.device
-        Where they lie.
-    l2_bytes : int
-        Size of its L2 cache.
-
-    Returns
-    -------
-    Inputs
-        The same whenever they are made for the same arguments.
-    """
+    """Make random inputs, the same whenever they are made for the same arguments."""
     generator = torch.Generator(device).manual_seed(0)
     row_blocks = ceil(shape.context / BLOCK_SIZE)
     blocks = shape.batch * row_blocks
@@ -111,14 +57,11 @@ def make_inputs(shape: Shape, device: torch.device, l2_bytes: int) -> Inputs:
     q = torch.empty((shape.batch, shape.heads, DIM), dtype=_DTYPE, device=device)
     table = torch.randperm(blocks, generator=generator, device=device).to(torch.int32)
     block_table = table.view(shape.batch, row_blocks)
-    return Inputs(
-        shape=shape,
-        q=q.normal_(generator=generator),
-        caches=[(part[:, 0], part[:, 1]) for part in pool.split(blocks)],
-        block_table=block_table,
-        seq_lens=torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device),
-        sparse=_sparse_sets(shape, block_table, sets, l2_bytes, generator),
-    )
+    q.normal_(generator=generator)
+    caches = [(part[:, 0], part[:, 1]) for part in pool.split(blocks)]
+    lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device)
+    sparse = _sparse_sets(shape, block_table, sets, l2_bytes, generator)
+    return Inputs(shape, q, caches, block_table, lens, sparse)
 
 
 def _sparse_sets(
@@ -156,22 +99,38 @@ def _selection(shape: Shape, block_table: Tensor, pages: Tensor) -> Selection:
     )
 
 
+def our_calls(inputs: Inputs, backend: str) -> dict[str, list[Callable[[], Any]]]:
+    """Prepare calls of our operations, one per input set.
+
+    ``"dense"`` and ``"sparse"`` give the output [B, Hq, D]; ``"scores"`` (output, page scores), and
+    ``"delta"`` (output, page ids, page counts).
+    """
+
+    def attend(cache: tuple[Tensor, Tensor], **options: Any) -> Any:
+        return ops.decode_attention(
+            inputs.q, *cache, inputs.block_table, inputs.seq_lens,
+            scale=SCALE, page_size=CFG.page_size, backend=backend, **options,
+        )  # fmt: skip
+
+    def delta(cache: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        out, page_scores = attend(cache, return_page_scores=True)
+        return out, *ops.select_pages(page_scores, inputs.seq_lens, CFG, backend=backend)
+
+    return {
+        "dense": [partial(attend, cache) for cache in inputs.caches],
+        "scores": [partial(attend, cache, return_page_scores=True) for cache in inputs.caches],
+        "delta": [partial(delta, cache) for cache in inputs.caches],
+        "sparse": [
+            partial(attend, inputs.caches[number], page_ids=s.page_ids, page_counts=s.page_counts)
+            for number, s in inputs.sparse
+        ],
+    }
+
+
 def exact_attention(inputs: Inputs, rows: int, sparse: bool) -> Tensor:
-    """Attention of the first rows over the first cache, in float64.
+    """Attention of the first rows over the first cache in float64, [rows, Hq, D].
 
-    Parameters
-    ----------
-    inputs : Inputs
-        The inputs.
-    rows : int
-        Rows to compute.
-    sparse : bool
-        Over the first selection rather than over all tokens.
-
-    Returns
-    -------
-    Tensor
-        [rows, Hq, D] float64.
+    Sparse: over the first selection rather than over all tokens.
     """
     shape = inputs.shape
     keys, values = inputs.caches[0]
@@ -191,19 +150,9 @@ def exact_attention(inputs: Inputs, rows: int, sparse: bool) -> Tensor:
 
 
 def relative_error(out: Tensor, exact: Tensor) -> float:
-    """Distance from the exact result.
+    """Frobenius norm of the difference ÷ that of the exact result.
 
-    Parameters
-    ----------
-    out : Tensor
-        [B, Hq, D], B ≥ rows.
-    exact : Tensor
-        [rows, Hq, D] float64.
-
-    Returns
-    -------
-    float
-        Frobenius norm of the difference ÷ that of the exact result.
+    ``out`` [B, Hq, D] may have more rows than ``exact`` [rows, Hq, D] float64.
     """
     difference = out[: exact.shape[0]].double() - exact
     return float(difference.norm() / exact.norm())

@@ -4,12 +4,10 @@ An adapter sets up what its engine sets up once per step, outside of what is tim
 call per input set.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,33 +15,12 @@ from torch import Tensor
 from benchmarks.kernels.cases import BLOCK_SIZE, CFG, DIM
 from benchmarks.kernels.inputs import SCALE, Inputs
 from benchmarks.kernels.timing import Call
-from deltadecode.lab.results import reason
+from benchmarks.report import reason
 
 TOPK = "torch.topk + sort"
 # vLLM's default for decoding in full CUDA graphs (flash_attn_max_num_splits_for_cuda_graph).
 _FA3_SPLITS = 32
 _FLASHINFER_WORKSPACE = 256 * 2**20
-
-
-class Peer(Protocol):
-    """Somebody else's decode attention.
-
-    Attributes
-    ----------
-    name : str
-        In the result file.
-    ops : tuple of str
-        Which of ``"dense"`` and ``"sparse"`` it runs.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def ops(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    def calls(self, op: str, inputs: Inputs) -> Sequence[Call]:
-        """Prepare one call per input set; each gives [B, Hq, D]."""
 
 
 class FlashAttention3:
@@ -63,20 +40,7 @@ class FlashAttention3:
         self._schedule: Callable[..., Any] = vllm_flash_attn.get_scheduler_metadata
 
     def calls(self, op: str, inputs: Inputs) -> list[Call]:
-        """Prepare calls; for sparse ones, the selected blocks are the block table.
-
-        Parameters
-        ----------
-        op : str
-            ``"dense"`` or ``"sparse"``.
-        inputs : Inputs
-            The inputs.
-
-        Returns
-        -------
-        list of callable
-            One per cache or selection.
-        """
+        """Prepare calls; for sparse ones, the selected blocks are the block table."""
         shape = inputs.shape
         if op == "dense":
             longest = shape.context
@@ -91,42 +55,22 @@ class FlashAttention3:
         # Once per step in vLLM, and shared by all its layers.
         schedules = {
             id(lens): self._schedule(
-                batch_size=shape.batch,
-                max_seqlen_q=1,
-                max_seqlen_k=longest,
-                num_heads_q=shape.heads,
-                num_heads_kv=shape.kv_heads,
-                headdim=DIM,
-                cache_seqlens=lens,
-                qkv_dtype=inputs.q.dtype,
-                cu_seqlens_q=starts,
-                page_size=BLOCK_SIZE,
-                causal=True,
-                window_size=(-1, -1),
-                num_splits=_FA3_SPLITS,
+                batch_size=shape.batch, max_seqlen_q=1, max_seqlen_k=longest,
+                num_heads_q=shape.heads, num_heads_kv=shape.kv_heads, headdim=DIM,
+                cache_seqlens=lens, qkv_dtype=inputs.q.dtype, cu_seqlens_q=starts,
+                page_size=BLOCK_SIZE, causal=True, window_size=(-1, -1), num_splits=_FA3_SPLITS,
             )
-            for lens in {id(each[3]): each[3] for each in sets}.values()
-        }
+            for lens in {id(one[3]): one[3] for one in sets}.values()
+        }  # fmt: skip
         return [
             partial(
-                self._attend,
-                q=inputs.q,
-                k=keys,
-                v=values,
-                out=torch.empty_like(inputs.q),
-                cu_seqlens_q=starts,
-                max_seqlen_q=1,
-                seqused_k=lens,
-                max_seqlen_k=longest,
-                softmax_scale=SCALE,
-                causal=True,
-                block_table=table,
-                scheduler_metadata=schedules[id(lens)],
-                fa_version=3,
-                num_splits=_FA3_SPLITS,
+                self._attend, q=inputs.q, k=keys, v=values, out=torch.empty_like(inputs.q),
+                cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=lens, max_seqlen_k=longest,
+                softmax_scale=SCALE, causal=True, block_table=table,
+                scheduler_metadata=schedules[id(lens)], fa_version=3, num_splits=_FA3_SPLITS,
             )
             for keys, values, table, lens in sets
-        ]
+        ]  # fmt: skip
 
 
 class FlashInfer:
@@ -142,20 +86,7 @@ class FlashInfer:
         self._workspace: Tensor | None = None
 
     def calls(self, op: str, inputs: Inputs) -> list[Call]:
-        """Plan, which FlashInfer does on the host, and prepare calls.
-
-        Parameters
-        ----------
-        op : str
-            ``"dense"``.
-        inputs : Inputs
-            The inputs.
-
-        Returns
-        -------
-        list of callable
-            One per cache.
-        """
+        """Plan, which FlashInfer does on the host, and prepare one call per cache."""
         shape, device = inputs.shape, inputs.q.device
         if self._workspace is None:
             # It has to be zero when it is first used, and serves every shape.
@@ -166,42 +97,27 @@ class FlashInfer:
         last = shape.context - (row_blocks - 1) * BLOCK_SIZE
         last_lens = torch.full((shape.batch,), last, dtype=torch.int32)
         wrapper = self._wrapper(
-            self._workspace,
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=True,
+            self._workspace, "NHD", use_cuda_graph=True, use_tensor_cores=True,
             paged_kv_indptr_buffer=torch.empty_like(starts, device=device),
             paged_kv_indices_buffer=torch.empty_like(indices),
             paged_kv_last_page_len_buffer=torch.empty_like(last_lens, device=device),
-        )
+        )  # fmt: skip
         wrapper.plan(
-            starts,
-            indices,
-            last_lens,
-            shape.heads,
-            shape.kv_heads,
-            DIM,
-            BLOCK_SIZE,
-            q_data_type=inputs.q.dtype,
-            kv_data_type=inputs.q.dtype,
-            sm_scale=SCALE,
-        )
+            starts, indices, last_lens, shape.heads, shape.kv_heads, DIM, BLOCK_SIZE,
+            q_data_type=inputs.q.dtype, kv_data_type=inputs.q.dtype, sm_scale=SCALE,
+        )  # fmt: skip
         return [
             partial(wrapper.run, inputs.q, cache, out=torch.empty_like(inputs.q))
             for cache in inputs.caches
         ]
 
 
-def find_peers() -> tuple[list[Peer], dict[str, str]]:
-    """Load the peers that are there.
+# Each has a name, and says which of "dense" and "sparse" it runs.
+Peer = FlashAttention3 | FlashInfer
 
-    Returns
-    -------
-    peers : list of Peer
-        Ready to run.
-    missing : dict
-        Name -> why it does not run here, in one line.
-    """
+
+def find_peers() -> tuple[list[Peer], dict[str, str]]:
+    """Load the peers that are there; for the others, name -> why it does not run, in one line."""
     peers: list[Peer] = []
     missing: dict[str, str] = {}
     for make in (FlashAttention3, FlashInfer):
@@ -215,15 +131,8 @@ def find_peers() -> tuple[list[Peer], dict[str, str]]:
 def topk_select(page_scores: Tensor) -> Tensor:
     """Select pages with PyTorch's own operations, of rows that all have the same length.
 
-    Parameters
-    ----------
-    page_scores : Tensor
-        [B, N] float.
-
-    Returns
-    -------
-    Tensor
-        [B, min(N, K)] int32, ascending: the last L pages and the best of the others.
+    Page scores [B, N]; gives [B, min(N, K)] int32, ascending: the last L pages and the best of the
+    others.
     """
     pages = page_scores.shape[1]
     scores = page_scores.clone()

@@ -1,15 +1,13 @@
 """Rows and table of the kernel benchmark, from times."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
 from benchmarks.kernels.cases import Shape, moved_bytes
-from benchmarks.kernels.peers import TOPK
 from benchmarks.kernels.timing import Bandwidth, Timing
+from benchmarks.report import shown
 from deltadecode.lab.results import row
 
 OURS = "deltadecode"
@@ -26,26 +24,13 @@ def attention_rows(
     sets: Mapping[str, int],
     bandwidth: Bandwidth,
 ) -> list[dict[str, Any]]:
-    """Make the rows of one shape.
+    """Make the rows of one shape: one per operation and peer.
 
-    Parameters
-    ----------
-    shape : Shape
-        What was timed.
-    timings : mapping
-        (operation, side) -> time. The peers of a Δ-layer are those of dense attention, since
-        nobody else's kernel scores pages.
-    sets : mapping
-        Operation -> input sets.
-    bandwidth : Bandwidth
-        Of the device.
-
-    Returns
-    -------
-    list of dict
-        One per operation and peer, the first of each operation against :data:`FLOOR`. ``tb_s`` and
-        ``peer_tb_s`` are bytes that have to be moved ÷ time, in 10¹² bytes/s; ``copy_fraction`` is
-        our part of the copy bandwidth, and ``floor_us`` the time at all of it.
+    The first of each operation is against :data:`FLOOR`. The peers of a Δ-layer are those of dense
+    attention, since nobody else's kernel scores pages. ``tb_s`` and ``peer_tb_s`` are bytes that
+    have to be moved ÷ time, in 10¹² bytes/s; ``copy_fraction`` is our part of the copy bandwidth,
+    and ``floor_us`` the time at all of it. ``timings`` are by (operation, side), ``sets`` counts
+    the input sets of an operation.
     """
     rows = []
     for op in _ATTENTION:
@@ -53,135 +38,61 @@ def attention_rows(
         size = moved_bytes(op, shape)
         floor_us = size / bandwidth.copy * 1e6
         shared = {
-            "op": op,
-            "heads": shape.heads_label,
-            "batch": shape.batch,
-            "context": shape.context,
-            "bytes": size,
-            "tb_s": _tb_s(size, ours.us),
-            "copy_fraction": round(floor_us / ours.us, 3),
-            "floor_us": float(f"{floor_us:.5g}"),
-            "input_sets": sets[op],
-            "graph_ours": ours.graph,
-        }
+            "op": op, "heads": shape.heads_label, "batch": shape.batch, "context": shape.context,
+            "bytes": size, "tb_s": _tb_s(size, ours.us),
+            "copy_fraction": round(floor_us / ours.us, 3), "floor_us": float(f"{floor_us:.5g}"),
+            "input_sets": sets[op], "graph_ours": ours.graph,
+        }  # fmt: skip
         case = f"{op}, {shape.label}"
         rows.append(row(case, FLOOR, "us", ours.us, floor_us, **shared))
         peer_op = "sparse" if op == "sparse" else "dense"
         peer_bytes = moved_bytes(peer_op, shape)
         for (of, side), theirs in timings.items():
             if of == peer_op and side != OURS:
-                extras = {
-                    "peer_op": peer_op,
-                    "peer_tb_s": _tb_s(peer_bytes, theirs.us),
-                    "graph": theirs.graph,
-                }
-                rows.append(row(case, side, "us", ours.us, theirs.us, **shared, **extras))
+                peer = {"peer_op": peer_op, "peer_tb_s": _tb_s(peer_bytes, theirs.us)}
+                peer["graph"] = theirs.graph
+                rows.append(row(case, side, "us", ours.us, theirs.us, **shared, **peer))
     return rows
 
 
-def select_row(batch: int, pages: int, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Make the row of one selection.
-
-    Parameters
-    ----------
-    batch, pages : int
-        Rows, and pages of each.
-    timings : mapping
-        Side -> time.
-
-    Returns
-    -------
-    dict
-    """
-    ours, theirs = timings[OURS], timings[TOPK]
-    case = f"select, {batch} rows of {pages} pages"
-    return row(
-        case, TOPK, "us", ours.us, theirs.us,
-        op="select", batch=batch, pages=pages, graph_ours=ours.graph, graph=theirs.graph,
-    )  # fmt: skip
-
-
 def error_rows(shape: Shape, errors: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
-    """Make the rows of errors against float64.
+    """Make the rows of errors against float64, of relative Frobenius norms.
 
-    Parameters
-    ----------
-    shape : Shape
-        Where they were taken.
-    errors : mapping
-        (operation, side) -> relative error; the side ``""`` is the exact result, rounded.
-
-    Returns
-    -------
-    list of dict
-        One per operation and other side; its unit is the relative Frobenius norm.
+    ``errors`` are by (operation, side); the side ``""`` is the exact result, rounded.
     """
     return [
         row(
-            f"error of {op}, {shape.label}",
-            side or ROUNDING,
-            "relative error",
-            errors[op, OURS],
-            error,
-            op=f"error of {op}",
-            heads=shape.heads_label,
-            batch=shape.batch,
-            context=shape.context,
+            f"error of {op}, {shape.label}", side or ROUNDING, "relative error",
+            errors[op, OURS], error, op=f"error of {op}",
+            heads=shape.heads_label, batch=shape.batch, context=shape.context,
         )
         for (op, side), error in errors.items()
         if side != OURS
-    ]
+    ]  # fmt: skip
 
 
 def kernel_table(found: dict[str, Any]) -> Table:
-    """Show a result, all sides of a case on one line.
-
-    Parameters
-    ----------
-    found : dict
-        See :func:`benchmarks.kernels.run.run`.
-
-    Returns
-    -------
-    rich.table.Table
-        Per peer, its value and its value ÷ ours.
-    """
+    """Show a result, all sides of a case on one line: a peer's value, and it ÷ ours."""
     lines: dict[str, dict[str, dict[str, Any]]] = {}
     for each in found["rows"]:
         lines.setdefault(each["case"], {})[each["peer"]] = each
     peers = [peer for peer in dict.fromkeys(r["peer"] for r in found["rows"]) if peer != FLOOR]
     gpu = ", ".join(found["machine"]["gpus"][:1]) or found["machine"]["cpu"]
     copy = found["bandwidth"]["copy_tb_s"]
-    shown = Table(
-        title=f"kernels: {gpu}, copy {copy:.2f} TB/s; µs a call, errors against float64",
-        title_justify="left",
-    )
-    shown.add_column("case")
+    title = f"kernels: {gpu}, copy {copy:.2f} TB/s; µs a call, errors against float64"
+    drawn = Table(title=title, title_justify="left")
+    drawn.add_column("case")
     for name in ("ours", "TB/s", "of copy", *peers):
-        shown.add_column(name, justify="right")
+        drawn.add_column(name, justify="right")
     for case, sides in lines.items():
         first = next(iter(sides.values()))
-        reached = (
-            [f"{first['tb_s']:.2f}", f"{first['copy_fraction']:.0%}"]
-            if "tb_s" in first
-            else ["", ""]
-        )
-        shown.add_row(
-            case,
-            _shown(first["ours"]),
-            *reached,
-            *(
-                f"{_shown(sides[peer]['theirs'])} ({sides[peer]['ratio']:.2f}×)"
-                if peer in sides
-                else ""
-                for peer in peers
-            ),
-        )
-    return shown
-
-
-def _shown(value: float) -> str:
-    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+        cells = [case, shown(first["ours"]), "", ""]
+        if "tb_s" in first:
+            cells[2:] = f"{first['tb_s']:.2f}", f"{first['copy_fraction']:.0%}"
+        for one in (sides.get(peer) for peer in peers):
+            cells.append(f"{shown(one['theirs'])} ({one['ratio']:.2f}×)" if one else "")
+        drawn.add_row(*cells)
+    return drawn
 
 
 def _tb_s(size: int, us: float) -> float:

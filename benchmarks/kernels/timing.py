@@ -1,11 +1,10 @@
 """Time on a CUDA GPU: calls in CUDA graphs, several sides in turns, and the memory's bandwidth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,14 +19,9 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of one call.
+    """Median time of one call in microseconds, and whether it ran in a CUDA graph.
 
-    Attributes
-    ----------
-    us : float
-        Median, in microseconds.
-    graph : bool
-        Whether it was captured into a CUDA graph; if not, launching it may be part of its time.
+    If not, launching it may be part of its time.
     """
 
     us: float
@@ -36,17 +30,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Runner:
-    """Something to time.
-
-    Attributes
-    ----------
-    run : callable
-        Runs all calls once.
-    calls : int
-        How many these are.
-    graph : bool
-        Whether they are one CUDA graph.
-    """
+    """Something to time: runs ``calls`` calls at once, as one CUDA graph or one by one."""
 
     run: Call
     calls: int
@@ -55,52 +39,20 @@ class Runner:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Of the device's memory, in bytes per second.
-
-    Attributes
-    ----------
-    copy : float
-        Read and written by a copy within the device.
-    read : float
-        Read by a sum.
-    """
+    """Of the device's memory, in bytes per second: of a copy (both ways) and of a sum (read)."""
 
     copy: float
     read: float
-
-
-class Timer(Protocol):
-    """Prepares and times calls."""
-
-    def prepare(self, calls: Sequence[Call], call_bytes: int) -> Runner:
-        """Run calls, one per input set, for the first time, and make them ready to be timed."""
-
-    def measure(self, runners: Mapping[Key, Runner]) -> dict[Key, Timing]:
-        """Time them in turns."""
 
 
 class GraphTimer:
     """Times CUDA graphs by events on the device."""
 
     def prepare(self, calls: Sequence[Call], call_bytes: int) -> Runner:
-        """Warm up, then capture.
+        """Warm up, then capture; plain calls, where capture fails.
 
-        Parameters
-        ----------
-        calls : sequence of callable
-            The same operation, one per input set.
-        call_bytes : int
-            Bytes that one moves, to guess how many of them are worth timing.
-
-        Returns
-        -------
-        Runner
-            A graph; or plain calls, where capture fails.
-
-        Raises
-        ------
-        Exception
-            What a call raises outside of capture.
+        Calls are the same operation, one per input set. ``call_bytes``, which one of them moves,
+        tells how many are worth timing. What a call raises outside of capture is raised.
         """
         count = calls_per_graph(call_bytes, len(calls))
         # Compiling, tuning and first allocations cannot be captured; a side stream, as the
@@ -134,49 +86,29 @@ class GraphTimer:
     def measure(self, runners: Mapping[Key, Runner]) -> dict[Key, Timing]:
         """Time them in turns, so that a change of clocks meets all alike.
 
-        Parameters
-        ----------
-        runners : mapping
-            What :meth:`prepare` gave, by any key.
-
-        Returns
-        -------
-        dict
-            Key -> median over 25 replays, after 5 others.
+        Medians over 25 replays, after 5 others.
         """
+        event = partial(torch.cuda.Event, enable_timing=True)
         spans: dict[Key, list[tuple[torch.cuda.Event, torch.cuda.Event]]]
         spans = {key: [] for key in runners}
         for turn in range(_WARMUP + _REPLAYS):
             for key, runner in runners.items():
-                span = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+                span = event(), event()
                 span[0].record()
                 runner.run()
                 span[1].record()
                 if turn >= _WARMUP:
                     spans[key].append(span)
         torch.cuda.synchronize()
+        ms = {key: median(a.elapsed_time(b) for a, b in pairs) for key, pairs in spans.items()}
         return {
-            key: Timing(
-                1000 * median(start.elapsed_time(end) for start, end in spans[key]) / runner.calls,
-                runner.graph,
-            )
+            key: Timing(1000 * ms[key] / runner.calls, runner.graph)
             for key, runner in runners.items()
         }
 
 
 def measure_bandwidth(device: torch.device) -> Bandwidth:
-    """Measure the bandwidth of the device's memory.
-
-    Parameters
-    ----------
-    device : torch.device
-        A CUDA device with 4 GiB free.
-
-    Returns
-    -------
-    Bandwidth
-        By 2 GiB each, many times the caches.
-    """
+    """Measure by 2 GiB each, many times the caches; the device needs 4 GiB free."""
     source = torch.zeros(_COPY_BYTES // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     timer = GraphTimer()

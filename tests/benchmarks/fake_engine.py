@@ -7,7 +7,7 @@ fails), "SIDE:die", "small" (a cache of 10 tokens) or "preempt" (one preemption 
 import os
 import sys
 
-from benchmarks.e2e.worker import serve
+from benchmarks.processes import serve
 
 LOG, *WHAT = sys.argv[1:]
 

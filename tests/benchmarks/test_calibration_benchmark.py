@@ -5,8 +5,7 @@ import json
 import pytest
 
 from benchmarks.calibration import run as calibration
-from deltadecode.lab.calibration.figures import draw
-from deltadecode.lab.results import write_with_figure
+from benchmarks.report import write
 from deltadecode.lab.tasks.registry import Chain
 
 
@@ -33,7 +32,7 @@ def test_rows_compare_the_share_that_is_lost(found):
 
 def test_it_is_written_with_a_figure(found, tmp_path):
     said = []
-    write_with_figure(found, tmp_path, "x", lambda path: draw(found, path), said.append)
+    write(found, tmp_path, "x", said.append, "deltadecode.lab.calibration.figures")
     (file,) = tmp_path.glob("calibration-*-x.json")
     assert json.loads(file.read_text())["commit"] == found["commit"]
     assert file.with_suffix(".png").stat().st_size > 1000 and len(said) == 2

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.cpu import run as cpu
 from benchmarks.memory import peak_memory
-from deltadecode.lab.results import row, table, write_result
+from benchmarks.report import table
+from deltadecode.lab.results import row, write_result
 from deltadecode.lab.steptime import PLAN
 
 
@@ -30,7 +31,7 @@ def test_run_gives_a_complete_result(small_result):
     found, told = small_result
     assert set(found) == {"benchmark", "command", "commit", "machine", "versions", "rows"}
     assert found["benchmark"] == "cpu"
-    assert found["command"] == "deltadecode bench cpu"
+    assert found["command"] == "python -m benchmarks.cpu"
     step, covered, memory = found["rows"]
     for line in found["rows"]:
         assert {"case", "peer", "unit", "ours", "theirs", "ratio"} <= set(line)

@@ -11,11 +11,12 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.e2e import run as e2e
+from benchmarks.e2e.__main__ import main
 from benchmarks.e2e.measure import Setup
-from benchmarks.e2e.processes import EngineError, Process
 from benchmarks.e2e.rows import curve, e2e_table
 from benchmarks.e2e.shapes import SHAPES
 from benchmarks.e2e.workloads import KINDS, Workload, needs, parse_point, workloads
+from benchmarks.processes import Process, WorkerError
 from deltadecode import DeltaConfig
 from deltadecode.errors import DeltaConfigError
 
@@ -126,7 +127,7 @@ def test_the_command_repeats_the_run(tmp_path):
         kinds=["step"], points=["4:900"], plan=tmp_path / "my plan.json", in_turn=True
     )
     assert setup.command == (
-        "deltadecode bench e2e --shape r1-1.5b --workload step --point 4:900 --steps 64 "
+        "python -m benchmarks.e2e --shape r1-1.5b --workload step --point 4:900 --steps 64 "
         "--rounds 3 --plan 'my plan.json' --in-turn"
     )
     assert setup.plan.delta_layers == (2, 9)
@@ -203,7 +204,7 @@ def test_the_file_grows_with_every_measurement(fake, tmp_path):
 
 
 def test_in_turn_the_first_side_is_in_the_file_before_the_second_starts(fake, tmp_path):
-    with pytest.raises(EngineError):
+    with pytest.raises(WorkerError):
         e2e.run(fake(["step"], "DELTA:start", in_turn=True), out=tmp_path / "out")
     (file,) = (tmp_path / "out").iterdir()
     (half,) = json.loads(file.read_text())["one_side"]
@@ -211,7 +212,7 @@ def test_in_turn_the_first_side_is_in_the_file_before_the_second_starts(fake, tm
 
 
 def test_a_failing_engine_ends_the_run_in_one_line_and_keeps_what_was_found(fake, tmp_path):
-    with pytest.raises(EngineError) as raised:
+    with pytest.raises(WorkerError) as raised:
         e2e.run(fake(["headline", "prefill"], "DELTA:prefill"), out=tmp_path / "out")
     assert str(raised.value) == "DELTA engine: RuntimeError: broken on purpose"
     (file,) = (tmp_path / "out").iterdir()
@@ -219,7 +220,7 @@ def test_a_failing_engine_ends_the_run_in_one_line_and_keeps_what_was_found(fake
 
 
 def test_an_engine_that_dies_is_reported_with_its_last_words(fake):
-    with pytest.raises(EngineError, match=r"^stock engine ended with exit code 7: last words$"):
+    with pytest.raises(WorkerError, match=r"^stock engine ended with exit code 7: last words$"):
         e2e.run(fake(["step"], "stock:die"))
 
 
@@ -272,7 +273,7 @@ def test_the_figure_has_a_line_per_side(fake, tmp_path):
 def test_the_module_refuses_bad_input_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["e2e", "--point", "64-8192"])
     with pytest.raises(SystemExit) as ended:
-        e2e.main()
+        main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -285,9 +286,10 @@ def test_the_module_ends_with_1_and_one_line_when_an_engine_fails(
     monkeypatch.setattr(e2e, "has_vllm", lambda: True)
     monkeypatch.setattr(sys, "argv", ["e2e"])
     with pytest.raises(SystemExit) as ended:
-        e2e.main()
-    assert "last words" in ended.value.code
-    assert "\n" not in ended.value.code
+        main()
+    assert ended.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("deltadecode: error: ") and "last words" in error
 
 
 def test_a_workload_names_its_unit():

@@ -8,13 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.kernels import run as kernels
+from benchmarks.kernels.__main__ import main
 from benchmarks.kernels.cases import Shape
 from benchmarks.kernels.measure import Bench, measure, our_calls
 from benchmarks.kernels.peers import TOPK
 from benchmarks.kernels.rows import FLOOR, OURS, ROUNDING, kernel_table
 from benchmarks.kernels.timing import Bandwidth, GraphTimer, Runner, Timing
+from benchmarks.report import write
 
+FIGURES = "benchmarks.kernels.figures"
 SHAPES = [Shape(4, 2, 2, 1100), Shape(4, 2, 1, 40), Shape(6, 2, 1, 1100)]
 US = {OURS: 10.0, "a peer": 25.0, TOPK: 30.0}
 
@@ -70,7 +72,7 @@ def bench(*peers, memory_limit=2**30):
 
 
 def run(made, shapes=SHAPES):
-    return measure(made, shapes, "deltadecode bench kernels", lambda case, done: None)
+    return measure(made, shapes, "python -m benchmarks.kernels", lambda case, done: None)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,7 @@ def test_the_result_is_written_even_if_drawing_fails(found, tmp_path, monkeypatc
 
     monkeypatch.setitem(sys.modules, "benchmarks.kernels.figures", Figures())
     said = []
-    kernels.write_kernels(found, tmp_path, "x", said.append)
+    write(found, tmp_path, "x", said.append, FIGURES)
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text()) == found
     assert path.name in said[0]
@@ -247,16 +249,10 @@ def test_the_result_is_written_even_if_drawing_fails(found, tmp_path, monkeypatc
 
 
 def test_the_figure_lies_beside_the_result(found, tmp_path):
-    kernels.write_kernels(found, tmp_path, "x", lambda text: None)
+    write(found, tmp_path, "x", lambda text: None, FIGURES)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert [name.rpartition(".")[2] for name in names] == ["json", "png"]
     assert names[0].removesuffix("json") == names[1].removesuffix("png")
-
-
-def test_the_command_repeats_the_run():
-    assert kernels.command_line(True, ["12/2"], [1, 2], [], 1.5) == (
-        "deltadecode bench kernels --quick --heads 12/2 --batch 1 --batch 2 --memory-gib 1.5"
-    )
 
 
 # The module's own command line
@@ -266,12 +262,13 @@ def test_the_module_needs_a_gpu_and_says_so_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["kernels", "--quick"])
     with pytest.raises(SystemExit) as ended:
-        kernels.main()
-    assert "needs a CUDA GPU" in str(ended.value.code)
-    assert "\n" not in str(ended.value.code)
+        main()
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "needs a CUDA GPU" in error and error.count("error") == 1
     monkeypatch.setattr(sys, "argv", ["kernels", "--heads", "12-2"])
     with pytest.raises(SystemExit) as ended:
-        kernels.main()
+        main()
     assert ended.value.code == 2
     assert "'12-2'" in capsys.readouterr().err
 

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.kernels.cases import Shape
 from benchmarks.kernels.inputs import exact_attention, make_inputs, relative_error
-from benchmarks.kernels.peers import FlashAttention3, FlashInfer, find_peers, reason
+from benchmarks.kernels.peers import FlashAttention3, FlashInfer, find_peers
+from benchmarks.report import reason
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from deltadecode.config import DeltaConfig
-from deltadecode.engines.transformers import DeltaCache, enable
+# From the package itself: `benchmarks --base` runs this file with other commits, whose modules may
+# be named differently.
+from deltadecode import DeltaCache, DeltaConfig, enable
 
 # The plan of the CPU benchmark: arXiv 2510.09883's fractions of depth, in 24 layers.
 PLAN = DeltaConfig(dense_layers=(0, 1), delta_layers=(2, 12, 18))
@@ -26,13 +27,7 @@ _TOKEN = 1
 
 
 def qwen2_05b() -> Qwen2Config:
-    """Shape of Qwen2.5-0.5B, with positions for a context of 32k and some steps.
-
-    Returns
-    -------
-    Qwen2Config
-        24 layers, 14 query heads and 2 KV heads of dimension 64.
-    """
+    """Shape of Qwen2.5-0.5B, with positions for a context of 32k and some steps."""
     return Qwen2Config(
         vocab_size=151936,
         hidden_size=896,
@@ -49,22 +44,7 @@ def qwen2_05b() -> Qwen2Config:
 def random_model(
     config: Qwen2Config, dtype: torch.dtype, like: Qwen2ForCausalLM | None = None
 ) -> Qwen2ForCausalLM:
-    """Make a model with random weights in a second or two.
-
-    Parameters
-    ----------
-    config : Qwen2Config
-        Shape of the model.
-    dtype : torch.dtype
-        Of its weights.
-    like : Qwen2ForCausalLM, optional
-        Share this model's weights instead of making new ones.
-
-    Returns
-    -------
-    Qwen2ForCausalLM
-        In evaluation mode, with ``sdpa`` attention.
-    """
+    """Make a model with random weights, or those of ``like``, and ``sdpa`` in a second or two."""
     config = Qwen2Config.from_dict(config.to_dict())
     config._attn_implementation = "sdpa"
     config.dtype = dtype
@@ -84,19 +64,7 @@ def random_model(
 
 
 def fill_cache(cache: DynamicCache, config: Qwen2Config, context: int, dtype: torch.dtype) -> None:
-    """Store random keys and values, the same for every cache that is filled alike.
-
-    Parameters
-    ----------
-    cache : DynamicCache
-        Empty cache of a model of this shape.
-    config : Qwen2Config
-        Shape of the model.
-    context : int
-        Tokens to store.
-    dtype : torch.dtype
-        Of keys and values.
-    """
+    """Store ``context`` random tokens in an empty cache, the same in every cache of a shape."""
     dim = config.hidden_size // config.num_attention_heads
     heads = config.num_key_value_heads or config.num_attention_heads
     generator = torch.Generator().manual_seed(1)
@@ -109,16 +77,9 @@ def fill_cache(cache: DynamicCache, config: Qwen2Config, context: int, dtype: to
 
 @dataclass(frozen=True)
 class StepTime:
-    """Median times of one decode step.
+    """Median times of one decode step, in milliseconds, over ``steps`` steps of each side.
 
-    Attributes
-    ----------
-    context : int
-        Tokens in the cache before the first step.
-    full_ms, delta_ms : float
-        Stock Transformers (``sdpa``, ``DynamicCache``) and DELTA, in milliseconds.
-    steps : int
-        Timed steps of each.
+    ``context`` tokens are in the cache before the first step.
     """
 
     context: int
@@ -133,15 +94,7 @@ class StepTime:
 
 
 class StepTimer:
-    """Stock and DELTA with the same weights, ready to time steps at any context.
-
-    Parameters
-    ----------
-    config : Qwen2Config
-        Shape of the model.
-    dtype : torch.dtype
-        Of weights and cache.
-    """
+    """Stock and DELTA with the same weights, ready to time steps at any context."""
 
     def __init__(self, config: Qwen2Config, dtype: torch.dtype) -> None:
         self.config = config
@@ -159,25 +112,10 @@ class StepTimer:
         on_ready: Callable[[], None] = lambda: None,
         on_step: Callable[[], None] = lambda: None,
     ) -> StepTime:
-        """Time single steps of both, in turns.
+        """Time single steps of both sides, in turns, after ``warmup`` untimed steps of each.
 
-        Parameters
-        ----------
-        context : int
-            Tokens in the cache before the first step.
-        cfg : DeltaConfig
-            Plan and budget of DELTA.
-        steps, warmup : int
-            Timed steps of each, and untimed ones before them.
-        on_ready : callable
-            Called before the first step, when the caches are filled.
-        on_step : callable
-            Called after each pair of steps, ``steps + warmup`` times.
-
-        Returns
-        -------
-        StepTime
-            Medians over the timed steps.
+        ``on_ready`` is called once the caches are filled, and ``on_step`` after each of the
+        ``warmup + steps`` pairs of steps.
         """
         enable(self.delta, cfg)
         caches = DynamicCache(config=self.full.config), DeltaCache(self.delta.config)
@@ -187,7 +125,7 @@ class StepTimer:
         times: tuple[list[float], list[float]] = ([], [])
         for step in range(warmup + steps):
             for model, cache, taken in zip((self.full, self.delta), caches, times, strict=True):
-                seconds = _timed(model, cache)
+                seconds = timed_step(model, cache)
                 if step >= warmup:
                     taken.append(seconds)
             on_step()
@@ -197,26 +135,14 @@ class StepTimer:
 
 @torch.inference_mode()
 def decode_step(model: Qwen2ForCausalLM, cache: Any) -> Tensor:
-    """Decode one token after what is in the cache.
-
-    Parameters
-    ----------
-    model : Qwen2ForCausalLM
-        Stock, or with DELTA enabled.
-    cache : DynamicCache
-        Gets one token longer.
-
-    Returns
-    -------
-    Tensor
-        Logits [1, 1, vocabulary].
-    """
+    """Decode one token after what is in the cache; logits [1, 1, vocabulary]."""
     token = torch.tensor([[_TOKEN]])
     logits: Tensor = model(input_ids=token, past_key_values=cache, use_cache=True).logits
     return logits
 
 
-def _timed(model: Qwen2ForCausalLM, cache: Any) -> float:
+def timed_step(model: Qwen2ForCausalLM, cache: Any) -> float:
+    """Seconds of :func:`decode_step`."""
     start = time.perf_counter()
     decode_step(model, cache)
     return time.perf_counter() - start

@@ -19,7 +19,7 @@ def answers(tmp_path_factory):
     for one in setup.workloads:
         todo += [*one.opening(), *[one.measuring()] * one.rounds, *one.closing()]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.e2e.worker"],
+        [sys.executable, "-m", "benchmarks.e2e.engine"],
         input="".join(json.dumps(each) + "\n" for each in todo),
         stdout=subprocess.PIPE,
         text=True,

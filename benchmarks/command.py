@@ -1,0 +1,121 @@
+"""What the command lines of all benchmarks share: options, progress, result files, exit codes."""
+
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from deltadecode.cli.app import run_app
+from deltadecode.cli.output import (
+    BadInput,
+    check_tag,
+    note,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    stdout,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder to write <benchmark>-<date>[-tag].json to, and its figure, if any."),
+]
+Tag = Annotated[str | None, typer.Option(help="Last part of the files' names.")]
+Base = Annotated[
+    str | None, typer.Option(help="Instead: time the code of this commit beside ours, in turns.")
+]
+BaseSource = Annotated[
+    Path | None, typer.Option(help="Unpacked source of that commit, where there is no git history.")
+]
+_NOTE_SECONDS = 15
+
+
+def launch(command: Callable[..., None], arguments: Sequence[str] | None = None) -> None:
+    """Run the command line of one benchmark and exit, with the codes of ``deltadecode``."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.command()(command)
+    run_app(app, arguments, f"python -m benchmarks.{command.__name__}")
+
+
+def command_line(benchmark: str, **options: Any) -> str:
+    """Command that repeats a run, for its result file.
+
+    An option that is None, False or an empty list is left out, a list is repeated, and a path
+    becomes its last part: results name no folder.
+    """
+    parts = ["python", "-m", f"benchmarks.{benchmark}"]
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            parts.append(option)
+        elif value is not None and value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                parts += [option, one.name if isinstance(one, Path) else _text(one)]
+    return shlex.join(parts)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def checking(out: Path | None, tag: str | None) -> Iterator[None]:
+    """Check where results go, and make every ValueError within a usage error."""
+    quiet_libraries()
+    check_tag(tag)
+    if out is not None and out.exists() and not out.is_dir():
+        raise BadInput(f"--out must be a folder, got {str(out)!r}")
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+@contextmanager
+def progress() -> Iterator[Callable[..., None]]:
+    """Show what runs: in a bar, or as notes where none can be drawn.
+
+    Yields a function of the case that runs, the part of all work that is done and, if it is known,
+    the seconds left.
+    """
+    last, due = "", 0.0
+    with progress_bar("benchmark", 1.0) as (bar, task):
+
+        def show(case: str, done: float, left: float | None = None) -> None:
+            nonlocal last, due
+            remaining = "" if left is None else f", {left / 60:.1f} min left"
+            bar.update(task, completed=done, description=case + remaining)
+            if bar.disable and (case != last or time.monotonic() >= due):
+                last, due = case, time.monotonic() + _NOTE_SECONDS
+                note(f"{done:4.0%} {case}{remaining}")
+
+        yield show
+
+
+def deliver(
+    found: dict[str, Any],
+    out: Path | None,
+    tag: str | None,
+    as_json: bool,
+    table: Callable[[dict[str, Any]], Table],
+    figure: str | None = None,
+) -> None:
+    """Write a result, with the figure of a module if it has one, and print it."""
+    from benchmarks.report import write
+
+    if out is not None:
+        write(found, out, tag, note, figure)
+    if as_json:
+        print_json(found)
+    else:
+        stdout().print(table(found))
