@@ -91,6 +91,8 @@ FAMILY: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_audio_encoder": {"per_layer_config": {}, "adapter_in_dim": 32},
+    "dots3_note_vision_encoder": {"per_layer_config": {}},
     "dots3_note_text": {
         **{"head_dim": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
         **{"swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},

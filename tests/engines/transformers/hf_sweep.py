@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,7 @@ class Refused:
 class Generated:
     tokens: Tensor  # [rows, prompt + steps]
     logits: Tensor  # [steps, rows, vocabulary] float32
+    inputs: dict[str, Tensor]  # what the forward passes were given, one behind the other
 
 
 def prompt(rows: int = 1, tokens: int = PROMPT) -> Tensor:
@@ -41,7 +41,19 @@ def prompt(rows: int = 1, tokens: int = PROMPT) -> Tensor:
     return torch.randint(2, VOCAB, (rows, tokens), generator=generator)
 
 
-def generate(model: PreTrainedModel, text: Tensor, steps: int = STEPS, **options: Any) -> Generated:
+def generate(
+    model: PreTrainedModel, text: Tensor, steps: int | None = None, **options: Any
+) -> Generated:
+    if steps is None:  # one family generates from a single token, whatever the prompt
+        steps = 2 * STEPS if model.config.model_type == "musicgen_decoder" else STEPS
+    read: dict[str, list[Tensor]] = {"input_ids": [], "position_ids": []}
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        for name, parts in read.items():
+            if kwargs.get(name) is not None:
+                parts.append(kwargs[name])
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
     out = model.generate(
         text,
         max_new_tokens=steps,
@@ -53,7 +65,9 @@ def generate(model: PreTrainedModel, text: Tensor, steps: int = STEPS, **options
         output_logits=True,
         **options,
     )
-    return Generated(out.sequences, torch.stack(out.logits).float())
+    hook.remove()
+    inputs = {name: torch.cat(parts, dim=-1) for name, parts in read.items() if parts}
+    return Generated(out.sequences, torch.stack(out.logits).float(), inputs)
 
 
 def plan(layers: tuple[int, ...], budget: int) -> dd.DeltaConfig:
@@ -121,7 +135,7 @@ def _check_all_pages(
     got = generate(model, prompt())
     assert torch.equal(got.tokens, stock.tokens), "K ≥ N gives other tokens than stock"
     torch.testing.assert_close(got.logits, stock.logits, atol=tolerance, rtol=0)
-    assert dd.stats(model).steps == STEPS - 1
+    assert dd.stats(model).steps == len(stock.logits) - 1
     assert dd.stats(model).attended_fraction == 1.0
 
 
@@ -151,17 +165,16 @@ def _oracle(
     model: PreTrainedModel, got: Generated, sparse: dict[int, int]
 ) -> tuple[Tensor, Rules]:
     """Logits [steps, vocabulary] that the slow DELTA gives for the tokens that were generated."""
-    text = got.tokens[:, :-1]
+    inputs = dict(got.inputs)
+    text = inputs.pop("input_ids")
     length = text.shape[1]
-    inputs = {}
-    if "position_ids" in inspect.signature(type(model).forward).parameters:
-        inputs["position_ids"] = torch.arange(length)[None]  # as generate counts them
+    start = length - len(got.logits) + 1  # a prompt that the model replaces is shorter than ours
     rules = Rules(PAGE, BUDGET, RECENT, SINK, sparse)
     before = model.config.get_text_config()._attn_implementation
     _set_text_attention(model, NAME)
-    logits = slow_logits(model, text, range(PROMPT, length), rules, **inputs)
+    logits = slow_logits(model, text, range(start, length), rules, **inputs)
     _set_text_attention(model, before)
-    return logits[PROMPT - 1 :].float(), rules
+    return logits[start - 1 :].float(), rules
 
 
 def _set_text_attention(model: PreTrainedModel, name: str) -> None:
