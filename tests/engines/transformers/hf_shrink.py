@@ -10,6 +10,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -27,7 +28,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("input_embedding_size", "output_embedding_size", "hidden_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "dff", "d_inner", "dim_ff"), 48),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 48),
-    **dict.fromkeys(("expert_ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size"), 48),
+    **dict.fromkeys(
+        ("expert_ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size"), 48
+    ),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
@@ -41,20 +44,28 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size"), 16),
     **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 16),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 16),
+    **dict.fromkeys(
+        ("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 16
+    ),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 256),
     **dict.fromkeys(("max_target_positions", "context_length", "model_max_length"), 256),
     **dict.fromkeys(("sliding_window", "attention_window_size", "window_size"), 12),
     **dict.fromkeys(("attention_chunk_size", "sliding_window_size", "local_attention"), 12),
     **dict.fromkeys(("initializer_range", "init_std", "embed_init_std", "emb_init_std"), 0.4),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "o_lora_rank", "hidden_size_per_layer_input"), 16
+    ),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_head_dim"), 8),
     "qk_head_dim": 16,
     **dict.fromkeys(("index_head_dim", "indexer_head_dim"), 16),
     **dict.fromkeys(("index_n_heads", "indexer_n_heads"), 2),
     **dict.fromkeys(("index_topk", "indexer_budget"), 8),
-    **dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "dropout", "activation_dropout"), 0.0),
-    **dict.fromkeys(("attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    **dict.fromkeys(
+        ("attention_dropout", "hidden_dropout_prob", "dropout", "activation_dropout"), 0.0
+    ),
+    **dict.fromkeys(
+        ("attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
+    ),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "time_step_rank"), 8),
@@ -68,6 +79,7 @@ SMALL: dict[str, Any] = {
     "vocab_size_per_layer_input": VOCAB,
 }
 # What one type needs besides, or else. A dict under the name of a part changes that part.
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MIXED = ["linear_attention", "full_attention", "full_attention"] * 2
 _SLIDING = ["sliding_attention", "full_attention", "full_attention"] * 2
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
@@ -82,17 +94,15 @@ FAMILY: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {
         "layer_types": _SLIDING,
-        "rope_parameters": dict.fromkeys(
-            ("sliding_attention", "full_attention"), {"rope_type": "default", "rope_theta": 1e4}
-        ),
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_shared_experts": 1},
-    "dots3_note_audio_encoder": {"per_layer_config": {}, "adapter_in_dim": 32},
-    "dots3_note_vision_encoder": {"per_layer_config": {}},
+    "dots3_note_audio_encoder": {"per_layer_config": {}, "adapter_input_size": 32},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 32},
     "dots3_note_text": {
         **{"head_dim": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
         **{"swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},
@@ -112,7 +122,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"] * 3},
     "ministral": {"layer_types": _SLIDING},
-    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_decoder": {"num_codebooks": 1, "initializer_factor": 0.4},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "nemotron_h": {
         "layer_types": ["linear_attention", "full_attention", "moe", *["full_attention"] * 3]
@@ -122,7 +132,11 @@ FAMILY: dict[str, dict[str, Any]] = {
     "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "layer_types": ["linear_attention", "hybrid", "hybrid"] * 2},
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layer_types": ["linear_attention", "hybrid", "hybrid"] * 2,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -159,16 +173,17 @@ def tiny_config(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfi
 
 
 def tiny_model(model_type: str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
-    """The causal language model of a type, in float64; equal weights for equal seeds."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    """The model that generates text of a type, in float64; equal weights for equal seeds."""
     config = tiny_config(CONFIG_MAPPING[model_type])
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind = mapping[type(config)]
     if not isinstance(config, kind.config_class):  # the class takes a part of it
         config = tiny_config(kind.config_class)
     torch.manual_seed(seed)
     # The grouped experts know no float64.
-    model = kind._from_config(
-        config, attn_implementation=attention, experts_implementation="eager"
-    )
+    model = kind._from_config(config, attn_implementation=attention, experts_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Biases and sinks start at zero, where a mistake in them would not show.
@@ -181,5 +196,6 @@ def tiny_model(model_type: str, attention: str | None = None, seed: int = 0) -> 
         decoder_start_token_id=1,
         num_beams=1,
         num_return_sequences=1,
+        forced_eos_token_id=None,
     )
     return model.double().eval()

@@ -71,6 +71,22 @@ class OwnMask(Attention):
         return attention_interface(self, x, x, x, attention_mask, **kwargs)
 
 
+class Indexed(Attention):
+    """Selects by an indexer, if it has one."""
+
+    def __init__(self, config: Any = None, layer_idx: int = 0) -> None:
+        super().__init__(config, layer_idx)
+        self.indexer: nn.Module | None = None
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        attention_interface = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        indices = None
+        if self.indexer is not None:
+            indices = self.indexer(x)
+            attention_mask = attention_mask * indices
+        return attention_interface(self, x, x, x, attention_mask, indices=indices, **kwargs)
+
+
 class Cross(Attention):
     def __init__(self, config: Any = None, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
@@ -158,6 +174,14 @@ def test_a_layer_outside_the_plan_may_do_what_sdpa_can(kind: type[nn.Module]) ->
 def test_sinks_under_another_name_are_refused_in_any_layer() -> None:
     with pytest.raises(UnsupportedModelError, match="passes sinks"):
         check_interface(model_with(OtherSinks), [0, 2, 3])
+
+
+def test_what_a_layer_does_with_a_part_that_it_has_not_does_not_count() -> None:
+    model = model_with(Indexed)
+    check_interface(model, range(4))
+    model.model.layers[1].self_attn.indexer = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="passes indices"):
+        check_interface(model, range(4))
 
 
 def test_two_head_sizes_and_latent_attention_are_refused_from_what_the_module_says() -> None:
