@@ -88,7 +88,11 @@ _ASSISTANT = {
     "vocab_size_per_layer_input": 0,
     "num_kv_shared_layers": LAYERS,
 }
+_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
+_HALF_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
 FAMILY: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text"), _MROPE),
+    **dict.fromkeys(("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text"), _HALF_MROPE),
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 2, 4, 5]},
     "blt": {"encoder_hash_byte_group_vocab": 61, "encoder_hash_byte_group_size": [3]},
     "codegen": {"rotary_dim": 4},
@@ -101,8 +105,12 @@ FAMILY: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_shared_experts": 1},
-    "dots3_note_audio_encoder": {"per_layer_config": {}, "adapter_input_size": 32},
-    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 32},
+    "dots3_note_audio_encoder": {
+        **{"per_layer_config": {}, "adapter_input_size": 32, "adapter_out_dim": 32}
+    },
+    "dots3_note_vision_encoder": {
+        **{"per_layer_config": {}, "adapter_in_dim": 32, "adapter_out_dim": 32}
+    },
     "dots3_note_text": {
         **{"head_dim": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
         **{"swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},

@@ -88,7 +88,9 @@ def build(model_type: str) -> PreTrainedModel:
     try:
         return tiny_model(model_type)
     except Exception as error:
-        raise NotTried(_one_line(error)) from error
+        package = re.search(r"pip install (\w+)", str(error))
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise NotTried(f"needs {package[1]}" if package else f"Transformers: {reason}") from error
 
 
 def switch_on(model: PreTrainedModel) -> tuple[int, ...] | Refused:
@@ -278,7 +280,3 @@ def outcome(model_type: str) -> str:
     ):
         reason = re.sub(own, "", reason)
     return f"refused: {reason}"
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
