@@ -128,6 +128,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "mimo_v2_flash": {"v_head_dim": 4},
     "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"] * 3},
     "ministral": {"layer_types": _SLIDING},
     "musicgen_decoder": {"num_codebooks": 1, "initializer_factor": 0.4},
