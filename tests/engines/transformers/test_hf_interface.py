@@ -141,6 +141,41 @@ def test_calls_are_counted_on_the_way_with_the_most(kind: type[nn.Module], calls
     assert not use.own_mask
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "fact", "value"),
+    [
+        ("diffllama", "DiffLlamaAttention", "calls", 2),
+        ("doge", "DogeAttention", "own_mask", True),
+        ("minimax_m3_vl", "MiniMaxM3VLAttention", "asks_name", True),
+        ("glm5_next", "Glm5NextTextAttention", "own_mask", True),
+        ("qwen4_exp", "Qwen4ExpTextAttention", "own_mask", True),
+        ("mllama", "MllamaTextCrossAttention", "crosses", "cross_attention_states"),
+        ("bart", "BartAttention", "crosses", "key_value_states"),
+        ("zaya", "ZayaAttention", "own_mask", False),
+        ("gpt2", "GPT2Attention", "own_mask", False),
+        ("qwen2_vl", "VisionAttention", "calls", 2),
+    ],
+)
+def test_real_classes_are_read_as_they_are(family: str, kind: str, fact: str, value: Any) -> None:
+    name = f"transformers.models.{family}.modeling_{family}"
+    module = pytest.importorskip(name, reason=f"this Transformers has no {family}")
+    assert getattr(interface_use(getattr(module, kind)), fact) == value
+
+
+def test_sinks_and_selections_of_real_classes_are_seen() -> None:
+    for family, kind, keyword in (
+        ("inkling2", "Inkling2FullAttention", "sinks"),
+        ("deepseek_v32", "DeepseekV32Attention", "indices"),
+        ("minimax_m3_vl", "MiniMaxM3VLAttention", "block_indices"),
+        ("gpt_oss", "GptOssAttention", "s_aux"),
+        ("gemma2", "Gemma2Attention", "softcap"),
+    ):
+        name = f"transformers.models.{family}.modeling_{family}"
+        module = pytest.importorskip(name, reason=f"this Transformers has no {family}")
+        use = interface_use(getattr(module, kind))
+        assert use is not None and keyword in use.keywords
+
+
 def test_every_layer_of_a_plain_model_gives_its_module() -> None:
     model = model_with(OneOfTwo)
     found = check_interface(model, range(4))
