@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser test-vllm wheel lm-eval lint format types contracts pytest bench-cpu clean
+.PHONY: help demo test test-browser test-vllm sweep wheel lm-eval lint format types contracts pytest bench-cpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -28,6 +28,9 @@ test-browser: $(VENV)/.dev ## the report of inspect in headless Chromium, which 
 test-vllm: $(VLLM)/.ready ## the tests of vLLM, in an environment of its own (Python >= 3.11, Linux x86-64)
 	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -W ignore -m vllm \
 	    tests/engines/vllm $(ARGS)
+
+sweep: $(VENV)/.dev ## every model type of Transformers, tiny and random, against stock and a slow DELTA
+	$(PYTEST) --dist load -m sweep tests/engines/transformers/test_hf_sweep.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, checks only
 	$(BIN)/ruff check .

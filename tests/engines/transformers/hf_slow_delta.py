@@ -115,9 +115,9 @@ def _following(rules: Rules) -> Iterator[None]:
 
 
 def slow_logits(
-    model: PreTrainedModel, tokens: Tensor, steps: Sequence[int], rules: Rules
+    model: PreTrainedModel, tokens: Tensor, steps: Sequence[int], rules: Rules, **inputs: Any
 ) -> Tensor:
     """Logits [T, vocabulary] of the text ``tokens`` [1, T] with decode steps at ``steps``."""
     rules.steps, rules.chosen, rules.tokens_read = steps, {}, {}
     with torch.no_grad(), _following(rules):
-        return model(tokens, use_cache=False).logits[0]
+        return model(tokens, use_cache=False, **inputs).logits[0]

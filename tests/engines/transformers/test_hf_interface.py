@@ -71,6 +71,22 @@ class OwnMask(Attention):
         return attention_interface(self, x, x, x, attention_mask, **kwargs)
 
 
+class Indexed(Attention):
+    """Selects by an indexer, if it has one."""
+
+    def __init__(self, config: Any = None, layer_idx: int = 0) -> None:
+        super().__init__(config, layer_idx)
+        self.indexer: nn.Module | None = None
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        attention_interface = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        indices = None
+        if self.indexer is not None:
+            indices = self.indexer(x)
+            attention_mask = attention_mask * indices
+        return attention_interface(self, x, x, x, attention_mask, indices=indices, **kwargs)
+
+
 class Cross(Attention):
     def __init__(self, config: Any = None, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
@@ -125,6 +141,41 @@ def test_calls_are_counted_on_the_way_with_the_most(kind: type[nn.Module], calls
     assert not use.own_mask
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "fact", "value"),
+    [
+        ("diffllama", "DiffLlamaAttention", "calls", 2),
+        ("doge", "DogeAttention", "own_mask", True),
+        ("minimax_m3_vl", "MiniMaxM3VLAttention", "asks_name", True),
+        ("glm5_next", "Glm5NextTextAttention", "own_mask", True),
+        ("qwen4_exp", "Qwen4ExpTextAttention", "own_mask", True),
+        ("mllama", "MllamaTextCrossAttention", "crosses", "cross_attention_states"),
+        ("bart", "BartAttention", "crosses", "key_value_states"),
+        ("zaya", "ZayaAttention", "own_mask", False),
+        ("gpt2", "GPT2Attention", "own_mask", False),
+        ("qwen2_vl", "VisionAttention", "calls", 2),
+    ],
+)
+def test_real_classes_are_read_as_they_are(family: str, kind: str, fact: str, value: Any) -> None:
+    name = f"transformers.models.{family}.modeling_{family}"
+    module = pytest.importorskip(name, reason=f"this Transformers has no {family}")
+    assert getattr(interface_use(getattr(module, kind)), fact) == value
+
+
+def test_sinks_and_selections_of_real_classes_are_seen() -> None:
+    for family, kind, keyword in (
+        ("inkling2", "Inkling2FullAttention", "sinks"),
+        ("deepseek_v32", "DeepseekV32Attention", "indices"),
+        ("minimax_m3_vl", "MiniMaxM3VLAttention", "block_indices"),
+        ("gpt_oss", "GptOssAttention", "s_aux"),
+        ("gemma2", "Gemma2Attention", "softcap"),
+    ):
+        name = f"transformers.models.{family}.modeling_{family}"
+        module = pytest.importorskip(name, reason=f"this Transformers has no {family}")
+        use = interface_use(getattr(module, kind))
+        assert use is not None and keyword in use.keywords
+
+
 def test_every_layer_of_a_plain_model_gives_its_module() -> None:
     model = model_with(OneOfTwo)
     found = check_interface(model, range(4))
@@ -158,6 +209,14 @@ def test_a_layer_outside_the_plan_may_do_what_sdpa_can(kind: type[nn.Module]) ->
 def test_sinks_under_another_name_are_refused_in_any_layer() -> None:
     with pytest.raises(UnsupportedModelError, match="passes sinks"):
         check_interface(model_with(OtherSinks), [0, 2, 3])
+
+
+def test_what_a_layer_does_with_a_part_that_it_has_not_does_not_count() -> None:
+    model = model_with(Indexed)
+    check_interface(model, range(4))
+    model.model.layers[1].self_attn.indexer = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="passes indices"):
+        check_interface(model, range(4))
 
 
 def test_two_head_sizes_and_latent_attention_are_refused_from_what_the_module_says() -> None:

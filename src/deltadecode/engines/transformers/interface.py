@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from deltadecode.architecture import text_config
-from deltadecode.engines.transformers.layer_source import interface_use, own_cache
+from deltadecode.engines.transformers.layer_source import InterfaceUse, interface_use, own_cache
 from deltadecode.errors import UnsupportedModelError
 
 # Arguments that DELTA computes with, and those that change no number of a planned layer.
@@ -86,9 +86,14 @@ def check_interface(model: PreTrainedModel, layers: Collection[int]) -> dict[int
     return {layer: modules[layer][0][1] for layer in layers}
 
 
-def _attends(module: nn.Module) -> bool:
+def _use(module: nn.Module) -> InterfaceUse | None:
     kind: Any = type(module)
-    use, causal = interface_use(kind), getattr(module, "is_causal", None)
+    parts = {**vars(module), **module._modules}
+    return interface_use(kind, frozenset(name for name, part in parts.items() if part is None))
+
+
+def _attends(module: nn.Module) -> bool:
+    use, causal = _use(module), getattr(module, "is_causal", None)
     if use is None:
         return bool(causal)
     if not use.calls or use.never_causal or getattr(module, "is_cross_attention", False):
@@ -98,8 +103,7 @@ def _attends(module: nn.Module) -> bool:
 
 def _reason(module: nn.Module, *, planned: bool) -> str | None:
     """Why DELTA cannot compute this layer, or None; layers outside the plan go to ``sdpa``."""
-    kind: Any = type(module)
-    use = interface_use(kind)
+    use = _use(module)
     if use is not None:
         unknown = use.keywords - _KNOWN - (frozenset() if planned else {"position_bias"})
         if unknown:

@@ -40,10 +40,13 @@ class InterfaceUse:
 
 
 @functools.cache
-def interface_use(kind: Any) -> InterfaceUse | None:
-    """Read a class of modules; None where its source cannot be read."""
+def interface_use(kind: Any, absent: frozenset[str] = frozenset()) -> InterfaceUse | None:
+    """Read a class of modules; None where its source cannot be read.
+
+    ``absent`` names attributes that are None; what a layer does only with these is left out.
+    """
     try:
-        return _Reader(kind).use()
+        return _Reader(kind, absent).use()
     except (OSError, TypeError, SyntaxError):
         return None
 
@@ -68,11 +71,25 @@ def own_cache(kind: Any) -> str | None:
     return None
 
 
+class _Prune(ast.NodeTransformer):
+    """Takes out what an ``if self.x is not None`` guards, where x is absent."""
+
+    def __init__(self, absent: frozenset[str]) -> None:
+        self.tests = {f"self.{name} is not None" for name in absent}
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        if ast.unparse(node.test) not in self.tests:
+            return node
+        return node.orelse or ast.Pass()
+
+
 class _Reader:
     """``forward`` of one class and the methods that it calls, as syntax trees."""
 
-    def __init__(self, kind: Any) -> None:
+    def __init__(self, kind: Any, absent: frozenset[str] = frozenset()) -> None:
         self.kind = kind
+        self.prune = _Prune(absent)
         self.most: dict[str, int] = {}  # most calls of the interface on any way through a method
         self.calls: dict[ast.Call, ast.FunctionDef] = {}
         self.asks_name = False
@@ -82,6 +99,7 @@ class _Reader:
         tree = ast.parse(textwrap.dedent(source)).body[0]
         if not isinstance(tree, ast.FunctionDef):
             raise TypeError(f"{name} of {self.kind.__name__} is no method")
+        self.prune.visit(tree)
         return tree
 
     def use(self) -> InterfaceUse:
@@ -91,7 +109,12 @@ class _Reader:
         causal = [_keyword(call, "is_causal") for call in self.calls]
         return InterfaceUse(
             calls=most,
-            keywords=frozenset(kw.arg for call in self.calls for kw in call.keywords if kw.arg),
+            keywords=frozenset(
+                keyword.arg
+                for call, tree in self.calls.items()
+                for keyword in call.keywords
+                if keyword.arg is not None and not _is_none(keyword.value, tree)
+            ),
             never_causal=bool(causal) and all(_is_false(value) for value in causal),
             crosses=next((name for name in _CROSS if name in parameters), None),
             own_mask=any(_computes_mask(call, tree) for call, tree in self.calls.items()),
@@ -147,6 +170,23 @@ def _keyword(call: ast.Call, name: str) -> ast.expr | None:
     return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
 
 
+def _given(name: ast.expr, tree: ast.FunctionDef) -> list[ast.AST]:
+    """What a method assigns to a name."""
+    values: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if ast.unparse(name) in map(ast.unparse, targets):
+                values.append(node.value if isinstance(node, ast.Assign) else node)
+    return values
+
+
+def _is_none(value: ast.expr, tree: ast.FunctionDef) -> bool:
+    """Whether a value is None, or a name to which nothing else is assigned."""
+    values = _given(value, tree) or [value]
+    return all(isinstance(other, ast.Constant) and other.value is None for other in values)
+
+
 def _is_false(value: ast.expr | None) -> bool:
     return isinstance(value, ast.Constant) and value.value is False
 
@@ -161,13 +201,7 @@ def _computes_mask(call: ast.Call, tree: ast.FunctionDef) -> bool:
     mask = call.args[4] if len(call.args) > 4 else _keyword(call, "attention_mask")
     if mask is None:
         return False
-    values: list[ast.AST] = [mask]
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Assign, ast.AugAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if ast.unparse(mask) in map(ast.unparse, targets):
-                values.append(node.value if isinstance(node, ast.Assign) else node)
-    return not all(map(_is_view, values))
+    return not all(map(_is_view, [mask, *_given(mask, tree)]))
 
 
 def _is_view(value: ast.AST) -> bool:
