@@ -176,7 +176,7 @@ def our_calls(inputs: Inputs, backend: str) -> dict[str, list[Call]]:
     inputs : Inputs
         The inputs.
     backend : str
-        Maker of the operations.
+        Backend of the operations.
 
     Returns
     -------
