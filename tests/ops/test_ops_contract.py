@@ -1,5 +1,10 @@
 """What the operations refuse, and that they say it in one line that names both sides."""
 
+import dataclasses
+import inspect
+import subprocess
+import sys
+
 import pytest
 import torch
 from ops_oracle import make_case, needs_triton, pack
@@ -21,6 +26,26 @@ def call(case, **changes):
 @pytest.fixture
 def case():
     return make_case(0, [9, 4], pages_per_block=2, poison=0.0)
+
+
+def test_the_operations_are_an_attribute_of_the_package():
+    code = (
+        "import sys, deltadecode as dd\n"
+        "assert 'ops' in dir(dd) and 'torch' not in sys.modules\n"
+        "assert dd.ops.decode_attention and dd.ops.select_pages\n"
+        "import torch; assert torch.zeros(1).dim() == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_operation_takes_what_its_backends_take():
+    parameters = inspect.signature(ops.decode_attention).parameters
+    fields = dataclasses.fields(ops.DecodeInputs)
+    assert list(parameters) == [*(field.name for field in fields), "backend"]
+    for field in fields:
+        default = parameters[field.name].default
+        missing = default is inspect.Parameter.empty
+        assert field.default == (dataclasses.MISSING if missing else default)
 
 
 def test_auto_is_one_of_the_backends(case):

@@ -87,9 +87,10 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     if rows == 0:
         return page_ids, page_counts
     shape = selection_shape(rows, width, budget)
-    pieces = shape.pieces > 1
-    candidates = page_ids.new_empty((rows, shape.pieces * budget)) if pieces else page_ids
-    for last in range(1 + pieces):
+    launches, candidates = 1, page_ids
+    if shape.pieces > 1:
+        launches, candidates = 2, page_ids.new_empty((rows, shape.pieces * budget))
+    for last in range(launches):
         selection.select[(1 if last else shape.pieces, rows)](
             page_scores, seq_lens, page_ids, page_counts, candidates,
             page_scores.stride(0), candidates.stride(0), width, cfg.recent_pages, cfg.sink_pages,

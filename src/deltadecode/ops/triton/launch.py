@@ -146,10 +146,8 @@ def finish_shape(
         Logits of a page, over all query heads, both padded to powers of two.
     pages : int
         Most pages that a row can have.
-    rows : int
-        Rows of the launch.
-    parts : int
-        Parts that each row's attention was split into.
+    rows, parts : int
+        Rows of the launch, and parts that each row's attention was split into.
     dim : int
         Head size, padded to a power of two.
     device : torch.device
