@@ -1,4 +1,7 @@
-"""Every test starts from the same seed, on one thread, and never asks a model hub for anything."""
+"""Every test starts from the same seed, on one thread, and never asks a model hub for anything.
+
+Memory that nobody has written holds NaN in all of them: see ``uninitialised``.
+"""
 
 import os
 import random
@@ -16,9 +19,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fast_interpreter
+import uninitialised
 from transformers import Qwen2Config
 
 torch.set_num_threads(1)
+uninitialised.poison()
 fast_interpreter.install()
 
 

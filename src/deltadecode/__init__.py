@@ -21,6 +21,7 @@ from deltadecode.errors import (
 )
 
 if TYPE_CHECKING:
+    from deltadecode import ops
     from deltadecode.engines.transformers import (
         DecodeStats,
         DeltaCache,
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "disable",
     "enable",
+    "ops",
     "stats",
 ]
 
@@ -54,13 +56,15 @@ _LAZY = frozenset({"DecodeStats", "DeltaCache", "DeltaStaticCache", "disable", "
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("deltadecode.ops")
     if name in _LAZY:
         return getattr(importlib.import_module(_TRANSFORMERS), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | _LAZY)
+    return sorted(set(globals()) | _LAZY | {"ops"})
 
 
 def _register() -> None:

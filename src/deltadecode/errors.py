@@ -26,6 +26,10 @@ class DeltaConfigError(DeltaDecodeError):
     """A configuration or a layer plan breaks one of its rules (docs/semantics.md, R9)."""
 
 
+class OperationError(DeltaDecodeError):
+    """Inputs that an operation of ``deltadecode.ops`` does not take, or a backend it has not."""
+
+
 class UnsupportedModelError(DeltaDecodeError):
     """The model has no full-attention layers that could be planned."""
 

@@ -64,7 +64,7 @@ def bench(*peers, memory_limit=2**30):
         timer=MadeUpTimer(),
         bandwidth=Bandwidth(copy=4e12, read=4.4e12),
         device=torch.device("cpu"),
-        backend="cpu",
+        backend="torch",
         l2_bytes=2**18,
         memory_limit=memory_limit,
         peers=list(peers),

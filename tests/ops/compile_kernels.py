@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
+from deltadecode.ops import dispatch
 from deltadecode.ops.triton import attention, selection
 
 TYPES = {
@@ -46,8 +47,8 @@ class Compiled:
         if key in self.seen:
             return
         self.seen.add(key)
-        found = {(names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(self.kernel, signature, found)
+        values = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(self.kernel, signature, values)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
@@ -56,9 +57,9 @@ def main():
     attention.attend = Compiled(attention.attend)
     attention.finish = Compiled(attention.finish)
     selection.select = Compiled(selection.select)
-    maker = ops._triton()
-    maker.unsupported = lambda *tensors: None
-    maker._operand = lambda q: getattr(triton.language, str(q.dtype).removeprefix("torch."))
+    kernels = dispatch.triton_backend()
+    kernels.unsupported = lambda *tensors: None
+    kernels._operand = lambda q: getattr(triton.language, str(q.dtype).removeprefix("torch."))
     for dtype, cache, sinks in itertools.product(
         (torch.bfloat16, torch.float32), (None, torch.float8_e4m3fn), (False, True)
     ):

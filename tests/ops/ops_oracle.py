@@ -1,6 +1,6 @@
 """The rules of docs/semantics.md as slow Python loops in float64, and cases to try them on.
 
-Written from the rules alone: nothing of ``deltadecode`` is used here. And the makers to test.
+Written from the rules alone: nothing of ``deltadecode`` is used here. And the backends to test.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import torch
 # Triton has no release for some systems; the development extra brings it wherever it has one.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton for this system")
-BACKENDS = ["reference", "cpu", pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["reference", "torch", pytest.param("triton", marks=needs_triton)]
 
 
 def select(scores, n, page_size, budget, recent, sinks):

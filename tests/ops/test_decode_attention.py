@@ -10,6 +10,8 @@ from ops_oracle import BACKENDS, close, make_case, pack, poison_outside, select
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
+from deltadecode.ops import dispatch
+from deltadecode.ops import torch as torch_backend
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 LAYOUTS = ["paged", "interleaved", "rows", "heads", "strided"]
@@ -273,7 +275,8 @@ def test_no_rows_no_tokens_no_blocks(backend):
     assert not out.any() and not scores.any() and not dense.any()
     assert not sparse(case, [[], []], backend).any()
     case.k_cache, case.v_cache = case.k_cache[:0], case.v_cache[:0]
-    assert not full(case, backend)[0].any()
+    out, scores, dense = full(case, backend)
+    assert not out.any() and not scores.any() and not dense.any()
     case.block_table = case.block_table[:, :0]
     assert full(case, backend)[1].shape == (2, 0)
     assert not sparse(case, [[], []], backend).any()
@@ -288,7 +291,7 @@ SIZES = [(1, 1, 1), (1, 2, 7), (1, 1, 4), (2, 2, 2), (3, 8, 1), (2, 1, 8)]
 @pytest.mark.parametrize("layout", ["paged", "heads"])
 @pytest.mark.parametrize(("rows", "kv_heads", "group"), SIZES)
 def test_long_sequences_agree_with_float64(backend, rows, kv_heads, group, layout, dtype):
-    """Lengths past every chunk and split of a maker; the oracle is too slow, float64 is not."""
+    """Lengths past every chunk and split of a backend; the oracle is too slow, float64 is not."""
     lengths = [2305, 4096, 517][:rows]
     case = make_case(
         14, lengths, page_size=16, pages_per_block=4, kv_heads=kv_heads, group=group, dim=16,
@@ -357,16 +360,16 @@ def test_half_precision_chooses_the_pages_of_float64(backend, layout):
 
 def test_a_large_half_precision_batch(backend, monkeypatch):
     """Long rows are converted one by one; small ones stand in for them here."""
-    monkeypatch.setattr(ops.cpu, "_UPCAST_ELEMENTS", 64)
+    monkeypatch.setattr(torch_backend, "_UPCAST_ELEMENTS", 64)
     for dtype in (torch.bfloat16, torch.float32):
         case = make_case(16, [17, 17, 17], layout="heads", dtype=dtype, sinks=True, softcap=3.0)
         check(case, backend)
 
 
 def test_rows_whose_logits_do_not_fit_at_once(backend, monkeypatch):
-    """The Triton maker then takes some rows at a time."""
+    """The Triton backend then takes some rows at a time."""
     case = make_case(18, [17, 9, 30, 1, 12, 25], layout="paged", sinks=True)
-    kernels = ops._triton()
+    kernels = dispatch.triton_backend()
     if kernels is not None:
         monkeypatch.setattr(kernels, "_LOGITS_BYTES", 16)
     check(case, backend)

@@ -1,11 +1,18 @@
 """What the operations refuse, and that they say it in one line that names both sides."""
 
+import dataclasses
+import inspect
+import subprocess
+import sys
+
 import pytest
 import torch
 from ops_oracle import make_case, needs_triton, pack
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
+from deltadecode.errors import OperationError
+from deltadecode.ops import dispatch
 
 INT = torch.int32
 
@@ -21,8 +28,28 @@ def case():
     return make_case(0, [9, 4], pages_per_block=2, poison=0.0)
 
 
-def test_auto_is_one_of_the_makers(case):
-    assert torch.equal(call(case), call(case, backend="cpu"))
+def test_the_operations_are_an_attribute_of_the_package():
+    code = (
+        "import sys, deltadecode as dd\n"
+        "assert 'ops' in dir(dd) and 'torch' not in sys.modules\n"
+        "assert dd.ops.decode_attention and dd.ops.select_pages\n"
+        "import torch; assert torch.zeros(1).dim() == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_operation_takes_what_its_backends_take():
+    parameters = inspect.signature(ops.decode_attention).parameters
+    fields = dataclasses.fields(ops.DecodeInputs)
+    assert list(parameters) == [*(field.name for field in fields), "backend"]
+    for field in fields:
+        default = parameters[field.name].default
+        missing = default is inspect.Parameter.empty
+        assert field.default == (dataclasses.MISSING if missing else default)
+
+
+def test_auto_is_one_of_the_backends(case):
+    assert torch.equal(call(case), call(case, backend="torch"))
     torch.testing.assert_close(call(case), call(case, backend="reference"))
 
 
@@ -58,7 +85,7 @@ def test_auto_is_one_of_the_makers(case):
     ],
 )
 def test_decode_attention_refuses(case, change, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(OperationError) as error:
         call(case, **change)
     message = str(error.value)
     assert "\n" not in message
@@ -67,7 +94,7 @@ def test_decode_attention_refuses(case, change, words):
 
 
 def test_caches_of_two_types_are_refused(case):
-    with pytest.raises(ValueError, match=r"must have one dtype, got float8_e4m3fn.*float32"):
+    with pytest.raises(OperationError, match=r"must have one dtype, got float8_e4m3fn.*float32"):
         call(case, k_cache=case.k_cache.to(torch.float8_e4m3fn))
 
 
@@ -80,20 +107,20 @@ def test_triton_refuses_what_it_does_not_support(heads, dim, words):
     cache = torch.zeros(1, 4, heads[1], dim)
     q, table = torch.zeros(1, heads[0], dim), torch.zeros(1, 1, dtype=INT)
     arguments = (q, cache, cache, table, torch.ones(1, dtype=INT))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(OperationError) as error:
         ops.decode_attention(*arguments, scale=1.0, page_size=4, backend="triton")
     for word in ("backend 'triton'", *words):
         assert word in str(error.value), error.value
-    # Asked for by no name, another maker takes it.
+    # Asked for by no name, another backend takes it.
     assert ops.decode_attention(*arguments, scale=1.0, page_size=4).shape == q.shape
 
 
 @needs_triton
 def test_triton_refuses_tensors_on_a_cpu(case, monkeypatch):
-    monkeypatch.setattr(ops._triton(), "_INTERPRETED", False)
-    with pytest.raises(ValueError, match="backend 'triton' needs CUDA tensors, got cpu"):
+    monkeypatch.setattr(dispatch.triton_backend(), "_INTERPRETED", False)
+    with pytest.raises(OperationError, match="backend 'triton' needs CUDA tensors, got cpu"):
         call(case, backend="triton")
-    with pytest.raises(ValueError, match="backend 'triton' needs CUDA tensors, got cpu"):
+    with pytest.raises(OperationError, match="backend 'triton' needs CUDA tensors, got cpu"):
         ops.select_pages(
             torch.zeros(1, 3), torch.ones(1, dtype=INT), DeltaConfig(), backend="triton"
         )
@@ -103,23 +130,23 @@ def test_triton_refuses_tensors_on_a_cpu(case, monkeypatch):
 def test_triton_refuses_gpus_it_does_not_compile_for(case, monkeypatch):
     from deltadecode.ops.triton.launch import Hardware
 
-    maker = ops._triton()
+    kernels = dispatch.triton_backend()
     float8 = {name: getattr(case, name).to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
-    monkeypatch.setattr(maker, "hardware", lambda device: Hardware(132, (8, 0)))
+    monkeypatch.setattr(kernels, "hardware", lambda device: Hardware(132, (8, 0)))
     assert call(case, backend="triton").shape == case.q.shape
-    with pytest.raises(ValueError, match=r"8\.9 for float8 or more, got 8\.0"):
+    with pytest.raises(OperationError, match=r"8\.9 for float8 or more, got 8\.0"):
         call(case, backend="triton", **float8)
-    monkeypatch.setattr(maker, "hardware", lambda device: Hardware(132, (7, 5)))
-    with pytest.raises(ValueError, match=r"compute capability 8\.0 or more, got 7\.5"):
+    monkeypatch.setattr(kernels, "hardware", lambda device: Hardware(132, (7, 5)))
+    with pytest.raises(OperationError, match=r"compute capability 8\.0 or more, got 7\.5"):
         call(case, backend="triton")
     scores, lens = torch.zeros(1, 3), torch.ones(1, dtype=INT)
-    with pytest.raises(ValueError, match=r"compute capability 8\.0 or more, got 7\.5"):
+    with pytest.raises(OperationError, match=r"compute capability 8\.0 or more, got 7\.5"):
         ops.select_pages(scores, lens, DeltaConfig(), backend="triton")
 
 
 def test_a_machine_without_triton_says_so(case, monkeypatch):
-    monkeypatch.setattr(ops, "_triton", lambda: None)
-    with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
+    monkeypatch.setattr(dispatch, "triton_backend", lambda: None)
+    with pytest.raises(OperationError, match="needs the package triton, which is not installed"):
         call(case, backend="triton")
     assert call(case).shape == case.q.shape
 
@@ -127,19 +154,19 @@ def test_a_machine_without_triton_says_so(case, monkeypatch):
 def test_decode_attention_refuses_bad_pages(case):
     ids, counts = pack([[0], [0]], 3)
     assert call(case, page_ids=ids, page_counts=counts).shape == (2, 4, 4)
-    with pytest.raises(ValueError, match="return_page_scores needs every token"):
+    with pytest.raises(OperationError, match="return_page_scores needs every token"):
         call(case, page_ids=ids, page_counts=counts, return_page_scores=True)
-    with pytest.raises(ValueError, match=r"page_ids must be int32.*int64"):
+    with pytest.raises(OperationError, match=r"page_ids must be int32.*int64"):
         call(case, page_ids=ids.long(), page_counts=counts)
-    with pytest.raises(ValueError, match=r"page_ids must be \[B, pages\].*\[2\]"):
+    with pytest.raises(OperationError, match=r"page_ids must be \[B, pages\].*\[2\]"):
         call(case, page_ids=counts, page_counts=counts)
-    with pytest.raises(ValueError, match=r"page_counts must be int32 \[2\].*\[1\]"):
+    with pytest.raises(OperationError, match=r"page_counts must be int32 \[2\].*\[1\]"):
         call(case, page_ids=ids, page_counts=counts[:1])
 
 
 def test_decode_attention_refuses_strided_heads(case):
     case.k_cache = case.k_cache.transpose(2, 3).contiguous().transpose(2, 3)
-    with pytest.raises(ValueError, match="k_cache must have last stride 1"):
+    with pytest.raises(OperationError, match="k_cache must have last stride 1"):
         call(case)
 
 
@@ -154,14 +181,16 @@ def test_decode_attention_refuses_strided_heads(case):
     ],
 )
 def test_select_pages_refuses(scores, lengths, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(OperationError) as error:
         ops.select_pages(scores, lengths, DeltaConfig())
     for word in words:
         assert word in str(error.value), error.value
 
 
-def test_cpu_maker_reads_no_memory_outside_the_cache(case):
+def test_torch_backend_reads_no_memory_outside_the_cache(case):
     for block in (-1, 5):
         case.block_table[1, 0] = block
-        with pytest.raises(ValueError, match=rf"block_table must name blocks in 0..4, got {block}"):
+        with pytest.raises(
+            OperationError, match=rf"block_table must name blocks in 0..4, got {block}"
+        ):
             call(case)

@@ -37,11 +37,11 @@ def test_decode_attention_is_a_proper_operator(dtype, scores):
     case = make_case(1, [9, 4], dtype=dtype)
     operator = torch.ops.deltadecode.decode_attention.default
     torch.library.opcheck(
-        operator, (*case.arguments, None, None, None, 0.5, 4, None, 1.0, 1.0, scores, "cpu")
+        operator, (*case.arguments, 0.5, 4, None, None, None, None, 1.0, 1.0, scores, "torch")
     )
 
 
 def test_select_pages_is_a_proper_operator():
     scores, lens = torch.rand(2, 9), torch.tensor([33, 5], dtype=torch.int32)
     operator = torch.ops.deltadecode.select_pages.default
-    torch.library.opcheck(operator, (scores, lens, 4, 3, 1, 0, "cpu"))
+    torch.library.opcheck(operator, (scores, lens, 4, 3, 1, 0, "torch"))

@@ -182,7 +182,7 @@ def selections(draw):
     edges = st.sampled_from([0, 1, p - 1, p, p + 1, k - 1, k, k + 1, k + p, k + p + 1])
     lengths = draw(st.lists(edges | st.integers(0, 3 * k + p), min_size=1, max_size=4))
     pages = max(-(-n // p) for n in lengths) + draw(st.integers(0, 3))
-    # Scores with many equals, and scores without any: makers treat them differently.
+    # Scores with many equals, and scores without any: backends treat them differently.
     unlike = st.permutations([u / 8 for u in range(pages)])
     alike = st.lists(number, min_size=pages, max_size=pages)
     rows = draw(st.lists(unlike, min_size=len(lengths), max_size=len(lengths)))

@@ -1,114 +1,130 @@
 """The operations as ``torch.ops.deltadecode.*``, which compiled graphs and CUDA graphs can hold.
 
-A compiler sees each as one opaque node with a known output shape; :mod:`deltadecode.ops` calls them
-while it is being traced, and its makers directly otherwise.
+A compiler sees each as one opaque node with a known output shape. What is registered here calls
+them while it is being traced, and the backends directly otherwise.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
+from deltadecode.errors import OperationError
+from deltadecode.ops.dispatch import run_decode, run_select
+from deltadecode.ops.inputs import DecodeInputs, check_decode, check_select, needs_gradients
 
-_DECODE = "deltadecode::decode_attention"
-_SELECT = "deltadecode::select_pages"
-
-torch.library.define(
-    _DECODE,
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor? page_ids, Tensor? page_counts, Tensor? sinks, float scale, int page_size, "
-    "float? softcap, float k_scale, float v_scale, bool return_page_scores, str backend) "
-    "-> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    _SELECT,
-    "(Tensor page_scores, Tensor seq_lens, int page_size, int budget_pages, int recent_pages, "
-    "int sink_pages, str backend) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+_FIELDS = tuple(field.name for field in fields(DecodeInputs))
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    int: "int",
+    bool: "bool",
+}
 
 
-@torch.library.impl(_DECODE, "CompositeExplicitAutograd")
-def _decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    page_ids: Tensor | None,
-    page_counts: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    page_size: int,
-    softcap: float | None,
-    k_scale: float,
-    v_scale: float,
-    return_page_scores: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    from deltadecode.ops import decode_attention
-
-    found = decode_attention(
-        q, k_cache, v_cache, block_table, seq_lens, scale=scale, page_size=page_size,
-        page_ids=page_ids, page_counts=page_counts, sinks=sinks, softcap=softcap, k_scale=k_scale,
-        v_scale=v_scale, return_page_scores=return_page_scores, backend=backend,
-    )  # type: ignore[call-overload] # fmt: skip
-    out, scores = found if return_page_scores else (found, q.new_empty(0, dtype=torch.float32))
-    return out, scores
+# DecodeInputs and optionally a backend, to the output and the page scores, if asked for.
+Decode = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-@torch.library.register_fake(_DECODE)  # type: ignore[untyped-decorator]
-def _fake_decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    page_ids: Tensor | None,
-    page_counts: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    page_size: int,
-    softcap: float | None,
-    k_scale: float,
-    v_scale: float,
-    return_page_scores: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if not return_page_scores:
-        return q.new_empty(q.shape), q.new_empty(0, dtype=torch.float32)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    pages = block_table.shape[1] * k_cache.shape[1] // page_size
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], pages), dtype=dtype)
+def register_decode(
+    name: str, prepare: Callable[[DecodeInputs], DecodeInputs] | None = None
+) -> Decode:
+    """Register ``decode_attention`` as ``torch.ops.deltadecode.<name>``, and return its caller.
+
+    The operator takes the fields of :class:`DecodeInputs` and the backend by position. It returns
+    page scores in any case: empty ones when they are not asked for.
+
+    Parameters
+    ----------
+    name : str
+        Of the operator.
+    prepare : callable, optional
+        Makes what the backends take of what the operator takes, without a copy; it may change its
+        argument.
+    """
+    hints = get_type_hints(DecodeInputs)
+    parameters = [f"{_SCHEMA_TYPES[hints[field]]} {field}" for field in _FIELDS]
+
+    def run(*values: Any) -> tuple[Tensor, Tensor]:
+        inputs = DecodeInputs(*values[:-1])
+        _refuse_gradients(inputs)
+        out, scores = _checked(inputs, values[-1])
+        return out, inputs.q.new_empty(0, dtype=torch.float32) if scores is None else scores
+
+    def fake(*values: Any) -> tuple[Tensor, Tensor]:
+        inputs = DecodeInputs(*values[:-1])
+        q = inputs.q
+        if not inputs.return_page_scores:
+            return q.new_empty(q.shape), q.new_empty(0, dtype=torch.float32)
+        inputs = inputs if prepare is None else prepare(inputs)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        pages = inputs.block_table.shape[1] * inputs.k_cache.shape[1] // inputs.page_size
+        return q.new_empty(q.shape), q.new_empty((q.shape[0], pages), dtype=dtype)
+
+    _register(name, [*parameters, "str backend"], run, fake)
+    operator = getattr(torch.ops.deltadecode, name)
+
+    def _checked(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | None]:
+        if prepare is not None:
+            inputs = prepare(inputs)
+        check_decode(inputs)
+        return run_decode(inputs, backend)
+
+    def decode(inputs: DecodeInputs, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
+        if not torch.compiler.is_compiling():
+            return _checked(inputs, backend)
+        if prepare is None:  # what others make of their inputs is checked when it runs
+            check_decode(inputs)
+        _refuse_gradients(inputs)
+        out, scores = operator(*[getattr(inputs, field) for field in _FIELDS], backend)
+        return out, scores if inputs.return_page_scores else None
+
+    return decode
 
 
-@torch.library.impl(_SELECT, "CompositeExplicitAutograd")
+def _refuse_gradients(inputs: DecodeInputs) -> None:
+    if needs_gradients(inputs):
+        raise OperationError(
+            "decode_attention computes no gradients inside a compiled graph, got an input that "
+            "requires them; compile under torch.no_grad(), or do not compile"
+        )
+
+
 def _select_pages(
-    page_scores: Tensor,
-    seq_lens: Tensor,
-    page_size: int,
-    budget_pages: int,
-    recent_pages: int,
-    sink_pages: int,
-    backend: str,
+    page_scores: Tensor, seq_lens: Tensor, page: int, budget: int, recent: int, sink: int, to: str
 ) -> tuple[Tensor, Tensor]:
-    from deltadecode.ops import select_pages
-
-    cfg = DeltaConfig(page_size, budget_pages, recent_pages, sink_pages)
-    return select_pages(page_scores, seq_lens, cfg, backend=backend)
+    check_select(page_scores, seq_lens)
+    return run_select(page_scores, seq_lens, DeltaConfig(page, budget, recent, sink), to)
 
 
-@torch.library.register_fake(_SELECT)  # type: ignore[untyped-decorator]
 def _fake_select_pages(
-    page_scores: Tensor,
-    seq_lens: Tensor,
-    page_size: int,
-    budget_pages: int,
-    recent_pages: int,
-    sink_pages: int,
-    backend: str,
+    page_scores: Tensor, seq_lens: Tensor, page: int, budget: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    ids = page_scores.new_empty((page_scores.shape[0], budget_pages), dtype=torch.int32)
+    ids = page_scores.new_empty((page_scores.shape[0], budget), dtype=torch.int32)
     return ids, torch.empty_like(seq_lens)
+
+
+def _register(
+    name: str, parameters: list[str], run: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    name = f"deltadecode::{name}"
+    schema = f"({', '.join(parameters)}) -> (Tensor, Tensor)"
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "CompositeExplicitAutograd", run)
+    torch.library.register_fake(name, fake)
+
+
+decode = register_decode("decode_attention")
+_register(
+    "select_pages",
+    ["Tensor page_scores", "Tensor seq_lens", "int page_size", "int budget_pages",
+     "int recent_pages", "int sink_pages", "str backend"],
+    _select_pages, _fake_select_pages,
+)  # fmt: skip

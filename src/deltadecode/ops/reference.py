@@ -1,7 +1,7 @@
 """The definition of the operations, in plain PyTorch: one sequence at a time, no blocks.
 
-Every other maker must agree with this one. It computes in float32, in float64 for float64 input.
-Contracts and checks stand in :mod:`deltadecode.ops`; the rules R1..R9 in docs/semantics.md.
+Every other backend must agree with this one. It computes in float32, in float64 for float64 input.
+Contracts stand in :mod:`deltadecode.ops.operations`; the rules R1..R9 in docs/semantics.md.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
+from deltadecode.ops.inputs import DecodeInputs
 
 
 def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:
@@ -39,31 +40,17 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     return page_ids, counts.int()
 
 
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    *,
-    scale: float,
-    page_size: int,
-    page_ids: Tensor | None,
-    page_counts: Tensor | None,
-    sinks: Tensor | None,
-    softcap: float | None,
-    k_scale: float,
-    v_scale: float,
-    return_page_scores: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
     """Attend with one query token per sequence; see :func:`deltadecode.ops.decode_attention`."""
+    q, block_table, page_size = inputs.q, inputs.block_table, inputs.page_size
+    page_ids, page_counts = inputs.page_ids, inputs.page_counts
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    block_size = k_cache.shape[1]
+    block_size = inputs.k_cache.shape[1]
     pages = block_table.shape[1] * block_size // page_size
     out = torch.zeros_like(q)
     page_scores = q.new_zeros((q.shape[0], pages), dtype=dtype)
 
-    for row, length in enumerate(seq_lens.tolist()):
+    for row, length in enumerate(inputs.seq_lens.tolist()):
         if page_ids is None or page_counts is None or page_counts[row] < 0:
             tokens = torch.arange(length, device=q.device)
         else:
@@ -73,38 +60,22 @@ def decode_attention(
         if tokens.numel() == 0:
             continue
         block = block_table[row, tokens // block_size].long()
-        k = k_cache[block, tokens % block_size].to(dtype) * k_scale
-        v = v_cache[block, tokens % block_size].to(dtype) * v_scale
-        alpha = attention_weights(q[row].to(dtype), k, scale, softcap, sinks)
+        k = inputs.k_cache[block, tokens % block_size].to(dtype) * inputs.k_scale
+        v = inputs.v_cache[block, tokens % block_size].to(dtype) * inputs.v_scale
+        alpha = attention_weights(q[row].to(dtype), k, inputs.scale, inputs.softcap, inputs.sinks)
         groups = alpha.view(v.shape[1], -1, v.shape[0])
         out[row] = torch.einsum("hgt,thd->hgd", groups, v).flatten(0, 1).to(out.dtype)
-        if return_page_scores:
+        if inputs.return_page_scores:
             page_scores[row].index_add_(0, tokens // page_size, alpha.amax(dim=0))
-    return (out, page_scores) if return_page_scores else out
+    return out, page_scores if inputs.return_page_scores else None
 
 
 def attention_weights(
     q: Tensor, k: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Softmax weights of each query head over the given tokens (R2, R5, R7).
+    """Softmax weights [Hq, T] of q [Hq, D] over keys [T, Hkv, D] (R2, R5, R7).
 
-    Parameters
-    ----------
-    q : Tensor
-        [Hq, D].
-    k : Tensor
-        [T, Hkv, D]; query head h reads key head h // (Hq / Hkv).
-    scale : float
-        Factor on q · k.
-    softcap : float or None
-        Logits become ``softcap * tanh(logit / softcap)`` after scaling.
-    sinks : Tensor or None
-        [Hq], one more logit per head in the denominator.
-
-    Returns
-    -------
-    Tensor
-        [Hq, T]; rows sum to 1, to less with sinks.
+    Query head h reads key head h // (Hq / Hkv). Rows sum to 1, to less with sinks.
     """
     groups = q.reshape(k.shape[1], -1, k.shape[2])
     logits = torch.einsum("hgd,thd->hgt", groups, k).flatten(0, 1) * scale

@@ -19,66 +19,8 @@ from torch import Tensor
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.step import StaticStep
 from deltadecode.errors import MissingSelectionError
-from deltadecode.ops import decode_attention, select_pages
-
-_ROWS = "deltadecode::decode_rows"
-
-# One opaque node of a graph, so that no compiler has to understand the overlapping blocks: copied,
-# they would be a page's length times as large as the cache.
-torch.library.define(
-    _ROWS,
-    "(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor seq_lens, Tensor? page_ids, "
-    "Tensor? page_counts, Tensor? sinks, float scale, int page_size, float? softcap, "
-    "bool return_page_scores) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _decode_rows(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    seq_lens: Tensor,
-    page_ids: Tensor | None,
-    page_counts: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    page_size: int,
-    softcap: float | None,
-    return_page_scores: bool,
-) -> tuple[Tensor, Tensor]:
-    found = decode_attention(
-        q, _blocks(keys, page_size), _blocks(values, page_size), table, seq_lens, scale=scale,
-        page_size=page_size, page_ids=page_ids, page_counts=page_counts, sinks=sinks,
-        softcap=softcap, return_page_scores=return_page_scores,
-    )  # type: ignore[call-overload] # fmt: skip
-    out, scores = found if return_page_scores else (found, q.new_empty(0, dtype=torch.float32))
-    return out, scores
-
-
-torch.library.impl(_ROWS, "CompositeExplicitAutograd", _decode_rows)
-
-
-@torch.library.register_fake(_ROWS)
-def _fake_decode_rows(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    seq_lens: Tensor,
-    page_ids: Tensor | None,
-    page_counts: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    page_size: int,
-    softcap: float | None,
-    return_page_scores: bool,
-) -> tuple[Tensor, Tensor]:
-    if not return_page_scores:
-        return q.new_empty(q.shape), q.new_empty(0, dtype=torch.float32)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(table.shape, dtype=dtype)
+from deltadecode.ops import DecodeInputs, select_pages
+from deltadecode.ops.library import register_decode
 
 
 def _blocks(states: Tensor, page_size: int) -> Tensor:
@@ -86,6 +28,18 @@ def _blocks(states: Tensor, page_size: int) -> Tensor:
     rows, heads, slots, dim = states.shape
     starts = (rows - 1) * heads * slots + slots - page_size + 1
     return states.as_strided((starts, page_size, heads, dim), (dim, dim, slots * dim, 1))
+
+
+def _in_blocks(inputs: DecodeInputs) -> DecodeInputs:
+    """Read the caches, buffers [B, Hkv, slots, D], as overlapping blocks."""
+    inputs.k_cache = _blocks(inputs.k_cache, inputs.page_size)
+    inputs.v_cache = _blocks(inputs.v_cache, inputs.page_size)
+    return inputs
+
+
+# One opaque node of a graph, so that no compiler has to understand the overlapping blocks: copied,
+# they would be a page's length times as large as the cache.
+decode_rows = register_decode("decode_rows", _in_blocks)
 
 
 def static_attention(
@@ -152,13 +106,12 @@ def static_attention(
         if source not in step.selections:
             raise MissingSelectionError(layer, source)
         ids, counts = (part.to(key.device) for part in step.selections[source])
-    run = torch.ops.deltadecode.decode_rows if torch.compiler.is_compiling() else _decode_rows
-    out: Tensor
-    out, scores = run(
-        query, key, value, table, lens, ids, counts, options["sinks"], options["scale"],
-        cfg.page_size, options["softcap"], delta,
+    inputs = DecodeInputs(
+        query, key, value, table, lens, options["scale"], cfg.page_size, ids, counts,
+        options["sinks"], options["softcap"], return_page_scores=delta,
     )  # fmt: skip
-    if delta:
+    out, scores = decode_rows(inputs)
+    if scores is not None:
         ids, counts = step.selections[layer] = select_pages(scores, lens, cfg)
         tokens = _selected_tokens(ids, counts, lens, cfg.page_size)
         _count_selected(state, layer, tokens, step, key)

@@ -39,7 +39,7 @@ _FEW_PAGES = 2048
 # What a split costs, as a part of a row's time: it is written, and read once more.
 _SPLIT = 0.02
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,8 @@ def attention_shape(
 
     Parameters
     ----------
-    dim : int
-        Head size, padded to a power of two.
-    itemsize : int
-        Bytes of an element of the cache.
+    dim, itemsize : int
+        Head size, padded to a power of two, and bytes of an element of the cache.
     programs : int
         Thread blocks without a split: rows times KV heads.
     tokens : int
@@ -105,13 +103,6 @@ def attention_shape(
         Whether the kernel reads selected pages.
     device : torch.device
         Where it runs.
-
-    Returns
-    -------
-    tile : Tile
-        Its keys and values fit in shared memory in every stage.
-    parts : int
-        At least 1.
     """
     sms, key_bytes = hardware(device).multiprocessors, dim * itemsize
     # A power of two, so that a growing cache compiles a kernel a few times, not at every length.
@@ -125,7 +116,7 @@ def attention_shape(
     return _quickest(_by_bytes(_FULL, key_bytes), programs, most, sms)
 
 
-def _by_bytes(tiles: tuple[tuple[int, Found], ...], key_bytes: int) -> Found:
+def _by_bytes(tiles: tuple[tuple[int, T], ...], key_bytes: int) -> T:
     return next(tile for most, tile in tiles if key_bytes <= most)
 
 
@@ -155,10 +146,8 @@ def finish_shape(
         Logits of a page, over all query heads, both padded to powers of two.
     pages : int
         Most pages that a row can have.
-    rows : int
-        Rows of the launch.
-    parts : int
-        Parts that each row's attention was split into.
+    rows, parts : int
+        Rows of the launch, and parts that each row's attention was split into.
     dim : int
         Head size, padded to a power of two.
     device : torch.device
@@ -195,7 +184,7 @@ class SelectionShape:
         many sizes.
     pieces, piece : int
         Thread blocks of a row, and the pages that each selects from when the row is longer than
-        the largest size; then a second launch selects from what they found. 1 and 0 where one
+        the largest size; then a second launch selects from their candidates. 1 and 0 where one
         block reads a longer row in turns.
     warps : int
         Warps of a thread block.
@@ -210,21 +199,7 @@ class SelectionShape:
 
 @functools.lru_cache(maxsize=4096)
 def selection_shape(rows: int, width: int, budget: int) -> SelectionShape:
-    """Shape of the selection.
-
-    Parameters
-    ----------
-    rows : int
-        Rows of the launch.
-    width : int
-        Most pages that a row can have.
-    budget : int
-        Pages to select, K.
-
-    Returns
-    -------
-    SelectionShape
-    """
+    """Shape of the selection of ``budget`` pages from rows of up to ``width`` pages."""
     piece = 0
     if width > _WHOLE_PAGES and rows <= _FEW_ROWS:
         # What all pieces of a row find has to fit in one.
@@ -241,15 +216,7 @@ def selection_shape(rows: int, width: int, budget: int) -> SelectionShape:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What launches and refusals depend on.
-
-    Attributes
-    ----------
-    multiprocessors : int
-        Of the device.
-    capability : tuple of int
-        Its compute capability, major and minor.
-    """
+    """What launches and refusals depend on; the capability is (major, minor)."""
 
     multiprocessors: int
     capability: tuple[int, int]
@@ -257,18 +224,8 @@ class Hardware:
 
 @functools.cache
 def hardware(device: torch.device) -> Hardware:
-    """Facts of a device; those of a Hopper GPU for a CPU, where the interpreter runs.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the tensors are.
-
-    Returns
-    -------
-    Hardware
-    """
+    """Facts of a device; those of a Hopper GPU for a CPU, where the interpreter runs."""
     if device.type != "cuda":
         return Hardware(132, (9, 0))
-    found = torch.cuda.get_device_properties(device)
-    return Hardware(int(found.multi_processor_count), (int(found.major), int(found.minor)))
+    gpu = torch.cuda.get_device_properties(device)
+    return Hardware(int(gpu.multi_processor_count), (int(gpu.major), int(gpu.minor)))

@@ -221,13 +221,13 @@ def _select_row(
 
 @triton.jit
 def _select_piece(
-    scores_ptr, ids_ptr, found_ptr, piece, pages, recent, sinks, last, BUDGET: tl.constexpr,
+    scores_ptr, ids_ptr, candidates_ptr, piece, pages, recent, sinks, last, BUDGET: tl.constexpr,
     BUDGET_PAD: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Select from PIECE pages of a row; with ``last``, from those that all its pieces found.
+    """Select from PIECE pages of a row; with ``last``, from the candidates of all pieces.
 
     A page that is not among the BUDGET best of its piece is not among those of its row, and what
-    the pieces found, one behind the other, ascends. One code for both: when the second launch
+    the pieces select, one behind the other, ascends. One code for both: when the second launch
     needs it, it has just been fetched.
     """
     recent_from = pages - recent
@@ -236,14 +236,14 @@ def _select_piece(
     end = tl.minimum(start + PIECE, pages)
     if last:
         count = pages // PIECE * BUDGET + tl.minimum(pages % PIECE, BUDGET)
-        page = tl.load(found_ptr + place, mask=place < count, other=0)
+        page = tl.load(candidates_ptr + place, mask=place < count, other=0)
         forced = recent + sinks
     else:
         count = end - start
         page = start + place
         forced = tl.maximum(0, end - tl.maximum(start, recent_from))
         forced += tl.maximum(0, tl.minimum(sinks, end) - start)
-        ids_ptr = found_ptr + piece * BUDGET
+        ids_ptr = candidates_ptr + piece * BUDGET
     if count > BUDGET:
         _select_at_once(
             scores_ptr, ids_ptr, page, place < count, count, recent_from, sinks, forced, BUDGET,
@@ -257,8 +257,8 @@ def _select_piece(
 
 @triton.jit(do_not_specialize=["last"])
 def select(
-    scores_ptr, lens_ptr, ids_ptr, counts_ptr, found_ptr, scores_row, found_row, width, recent,
-    sinks, last,
+    scores_ptr, lens_ptr, ids_ptr, counts_ptr, candidates_ptr, scores_row, candidates_row, width,
+    recent, sinks, last,
     BUDGET: tl.constexpr, BUDGET_PAD: tl.constexpr, PAGE: tl.constexpr, LEAST: tl.constexpr,
     SIZES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
@@ -274,8 +274,8 @@ def select(
     if in_pieces:
         if PIECE > 0:
             _select_piece(
-                scores_ptr, ids_ptr, found_ptr + row * found_row, piece, pages, recent, sinks, last,
-                BUDGET, BUDGET_PAD, PIECE,
+                scores_ptr, ids_ptr, candidates_ptr + row * candidates_row, piece, pages, recent,
+                sinks, last, BUDGET, BUDGET_PAD, PIECE,
             )  # fmt: skip
     elif (piece == 0) & (last == 0):
         _select_row(scores_ptr, ids_ptr, pages, recent, sinks, BUDGET, BUDGET_PAD, LEAST, SIZES)

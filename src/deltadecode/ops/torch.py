@@ -1,9 +1,9 @@
-"""Fast maker in plain PyTorch, tuned on CPUs; it runs on any device, with host synchronisation.
+"""Fast backend in plain PyTorch, tuned on CPUs; it runs on any device, with host synchronisation.
 
 Decoding is bound by reading keys and values, so nothing here copies them more than once: query
 heads that share a KV head are the rows of one matrix (no repeated KV heads), a row that lies in
 one block is a view, and a sparse layer gathers whole pages. Rows of equal length go through as
-one batch. Contracts stand in :mod:`deltadecode.ops`, the definition in
+one batch. Contracts stand in :mod:`deltadecode.ops.operations`, the definition in
 :mod:`deltadecode.ops.reference`.
 """
 
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
+from deltadecode.errors import OperationError
 from deltadecode.ops import reference
+from deltadecode.ops.inputs import DecodeInputs
 
 # Half precision keys and values are made float32 for exact page scores, this many elements (1 MiB)
 # at a time: they stay in the cache of a core, and need no memory to speak of. Measured: as fast as
@@ -31,59 +33,46 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     counts = used.clamp(max=budget)
     pages: list[int] = used.tolist()
     most = max(pages, default=0)
-    every = torch.arange(most, dtype=torch.int32, device=page_scores.device)
+    page = torch.arange(most, dtype=torch.int32, device=page_scores.device)
     if most <= budget:
-        page_ids = every.where(every < counts[:, None], -1)
+        page_ids = page.where(page < counts[:, None], -1)
         return F.pad(page_ids, (0, budget - most), value=-1), counts
 
     end = used[:, None]
-    forced = (every < sinks) | (every >= end - recent)
+    forced = (page < sinks) | (page >= end - recent)
     scores = page_scores[:, :most].masked_fill(forced, float("-inf"))
     wanted = budget - recent - sinks
     top = scores.topk(wanted + 1, dim=1)
-    for row, best in enumerate(top.values.tolist()):
+    for row, largest in enumerate(top.values.tolist()):
         # topk puts NaN first, and equals in any order (such as -inf, which forced pages have here).
-        doubtful = math.isnan(best[0]) or best[-1] == best[-2]
+        doubtful = math.isnan(largest[0]) or largest[-1] == largest[-2]
         if doubtful and pages[row] > budget:
             return reference.select_pages(page_scores, seq_lens, cfg)
-    last = end - recent + every[:recent]
+    last = end - recent + page[:recent]
     chosen = top.indices[:, :wanted].int()
-    page_ids = torch.cat([every[:sinks].expand(len(pages), -1), chosen, last], dim=1).sort(1).values
+    page_ids = torch.cat([page[:sinks].expand(len(pages), -1), chosen, last], dim=1).sort(1).values
     if min(pages) <= budget:
-        place = every[:budget]
+        place = page[:budget]
         page_ids = page_ids.where(end > budget, place.where(place < end, -1))
     return page_ids, counts
 
 
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    *,
-    scale: float,
-    page_size: int,
-    page_ids: Tensor | None,
-    page_counts: Tensor | None,
-    sinks: Tensor | None,
-    softcap: float | None,
-    k_scale: float,
-    v_scale: float,
-    return_page_scores: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
     """Attend with one query token per sequence; see :func:`deltadecode.ops.decode_attention`."""
+    q, page_size, page_ids = inputs.q, inputs.page_size, inputs.page_ids
+    k_cache, v_cache, block_table = inputs.k_cache, inputs.v_cache, inputs.block_table
     rows, heads, dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
-    lengths: list[int] = seq_lens.tolist()
+    lengths: list[int] = inputs.seq_lens.tolist()
     attended = lengths
-    if page_ids is not None and page_counts is not None:
-        attended = _attended(page_ids, page_counts.tolist(), lengths, page_size)
+    if page_ids is not None and inputs.page_counts is not None:
+        attended = _attended(page_ids, inputs.page_counts.tolist(), lengths, page_size)
     first = [row[0] if row else 0 for row in block_table[:, :1].tolist()]
     queries = q.reshape(rows, kv_heads, heads // kv_heads, dim)
     pages = block_table.shape[1] * block_size // page_size
+    scored, scale = inputs.return_page_scores, inputs.scale * inputs.k_scale
+    explicit = scored or inputs.sinks is not None or inputs.softcap is not None
 
-    scale *= k_scale
     outs, scores = [], []
     for start, stop in _batches(lengths, attended, first, block_size):
         whole = stop - start == rows
@@ -103,18 +92,18 @@ def decode_attention(
             v = _gather_pages(v_cache, table, chosen, page_size)[:, :, :tokens]
         if k.dtype != q.dtype:
             k, v = k.to(q.dtype), v.to(q.dtype)
-        if return_page_scores or sinks is not None or softcap is not None:
-            out, alpha = _attend_explicitly(part, k, v, scale, sinks, softcap)
+        if explicit:
+            out, alpha = _attend_explicitly(part, k, v, scale, inputs.sinks, inputs.softcap)
             outs.append(out)
-            if return_page_scores:
+            if scored:
                 scores.append(_sum_over_pages(alpha, page_size, pages))
         else:
             outs.append(_attend(part, k, v, scale))
     result = _join(outs, queries).reshape(q.shape)
-    if v_scale != 1.0:
-        result = result * v_scale
-    if not return_page_scores:
-        return result
+    if inputs.v_scale != 1.0:
+        result = result * inputs.v_scale
+    if not scored:
+        return result, None
     return result, _join(scores, q.new_zeros((0, pages), dtype=_exact(q.dtype)))
 
 
@@ -150,7 +139,7 @@ def _first_tokens(cache: Tensor, table: Tensor, first: int, tokens: int) -> Tens
         return cache[used].flatten(0, 1)[:tokens].transpose(0, 1)[None]
     rows = len(table)
     if not 0 <= first <= blocks - rows:
-        raise ValueError(f"block_table must name blocks in 0..{blocks - 1}, got {first}")
+        raise OperationError(f"block_table must name blocks in 0..{blocks - 1}, got {first}")
     by_block, by_token, by_head, _ = cache.stride()
     # One call instead of three: at short lengths the calls are what takes the time.
     return cache.as_strided(
@@ -211,16 +200,18 @@ def _attend_explicitly(
 
     Stays in float32 from q to the output, whatever the input: the choice of pages hangs on it.
     """
-    given, dtype = q.dtype, _exact(q.dtype)
+    dtype = _exact(q.dtype)
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
     limit = _UPCAST_ELEMENTS if q.is_cpu else _UPCAST_ELEMENTS << 6  # fewer launches on a GPU
-    parts = 1 if given == dtype else -(-k.numel() // limit)
+    parts = 1 if q.dtype == dtype else -(-k.numel() // limit)
     size = -(-k.shape[2] // parts)
     scaled = q.flatten(0, 1).to(dtype) * scale
     pieces = [slice(start, start + size) for start in range(0, k.shape[2], size)]
     parted = [torch.bmm(scaled, keys[:, piece].to(dtype).transpose(1, 2)) for piece in pieces]
     logits = _join(parted, scaled, dim=2)
-    if softcap is not None:
+    if softcap is not None and logits.requires_grad:
+        logits = torch.tanh(logits / softcap) * softcap  # autograd keeps the tanh
+    elif softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     if sinks is not None:
         column = sinks.to(dtype).view(q.shape[1], q.shape[2], 1).repeat(len(q), 1, 1)
@@ -231,7 +222,7 @@ def _attend_explicitly(
     out = torch.zeros_like(scaled)
     for piece in pieces:
         out += torch.bmm(alpha[:, :, piece], values[:, piece].to(dtype))
-    return out.view(q.shape).to(given), alpha.view(*q.shape[:3], k.shape[2])
+    return out.view(q.shape).to(q.dtype), alpha.view(*q.shape[:3], k.shape[2])
 
 
 def _sum_over_pages(alpha: Tensor, page_size: int, pages: int) -> Tensor:

@@ -1,0 +1,93 @@
+"""Which backend computes an operation."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+from torch import Tensor
+
+from deltadecode.config import DeltaConfig
+from deltadecode.errors import OperationError
+from deltadecode.ops import reference
+from deltadecode.ops import torch as torch_backend
+from deltadecode.ops.inputs import DecodeInputs, check_reach, needs_gradients
+
+
+def kernels_refuse(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
+    """Why the Triton kernels do not compute with such tensors, in one line; None when they do.
+
+    The other backends wait for the GPU, which a CUDA graph cannot hold.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        q [B, Hq, D], or page scores [B, pages] when there is no cache.
+    k_cache : Tensor, optional
+        [blocks, block_size, Hkv, D].
+    """
+    kernels = triton_backend()
+    if kernels is None:
+        return "needs the package triton, which is not installed"
+    reason: str | None = kernels.unsupported(tensor, k_cache)
+    return reason
+
+
+def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Output of ``decode_attention`` for checked inputs, and its page scores if asked for."""
+    check_reach(
+        inputs.seq_lens, inputs.block_table.shape[1] * inputs.k_cache.shape[1], "block_table"
+    )
+    chosen = _choose(backend, inputs.q, inputs.k_cache)
+    if chosen is not torch_backend and chosen is not reference and needs_gradients(inputs):
+        if backend == "triton":
+            raise OperationError(
+                "backend 'triton' computes no gradients, got an input that requires them; use "
+                "backend 'torch', or torch.no_grad()"
+            )
+        chosen = torch_backend
+    out: Tensor
+    scores: Tensor | None
+    out, scores = chosen.decode_attention(inputs)
+    return out, scores
+
+
+def run_select(
+    page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Page ids and counts of ``select_pages`` for checked inputs."""
+    check_reach(seq_lens, page_scores.shape[1] * cfg.page_size, "page_scores")
+    page_ids, page_counts = _choose(backend, page_scores).select_pages(page_scores, seq_lens, cfg)
+    return page_ids, page_counts
+
+
+def _choose(backend: str, tensor: Tensor, k_cache: Tensor | None = None) -> ModuleType:
+    """Module that computes an operation, given its first inputs."""
+    if backend == "reference":
+        return reference
+    if backend == "torch" or (backend == "auto" and not tensor.is_cuda):
+        return torch_backend
+    if backend not in ("auto", "triton"):
+        raise OperationError(
+            f"backend must be 'auto', 'reference', 'torch' or 'triton', got {backend!r}"
+        )
+    reason = kernels_refuse(tensor, k_cache)
+    if reason is None:
+        kernels = triton_backend()
+        assert kernels is not None
+        return kernels
+    if backend == "triton":
+        raise OperationError(f"backend 'triton' {reason}")
+    return torch_backend
+
+
+@functools.cache
+def triton_backend() -> ModuleType | None:
+    """The kernels, imported when first asked for; None without Triton."""
+    try:
+        return importlib.import_module("deltadecode.ops.triton")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None

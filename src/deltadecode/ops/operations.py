@@ -1,0 +1,137 @@
+"""The operations as users and engines call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltadecode.config import DeltaConfig
+from deltadecode.ops.dispatch import run_select
+from deltadecode.ops.inputs import DecodeInputs, check_select
+from deltadecode.ops.library import decode
+
+
+def select_pages(
+    page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Select the pages that sparse layers read (R3, R4).
+
+    With n tokens in a row and N = ⌈n / P⌉ pages: all pages if N ≤ K, else the last L, the first S,
+    and of the others the K - L - S with the largest score. Ties go to the lower page; NaN ranks
+    below every number. Scores of pages ≥ N are ignored.
+
+    Parameters
+    ----------
+    page_scores : Tensor
+        [B, pages], any float dtype, pages ≥ max N; S_u of :func:`decode_attention`.
+    seq_lens : Tensor
+        [B] int32, tokens per row, the new one included.
+    cfg : DeltaConfig
+        Gives P, K, L and S; its layers play no part.
+    backend : str
+        ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
+
+    Returns
+    -------
+    page_ids : Tensor
+        [B, K] int32, ascending, padded with -1.
+    page_counts : Tensor
+        [B] int32, min(N, K).
+
+    Raises
+    ------
+    OperationError
+        When a shape, dtype or device is wrong, or (CPU) a row is longer than its scores.
+    """
+    check_select(page_scores, seq_lens)
+    if torch.compiler.is_compiling():
+        ids_and_counts: tuple[Tensor, Tensor] = torch.ops.deltadecode.select_pages(
+            page_scores, seq_lens, cfg.page_size, cfg.budget_pages, cfg.recent_pages,
+            cfg.sink_pages, backend,
+        )  # fmt: skip
+        return ids_and_counts
+    return run_select(page_scores, seq_lens, cfg, backend)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    page_size: int,
+    page_ids: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    return_page_scores: bool = False,
+    backend: str = "auto",
+) -> Any:  # a union of Tensor and tuple would make every caller tell them apart
+    """Attend with one new token per row over a paged KV cache (R2, R5, R6, R7).
+
+    Token t of row b is slot ``t % block_size`` of block ``block_table[b, t // block_size]``.
+    Without ``page_ids`` a row attends to its n tokens (dense and Δ-layers), with them to the tokens
+    of its selected pages (sparse layers). Slots that are not attended to are never read into a
+    result, whatever they hold; neither are table entries past the last token.
+
+    Gradients reach q, the caches and the sinks; ``"auto"`` takes ``"torch"`` where they are needed.
+
+    Parameters
+    ----------
+    q : Tensor
+        [B, Hq, D] float32, bfloat16, float16 or float64.
+    k_cache, v_cache : Tensor
+        [blocks, block_size, Hkv, D] like q, or float8_e4m3fn; any strides with the last one 1. Hkv
+        divides Hq; query head h reads KV head h // (Hq / Hkv). ``page_size`` divides block_size.
+    block_table : Tensor
+        [B, blocks_max] int32.
+    seq_lens : Tensor
+        [B] int32, tokens n per row, the new one included. A row of 0 tokens gives zeros.
+    scale : float
+        Factor on q · k.
+    page_size : int
+        Tokens of a page, P.
+    page_ids : Tensor, optional
+        [B, K] int32, the selected pages, ascending and below ⌈n / P⌉, as :func:`select_pages` gives
+        them; only the first ``page_counts`` of a row count.
+    page_counts : Tensor, optional
+        [B] int32; with ``page_ids`` only, and required with them. A row with -1 attends to all its
+        tokens, whatever its page ids: a sparse layer's batch can hold the end of a prompt.
+    sinks : Tensor, optional
+        [Hq] float, a logit per head that enters the softmax denominator and is no token.
+    softcap : float, optional
+        Logits become ``softcap * tanh(logit / softcap)``, after the scale.
+    k_scale, v_scale : float
+        What stored keys and values are multiplied by, for caches of 8 bits.
+    return_page_scores : bool
+        Return S_u too: s_t is the largest softmax weight of token t over the query heads, S_u the
+        sum of s_t over the tokens of page u. Not with ``page_ids``.
+    backend : str
+        ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
+
+    Returns
+    -------
+    out : Tensor
+        [B, Hq, D] like q. Softmax and sums are float32 (float64 for float64 input).
+    page_scores : Tensor
+        Only with ``return_page_scores``, else ``out`` alone: [B, blocks_max * block_size // P]
+        float32 (float64 for float64 input), 0 for pages past the last token.
+
+    Raises
+    ------
+    OperationError
+        When shapes, dtypes or devices do not fit, (CPU) a row is longer than its table, or
+        gradients are needed of what computes none: ``"triton"``, or a compiled graph.
+    """
+    inputs = DecodeInputs(
+        q, k_cache, v_cache, block_table, seq_lens, scale, page_size, page_ids, page_counts, sinks,
+        softcap, k_scale, v_scale, return_page_scores,
+    )  # fmt: skip
+    out, scores = decode(inputs, backend)
+    return (out, scores) if return_page_scores else out
