@@ -6,14 +6,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import deltadecode_vllm
 from benchmarks.e2e.profile import summarize
-from deltadecode.engines.vllm.settings import BACKEND, KEY
+from deltadecode.engines.serving.settings import KEY
+from deltadecode.engines.vllm import BACKEND
 
 _FIRST_TOKEN = 10  # past the special ones
 _SEED = 0
@@ -35,7 +36,7 @@ class Engine:
         _set_environment()
         if spec["plan"] is not None:
             # Registered here, since in a source tree there is no entry point for vLLM to find.
-            import_module("deltadecode.engines.vllm.plugin").register()
+            deltadecode_vllm.register()
         from vllm import LLM
 
         ours = {"attention_backend": BACKEND, "additional_config": {KEY: spec["plan"]}}
