@@ -7,7 +7,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from deltadecode.engines.vllm import versions
-from deltadecode.engines.vllm.builder import most_rows
+from deltadecode.engines.vllm.builder import DeltaBuilder, most_rows
 from deltadecode.engines.vllm.cpu import causal
 
 
@@ -35,6 +35,36 @@ def test_the_other_rows_are_a_batch_of_their_own():
     assert (rest.num_reqs, rest.num_actual_tokens, rest.max_query_len) == (2, 8, 5)
     assert torch.equal(rest.block_table_tensor, common.block_table_tensor[2:])
     assert rest.slot_mapping.tolist() == list(range(2, 10))
+
+
+class StockBuilder:
+    def __init__(self, config):
+        self.vllm_config, self.device, self.layer_names = config, torch.device("cpu"), []
+
+    def _init_reorder_batch_threshold(self, threshold):
+        assert threshold == 1
+
+    def build(self, prefix, common, fast_build):
+        return SimpleNamespace(common=common)
+
+
+class Builder(DeltaBuilder, StockBuilder):
+    splits = False
+
+
+def test_rows_of_prompts_are_those_of_the_runner_where_it_passes_them_on():
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=0, static_forward_context={}),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+    )
+    builder = Builder(config)
+    common = batch([1, 1, 1, 1], [9, 8, 7, 6]).replace(
+        is_prefilling=torch.tensor([True, False, False, False])
+    )
+    assert builder.build(0, common).delta.prompts.tolist() == [True, False, False, False]
+    builder.prefilling = torch.tensor([False, True])
+    assert builder.build(0, common).delta.prompts.tolist() == [False, True, False, False]
+    assert builder.build(0, common).delta.prompts.tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize(("seqs", "captured", "rows"), [(32, 0, 32), (5, None, 8), (200, 257, 272)])

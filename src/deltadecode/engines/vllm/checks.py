@@ -54,6 +54,12 @@ def check_engine(vllm_config: Any, settings: Settings) -> None:
             f"--kv-cache-dtype must be {', '.join(CACHE_DTYPES[:-1])} or {CACHE_DTYPES[-1]} with "
             f"DELTA, got {cache.cache_dtype}"
         )
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if cache.cache_dtype not in ("auto", dtype):
+        raise UnsupportedCacheError(
+            f"--kv-cache-dtype must be auto or that of the model with DELTA, {dtype}, got "
+            f"{cache.cache_dtype}"
+        )
     page = settings.config.page_size
     if cache.block_size is not None and cache.block_size % page:
         raise UnsupportedCacheError(
@@ -82,7 +88,8 @@ def _check_heads(model: Any, parallel: Any) -> None:
         return
     from deltadecode.ops.triton import MOST_GROUP, MOST_HEAD_DIM
 
-    size = model.get_head_size()
+    # Gemma 4 gives full-attention layers a head size of their own.
+    size = max(model.get_head_size(), getattr(model.hf_text_config, "global_head_dim", None) or 0)
     group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
     if size > MOST_HEAD_DIM or group > MOST_GROUP:
         raise UnsupportedModelError(
