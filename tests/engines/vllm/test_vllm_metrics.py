@@ -32,7 +32,6 @@ class Scheduler:
 def step(rows, drafts=()):
     """``rows``: name -> tokens computed before, and new ones."""
     return SimpleNamespace(
-        scheduled_new_reqs=[],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=list(rows), num_computed_tokens=[computed for computed, _ in rows.values()]
         ),

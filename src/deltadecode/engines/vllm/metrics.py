@@ -41,20 +41,18 @@ def count_steps(scheduler: Any, settings: Settings) -> None:
 def _decode_rows(requests: dict[str, Any], output: Any) -> Iterator[tuple[int, int]]:
     """Tokens up to the first new one, and new tokens, of each decode row that ran.
 
-    Not of prompts, nor of requests that have ended meanwhile. A step's own results are not in
-    ``requests`` yet, while those of every earlier step are.
+    Not of prompts, which every new request begins with, nor of requests that have ended meanwhile.
+    A step's own results are not in ``requests`` yet, while those of every earlier step are.
     """
-    cached = output.scheduled_cached_reqs
-    computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-    computed.update((new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs)
+    running = output.scheduled_cached_reqs
     drafts = output.scheduled_spec_decode_tokens
-    for name, new_tokens in output.num_scheduled_tokens.items():
+    for name, computed in zip(running.req_ids, running.num_computed_tokens, strict=True):
         request = requests.get(name)
-        if request is None or request.is_finished():
+        if request is None or request.is_finished() or computed < request.num_prompt_tokens:
             continue
+        new_tokens = output.num_scheduled_tokens[name]
         # Several tokens that are no drafts are computed again, after a preemption: prefill.
-        decodes = computed[name] >= request.num_prompt_tokens
-        if decodes and new_tokens == 1 + len(drafts.get(name, ())):
+        if new_tokens == 1 + len(drafts.get(name, ())):
             yield request.num_tokens, new_tokens
 
 
