@@ -21,21 +21,23 @@ SPARSE = {
 ALL_PAGES = {**SPARSE, "budget_pages": 32}
 # The layers that share a cache are sparse ones, and the layer whose cache it is is dense.
 SHARED = {**ALL_PAGES, "dense_layers": [1, 3], "delta_layers": [5]}
-N_GRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+N_GRAM = {
+    "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2,
+}  # fmt: skip
+# The last one loads numba, after which vLLM 0.32 starts no other engine in its process on CPUs.
 RUNS = {
     "stock": {"model": "llama"},
+    "window": {"model": "phi", "config": {**ALL_PAGES, "on_unsupported": "stock"}},
+    "window, sparse": {"model": "phi", "config": SPARSE},
+    "window, stock": {"model": "phi"},
+    "shared": {"model": "gemma", "config": SHARED},
+    "shared with a Δ-layer": {
+        "model": "gemma", "config": {**SHARED, "dense_layers": [1], "delta_layers": [3, 7]},
+    },
+    "shared, stock": {"model": "gemma"},
     "speculative": {
         "model": "llama", "config": SPARSE, "engine": {"speculative_config": N_GRAM},
         "prompts": [PROMPT],
-    },
-    "stock after it": {"model": "llama"},
-    "window, stock": {"model": "phi"},
-    "window": {"model": "phi", "config": {**ALL_PAGES, "on_unsupported": "stock"}},
-    "window, sparse": {"model": "phi", "config": SPARSE},
-    "shared, stock": {"model": "gemma"},
-    "shared": {"model": "gemma", "config": SHARED},
-    "shared with a Δ-layer": {
-        "model": "gemma", "config": {**SHARED, "dense_layers": [1], "delta_layers": [3, 7]}
     },
 }  # fmt: skip
 
@@ -87,15 +89,15 @@ def test_rule11_rows_of_drafts_are_counted_as_what_ran(ran):
 
 
 def test_rule11_a_stock_engine_after_one_with_delta_is_not_counted(ran):
-    assert len(ran["stock after it"]["tokens"][0]) == 40
-    assert ran["stock after it"]["counted"] == [0, 0]
+    attended, full = ran["window, sparse"]["counted"]
+    assert 0 < attended < full
+    assert len(ran["window, stock"]["tokens"][0]) == 40
+    assert ran["window, stock"]["counted"] == [0, 0]
 
 
 def test_a_window_as_long_as_the_longest_sequence_hides_nothing(ran):
     assert "error" not in ran["window"], ran["window"]["error"]
     assert ran["window"]["tokens"] == ran["window, stock"]["tokens"]
-    attended, full = ran["window, sparse"]["counted"]
-    assert 0 < attended < full
 
 
 @pytest.mark.parametrize("case", ["shared", "shared with a Δ-layer"])

@@ -6,7 +6,9 @@ import numpy
 import pytest
 import torch
 
-from deltadecode.engines.vllm import versions
+import deltadecode_vllm
+from deltadecode.engines.serving import settings
+from deltadecode.engines.vllm import backend, versions
 from deltadecode.engines.vllm.versions import key_value_views, outside_range
 
 
@@ -52,3 +54,26 @@ def test_a_model_state_passes_on_which_rows_belong_to_prompts():
     for found in (by_name, in_order):
         assert found[:2] == (state, "full") and found[3] == {"more": 1}
         assert found[2][0]["prefilling"].tolist() == [True] and found[2][1] == {}
+
+
+def test_the_entry_point_names_what_there_is():
+    """It imports nothing of deltadecode, so it has names of its own."""
+    assert deltadecode_vllm.KEY == settings.KEY
+    module, _, name = deltadecode_vllm.BACKEND.rpartition(".")
+    assert module == backend.__name__ and hasattr(backend, name)
+
+
+def test_a_function_is_wrapped_once_and_keeps_its_kind():
+    class Owner:
+        def plain(self, x):
+            return x
+
+        @classmethod
+        def bound(cls, x):
+            return x
+
+    for name in ("plain", "bound"):
+        for _ in range(2):
+            deltadecode_vllm.wrap_once(Owner, name, lambda f: lambda *args: f(*args) + 1)
+    assert Owner().plain(1) == 2
+    assert Owner.bound(1) == Owner().bound(1) == 2
