@@ -50,7 +50,7 @@ WORDS = {
     "no stages": (
         {},
         {"pipeline_parallel_size": 2, "partition": "20,20"},
-        "no 2 pipeline stages for 24 layers: ",
+        "no pipeline stages for 24 layers: sum(partitions)=40",
     ),
     "old vLLM": ({}, {"version": "0.23.1"}, "works with vLLM 0.24 to 0.32, got 0.23.1"),
 }
