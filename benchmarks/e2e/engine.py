@@ -3,15 +3,16 @@
 import os
 import tempfile
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import deltadecode_vllm
 from benchmarks.e2e.profile import summarize
 from benchmarks.processes import serve_process
-from deltadecode.engines.vllm.settings import BACKEND, KEY
+from deltadecode.engines.serving.settings import KEY
+from deltadecode.engines.vllm import BACKEND
 
 _FIRST_TOKEN = 10  # past the special ones
 _SEED = 0
@@ -30,7 +31,7 @@ class Engine:
         _set_environment()
         if spec["plan"] is not None:
             # Registered here, since in a source tree there is no entry point for vLLM to find.
-            import_module("deltadecode.engines.vllm.plugin").register()
+            deltadecode_vllm.register()
         from vllm import LLM
 
         ours = {"attention_backend": BACKEND, "additional_config": {KEY: spec["plan"]}}

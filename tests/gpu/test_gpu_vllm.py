@@ -45,7 +45,7 @@ def work(tmp_path_factory):
     info.mkdir()
     (info / "METADATA").write_text(f"Name: deltadecode\nVersion: {deltadecode.__version__}\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\ndeltadecode = deltadecode.engines.vllm.plugin:register\n"
+        "[vllm.general_plugins]\ndeltadecode = deltadecode_vllm:register\n"
     )
     source = Path(deltadecode.__file__).resolve().parents[1]
     path = os.pathsep.join([str(folder), str(source), os.environ.get("PYTHONPATH", "")])

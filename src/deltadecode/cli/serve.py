@@ -20,7 +20,8 @@ from deltadecode.cli import options
 from deltadecode.cli.loading import load_config, make_plan, named_folder
 from deltadecode.cli.output import BadInput, print_json, quiet_libraries
 from deltadecode.config import DeltaConfig
-from deltadecode.engines.vllm.settings import BACKEND, KEY
+from deltadecode.engines.serving.settings import KEY
+from deltadecode.engines.vllm import BACKEND
 from deltadecode.errors import UnsupportedModelError
 
 # What is not ours is vLLM's. It has one-dash options of several letters, some with an h.

@@ -1,12 +1,10 @@
-"""Settings, counts and versions of the vLLM plugin: all that needs no vLLM."""
+"""Settings of a serving engine, and how many tokens a step attends to."""
 
 import pytest
-import torch
 
 from deltadecode import DeltaConfig, DeltaConfigError, UnsupportedModelError
-from deltadecode.engines.vllm import Settings, attended_tokens, resolve
-from deltadecode.engines.vllm.settings import own_settings
-from deltadecode.engines.vllm.versions import key_value_views, outside_range
+from deltadecode.engines.serving.counts import StepCounts, attended_tokens
+from deltadecode.engines.serving.settings import Settings, own_settings, resolve
 
 
 class Model:
@@ -79,24 +77,13 @@ def test_attended_tokens_equal_a_count_of_the_selected_pages(tokens):
     assert attended_tokens(settings, tokens) == (3 * tokens + 2 * sparse, 5 * tokens)
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "0.32.0+cpu", "0.28.1rc2", "dev"])
-def test_versions_in_range(version):
-    assert outside_range(version) is None
-
-
-@pytest.mark.parametrize("version", ["0.23.9", "0.33.0", "1.0.0", "0.9.2"])
-def test_versions_out_of_range_are_named_with_the_range(version):
-    assert outside_range(version) == f"deltadecode works with vLLM 0.24 to 0.32, got {version}"
-
-
-def test_both_cache_layouts_give_the_same_views():
-    blocks, size, heads, dim = 3, 16, 2, 8
-    k, v = torch.randn(2, blocks, size, heads, dim).unbind(0)
-    of_024 = torch.stack((k, v), dim=1)
-    of_032 = torch.cat((k, v), dim=-1).transpose(1, 2).contiguous()
-    for cache in (of_024, of_032):
-        k_cache, v_cache = key_value_views(cache, dim)
-        assert torch.equal(k_cache, k) and torch.equal(v_cache, v)
-        assert k_cache.stride(3) == v_cache.stride(3) == 1
-        k_cache[0, 0, 0, 0] = 7.0  # a view, not a copy
-        assert (cache == 7.0).any()
+def test_rule11_rows_of_several_tokens_are_counted_as_full_attention():
+    config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
+    settings = Settings(config, config.layer_plan(7, (0, 1, 3, 4, 6)))
+    counts = StepCounts(settings)
+    counts.add_row(200)
+    assert counts.take() == attended_tokens(settings, 200)
+    counts.add_row(200, 3)
+    whole = 5 * (200 + 201 + 202)
+    assert counts.take() == (whole, whole)
+    assert counts.take() == (0, 0)

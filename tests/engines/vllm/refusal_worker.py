@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,10 @@ def attempt(case):
         engine["attention_backend"] = "CUSTOM"
     real = vllm.__version__
     vllm.__version__ = engine.pop("version", real)
+    if "partition" in engine:
+        os.environ["VLLM_PP_LAYER_PARTITION"] = engine.pop("partition")
+    # As some users do who know that positions reach further.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -28,6 +33,7 @@ def attempt(case):
         return end.code, stderr.getvalue(), None
     finally:
         vllm.__version__ = real
+        os.environ.pop("VLLM_PP_LAYER_PARTITION", None)
     chosen = config.attention_config.backend
     return 0, stderr.getvalue(), config.additional_config["deltadecode"] if chosen else None
 

@@ -20,6 +20,11 @@ WORDS = {
     "no plan file": ({"plan": "/no/such.json"}, {}, "cannot read a DeltaConfig"),
     "layer out of range": ({"delta_layers": [0, 99]}, {}, "must be in 0..23"),
     "cache dtype": ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype must be auto, bfloat16 or"),
+    "another cache dtype": (
+        {},
+        {"kv_cache_dtype": "bfloat16"},
+        "--kv-cache-dtype must be auto or that of the model with DELTA, float32, got bfloat16",
+    ),
     "block size": ({"page_size": 48}, {"block_size": 64}, "--block-size must be a multiple"),
     "stage": (
         {"delta_layers": [0]},
@@ -32,22 +37,39 @@ WORDS = {
         {"model": "windowed"},
         'on_unsupported="stock" serves it with stock attention',
     ),
+    "window of positions": (
+        {},
+        {"model": "long_window", "max_model_len": 513},
+        "has a sliding window of 512 tokens, and --max-model-len is 513",
+    ),
+    "fast prefill": (
+        {},
+        {"kv_sharing_fast_prefill": True},
+        "--kv-sharing-fast-prefill must be off with DELTA",
+    ),
+    "no stages": (
+        {},
+        {"pipeline_parallel_size": 2, "partition": "20,20"},
+        "no pipeline stages for 24 layers: sum(partitions)=40",
+    ),
     "old vLLM": ({}, {"version": "0.23.1"}, "works with vLLM 0.24 to 0.32, got 0.23.1"),
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model whose layers all have a sliding window."""
-    folder = tmp_path_factory.mktemp("models") / "windowed"
-    folder.mkdir()
+    """Models whose layers all have a sliding window, of fewer tokens than positions or not."""
+    folder = tmp_path_factory.mktemp("models")
     config = {
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 64,
-        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 64, "sliding_window": 64,
+        "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 64,
         "max_position_embeddings": 512, "dtype": "float32",
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    for name, window in (("windowed", 64), ("long_window", 512)):
+        (folder / name).mkdir()
+        text = json.dumps({**config, "sliding_window": window})
+        (folder / name / "config.json").write_text(text)
     return folder
 
 
@@ -63,6 +85,11 @@ def said(folder, tmp_path_factory):
         "config": {"on_unsupported": "stock"},
         "engine": _model({"model": "windowed"}, folder),
     }
+    cases["long window, stock if told"] = {
+        "config": {"on_unsupported": "stock"},
+        "engine": _model({"model": "long_window"}, folder) | {"max_model_len": 513},
+    }
+    cases["long window"] = {"config": {}, "engine": _model({"model": "long_window"}, folder)}
     cases["not chosen"] = {"config": {"budget": 3}, "engine": {"chosen": False}}
     cases["fine"] = {"config": {"budget_pages": 32}, "engine": {}}
     done = subprocess.run(
@@ -74,7 +101,9 @@ def said(folder, tmp_path_factory):
 
 
 def _model(engine, folder):
-    return {"model": str(folder), "skip_tokenizer_init": True} if "model" in engine else {}
+    if "model" not in engine:
+        return {}
+    return {"model": str(folder / engine["model"]), "skip_tokenizer_init": True}
 
 
 @pytest.mark.parametrize("case", WORDS)
@@ -87,8 +116,14 @@ def test_refused_in_one_line(said, case):
 
 
 def test_a_model_with_nothing_to_plan_is_served_stock_if_told(said):
-    code, _, chosen = said["stock if told"]
-    assert (code, chosen) == (0, None)
+    for case in ("stock if told", "long window, stock if told"):
+        code, _, chosen = said[case]
+        assert (code, chosen) == (0, None)
+
+
+def test_a_window_that_hides_nothing_is_planned(said):
+    code, _, chosen = said["long window"]
+    assert code == 0 and chosen["delta_layers"]
 
 
 def test_without_the_flag_nothing_is_checked(said):

@@ -7,7 +7,8 @@ import pytest
 from vllm_server import complete, serving  # of this folder
 
 from deltadecode import DeltaConfig
-from deltadecode.engines.vllm import attended_tokens, resolve
+from deltadecode.engines.serving.counts import attended_tokens
+from deltadecode.engines.serving.settings import resolve
 from deltadecode.lab.tasks import is_correct, make_problem
 
 SETTINGS = {"page_size": 8, "budget_pages": 20, "recent_pages": 4}

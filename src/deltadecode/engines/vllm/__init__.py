@@ -1,9 +1,7 @@
-"""DELTA in vLLM: a plugin that registers an attention backend (docs/vllm.md).
+"""DELTA in vLLM: an attention backend beside the platform's stock one (docs/vllm.md).
 
-``vllm serve MODEL --attention-backend CUSTOM`` uses it; without that flag vLLM runs as if the
-package were not installed. Importing this package imports nothing of vLLM.
+vLLM loads :mod:`deltadecode_vllm`, which imports this package when an engine chooses the backend.
 """
 
-from deltadecode.engines.vllm.settings import Settings, attended_tokens, resolve
-
-__all__ = ["Settings", "attended_tokens", "resolve"]
+# The name that vLLM keeps for backends of others: --attention-backend CUSTOM.
+BACKEND = "CUSTOM"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltadecode.engines.vllm.settings import KEY, Settings, resolve
+from deltadecode.engines.serving.settings import Settings
+from deltadecode.engines.vllm.versions import settings_of
 from deltadecode.errors import DeltaConfigError, UnsupportedCacheError, UnsupportedModelError
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16")
@@ -13,54 +14,39 @@ CACHE_DTYPES = ("auto", "bfloat16", "float16")
 def find_settings(vllm_config: Any) -> Settings:
     """Settings of a new engine.
 
-    Parameters
-    ----------
-    vllm_config : vllm.config.VllmConfig
-        Of the engine.
-
-    Returns
-    -------
-    Settings
-
-    Raises
-    ------
-    DeltaConfigError
-        See :func:`resolve`.
-    UnsupportedModelError
-        When the model has nothing to plan.
+    Raises DeltaConfigError as :func:`~deltadecode.engines.serving.settings.resolve`, and
+    UnsupportedModelError when the model has nothing to plan, or something not computed.
     """
+    settings = settings_of(vllm_config)
     model = vllm_config.model_config
-    settings = resolve(vllm_config.additional_config.get(KEY), model.hf_config)
-    if getattr(model, "use_mla", False) or getattr(model, "runner_type", "generate") != "generate":
+    name = type(model.hf_config).__name__
+    runner = getattr(model, "runner_type", "generate")
+    if getattr(model, "use_mla", False) or runner != "generate":
         raise UnsupportedModelError(
-            f"{type(model.hf_config).__name__} runs with MLA or as a "
-            f"{getattr(model, 'runner_type', None)!r} model; DELTA plans decoders of text"
+            f"{name} runs with MLA or as a {runner!r} model; DELTA plans decoders of text"
         )
     if getattr(model, "uses_alibi", False):
+        raise UnsupportedModelError(f"{name} uses ALiBi, which the operations do not compute")
+    # vLLM gives every layer this window, whatever the model's configuration says of the layer.
+    window = vllm_config.cache_config.sliding_window
+    if window is not None and window < model.max_model_len:
         raise UnsupportedModelError(
-            f"{type(model.hf_config).__name__} uses ALiBi, which the operations do not compute"
+            f"{name} has a sliding window of {window} tokens, and --max-model-len is "
+            f"{model.max_model_len}; DELTA plans full-attention layers only"
         )
+    _check_heads(model, vllm_config.parallel_config)
     return settings
 
 
 def check_engine(vllm_config: Any, settings: Settings) -> None:
     """Refuse what the backend cannot run.
 
-    Parameters
-    ----------
-    vllm_config : vllm.config.VllmConfig
-        Of the engine.
-    settings : Settings
-        Of its model.
-
     Raises
     ------
     UnsupportedCacheError
         For a cache dtype or block size that the kernels lack.
     DeltaConfigError
-        For a plan that the engine's parallelism divides.
-    UnsupportedModelError
-        For heads that the kernels lack.
+        For options that divide a sequence or the plan.
     """
     cache = vllm_config.cache_config
     if cache.cache_dtype not in CACHE_DTYPES:
@@ -68,19 +54,30 @@ def check_engine(vllm_config: Any, settings: Settings) -> None:
             f"--kv-cache-dtype must be {', '.join(CACHE_DTYPES[:-1])} or {CACHE_DTYPES[-1]} with "
             f"DELTA, got {cache.cache_dtype}"
         )
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if cache.cache_dtype not in ("auto", dtype):
+        raise UnsupportedCacheError(
+            f"--kv-cache-dtype must be auto or that of the model with DELTA, {dtype}, got "
+            f"{cache.cache_dtype}"
+        )
     page = settings.config.page_size
     if cache.block_size is not None and cache.block_size % page:
         raise UnsupportedCacheError(
             f"--block-size must be a multiple of page_size, got block size {cache.block_size} "
             f"and page_size {page}"
         )
-    parallel = vllm_config.parallel_config
-    if getattr(parallel, "decode_context_parallel_size", 1) > 1:
+    if getattr(cache, "kv_sharing_fast_prefill", False):
         raise DeltaConfigError(
-            f"--decode-context-parallel-size must be 1 with DELTA, got "
-            f"{parallel.decode_context_parallel_size}"
+            "--kv-sharing-fast-prefill must be off with DELTA: it runs a prompt's last token as a "
+            "decode row in the layers that share a cache"
         )
-    _check_heads(vllm_config.model_config, parallel)
+    parallel = vllm_config.parallel_config
+    for name in ("decode", "prefill"):
+        size = getattr(parallel, f"{name}_context_parallel_size", 1)
+        if size > 1:
+            raise DeltaConfigError(
+                f"--{name}-context-parallel-size must be 1 with DELTA, got {size}"
+            )
     check_stages(settings, parallel.pipeline_parallel_size)
 
 
@@ -91,7 +88,8 @@ def _check_heads(model: Any, parallel: Any) -> None:
         return
     from deltadecode.ops.triton import MOST_GROUP, MOST_HEAD_DIM
 
-    size = model.get_head_size()
+    # Gemma 4 gives full-attention layers a head size of their own.
+    size = max(model.get_head_size(), getattr(model.hf_text_config, "global_head_dim", None) or 0)
     group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
     if size > MOST_HEAD_DIM or group > MOST_GROUP:
         raise UnsupportedModelError(
@@ -103,23 +101,18 @@ def _check_heads(model: Any, parallel: Any) -> None:
 def check_stages(settings: Settings, stages: int) -> None:
     """Refuse a pipeline stage whose sparse layers read pages of another stage.
 
-    Parameters
-    ----------
-    settings : Settings
-        Of the model.
-    stages : int
-        Pipeline stages.
-
-    Raises
-    ------
-    DeltaConfigError
-        Naming the stage, its layers, and the Δ-layer to add.
+    Raises DeltaConfigError with the stage, its layers, and the Δ-layer to add.
     """
     from vllm.distributed.utils import get_pp_indices
 
     plan = settings.plan
     for stage in range(stages):
-        first, end = get_pp_indices(plan.num_layers, stage, stages)
+        try:
+            first, end = get_pp_indices(plan.num_layers, stage, stages)
+        except ValueError as error:  # of VLLM_PP_LAYER_PARTITION
+            raise DeltaConfigError(
+                f"no pipeline stages for {plan.num_layers} layers: {error}"
+            ) from error
         for layer in range(first, end):
             source = plan.source(layer)
             if source is not None and source < first:

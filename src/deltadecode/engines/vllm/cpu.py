@@ -1,7 +1,8 @@
 """DELTA on CPUs: beside vLLM's CPU attention backend, for tests and small models.
 
-vLLM packs keys on CPUs for its matrix instructions, each processor its own way. Δ- and sparse
-layers therefore keep plain keys and values in the same memory, and do their prefill here.
+vLLM packs keys on CPUs for its matrix instructions, each processor its own way. Caches of planned
+layers therefore keep plain keys and values in the same memory, and every row of a layer that reads
+one is computed here: the layer itself, or one that shares its cache.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from deltadecode.engines.vllm import versions
-from deltadecode.engines.vllm.layers import DeltaBackend, DeltaBuilder, DeltaImpl
+from deltadecode.engines.vllm.builder import DeltaBackend, DeltaBuilder
+from deltadecode.engines.vllm.implementation import DeltaImpl
 
 # Query tokens at a time: bounds the logits where they are written out.
 _CHUNK = 256
@@ -31,25 +33,23 @@ class DeltaCPUBuilder(DeltaBuilder, CPUAttentionMetadataBuilder):
 
 
 class DeltaCPUImpl(DeltaImpl, CPUAttentionBackendImpl):
-    """CPU attention, and DELTA in decode rows of Δ- and sparse layers."""
+    """CPU attention, and our own in layers whose cache is plain."""
+
+    _plain: bool | None = None
+
+    def is_ours(self, layer: Any) -> bool:
+        """Whether the layer's cache is plain: that of a planned layer."""
+        if self._plain is None:
+            self.role(layer)  # checks the layer
+            owner = getattr(layer, "kv_sharing_target_layer_name", None) or layer.layer_name
+            self._plain = self.role_by_name(owner) != "own"
+        return self._plain
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Write new keys and values to the cache.
-
-        Parameters
-        ----------
-        layer
-            The layer.
-        key, value : Tensor
-            [tokens, Hkv, D].
-        kv_cache : Tensor
-            Of the layer.
-        slot_mapping : Tensor
-            [tokens] slots; negative for none.
-        """
-        if self.role(layer) not in ("delta", "sparse"):
+        """Write new [tokens, Hkv, D] keys and values to [tokens] slots; negative for none."""
+        if not self.is_ours(layer):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
         k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
@@ -70,13 +70,7 @@ class DeltaCPUImpl(DeltaImpl, CPUAttentionBackendImpl):
         attn_metadata: Any,
         output: Tensor,
     ) -> None:
-        """Full causal attention of the rows that are no decode rows.
-
-        Parameters
-        ----------
-        layer, query, key, value, kv_cache, attn_metadata, output
-            See :meth:`DeltaImpl.forward`.
-        """
+        """Full causal attention of the rows that are no decode rows."""
         k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
         starts = attn_metadata.query_start_loc.tolist()
         lengths = attn_metadata.seq_lens.tolist()
@@ -101,23 +95,8 @@ def causal(
 ) -> Tensor:
     """Attention of the last tokens of a sequence to those before them and themselves.
 
-    Parameters
-    ----------
-    q : Tensor
-        [m, Hq, D], the last m of n tokens.
-    keys, values : Tensor
-        [n, Hkv, D].
-    scale : float
-        Factor on q · k.
-    sinks : Tensor or None
-        [Hq], one more logit per head in the denominator.
-    softcap : float or None
-        Logits become ``softcap * tanh(logit / softcap)``.
-
-    Returns
-    -------
-    Tensor
-        [m, Hq, D].
+    ``q`` is [m, Hq, D], the last m of n tokens; ``keys`` and ``values`` are [n, Hkv, D]. The rest
+    is as in :func:`deltadecode.ops.decode_attention`. Returns [m, Hq, D].
     """
     new, tokens = q.shape[0], keys.shape[0]
     group = q.shape[1] // keys.shape[1]
@@ -162,20 +141,10 @@ class DeltaCPUBackend(DeltaBackend, CPUAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
-        """Class of the implementation.
-
-        Returns
-        -------
-        type
-        """
+        """Class of the implementation."""
         return DeltaCPUImpl
 
     @staticmethod
     def get_builder_cls() -> type[Any]:
-        """Class of the metadata builder.
-
-        Returns
-        -------
-        type
-        """
+        """Class of the metadata builder."""
         return DeltaCPUBuilder

@@ -10,7 +10,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from deltadecode.engines.vllm.layers import DeltaBackend, DeltaBuilder, DeltaImpl
+from deltadecode.engines.vllm.builder import DeltaBackend, DeltaBuilder
+from deltadecode.engines.vllm.implementation import DeltaImpl
 
 
 class DeltaFlashBuilder(DeltaBuilder, FlashAttentionMetadataBuilder):
@@ -26,20 +27,10 @@ class DeltaFlashBackend(DeltaBackend, FlashAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
-        """Class of the implementation.
-
-        Returns
-        -------
-        type
-        """
+        """Class of the implementation."""
         return DeltaFlashImpl
 
     @staticmethod
     def get_builder_cls() -> type[Any]:
-        """Class of the metadata builder.
-
-        Returns
-        -------
-        type
-        """
+        """Class of the metadata builder."""
         return DeltaFlashBuilder

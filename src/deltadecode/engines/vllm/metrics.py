@@ -1,122 +1,91 @@
 """How much DELTA saves, on vLLM's own /metrics.
 
-The tokens that a step attends to follow from a sequence's length and the plan, so counting costs
-the device nothing; it happens where vLLM counts generated tokens, in its front process.
+The scheduler of an engine counts the rows that it has run. The counts go to the front process
+with the scheduler's own statistics, and there into Prometheus counters.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from deltadecode.engines.vllm.settings import Settings, attended_tokens
+from deltadecode.engines.serving.counts import StepCounts, layer_numbers
+from deltadecode.engines.serving.settings import KEY, Settings
+from deltadecode_vllm import wrap_once
 
-_active: Meter | None = None
+
+def count_steps(scheduler: Any, settings: Settings) -> None:
+    """Let one scheduler count its decode rows, and send the counts with its statistics."""
+    counts = StepCounts(settings)
+    model_name = str(scheduler.vllm_config.model_config.served_model_name)
+    update, make_stats = scheduler.update_from_output, scheduler.make_stats
+
+    def update_from_output(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        for tokens, new_tokens in _decode_rows(scheduler.requests, scheduler_output):
+            counts.add_row(tokens, new_tokens)
+        return update(scheduler_output, *args, **kwargs)
+
+    def make_stats_with_counts(*args: Any, **kwargs: Any) -> Any:
+        stats = make_stats(*args, **kwargs)
+        if stats is not None and counts.full:
+            # The one field that takes any value; install() takes ours out again.
+            others = stats.kv_connector_stats or {}
+            stats.kv_connector_stats = {**others, KEY: [model_name, *counts.take()]}
+        return stats
+
+    scheduler.update_from_output = update_from_output
+    scheduler.make_stats = make_stats_with_counts
 
 
-class Meter:
-    """Prometheus metrics of one engine.
+def _decode_rows(requests: dict[str, Any], output: Any) -> Iterator[tuple[int, int]]:
+    """Tokens up to the first new one, and new tokens, of each decode row that ran.
 
-    Parameters
-    ----------
-    settings : Settings
-        Of its model.
-    model_name : str
-        Label ``model_name``.
+    Not of prompts, which every new request begins with, nor of requests that have ended meanwhile.
+    A step's own results are not in ``requests`` yet, while those of every earlier step are.
     """
-
-    def __init__(self, settings: Settings, model_name: str) -> None:
-        self.settings = settings
-        self._attended, self._full = (
-            counter.labels(model_name=model_name) for counter in _counters()
-        )
-        config = settings.config
-        _plan_info().labels(
-            model_name=model_name,
-            page_size=config.page_size,
-            budget_pages=config.budget_pages,
-            recent_pages=config.recent_pages,
-            sink_pages=config.sink_pages,
-            dense_layers=_numbers(config.dense_layers),
-            delta_layers=_numbers(config.delta_layers),
-        ).set(1)
-
-    def add(self, tokens: int, steps: int) -> None:
-        """Count decode steps of one sequence.
-
-        Parameters
-        ----------
-        tokens : int
-            In its cache at the last of the steps.
-        steps : int
-            Decode steps, one new token each.
-        """
-        lengths = range(tokens - steps + 1, tokens + 1)
-        counts = [attended_tokens(self.settings, length) for length in lengths]
-        self._attended.inc(sum(attended for attended, _ in counts))
-        self._full.inc(sum(full for _, full in counts))
-
-
-def describe(settings: Settings, longest: int) -> str:
-    """The plan, and what it saves at most, for the log.
-
-    Parameters
-    ----------
-    settings : Settings
-        Of a model.
-    longest : int
-        Tokens of the longest sequence that the engine takes.
-
-    Returns
-    -------
-    str
-        One line.
-    """
-    config = settings.config
-    attended, full = attended_tokens(settings, longest)
-    pages = f"{config.recent_pages} recent, {config.sink_pages} sink"
-    sync = ", selection over the heads of all ranks" if settings.sync_heads else ""
-    return (
-        f"dense layers {_numbers(config.dense_layers) or 'none'}, "
-        f"Δ-layers {_numbers(config.delta_layers)}, {config.budget_pages} pages of "
-        f"{config.page_size} tokens ({pages}){sync}; "
-        f"a step at {longest} tokens attends to {attended / full:.1%} of them"
-    )
+    running = output.scheduled_cached_reqs
+    drafts = output.scheduled_spec_decode_tokens
+    for name, computed in zip(running.req_ids, running.num_computed_tokens, strict=True):
+        request = requests.get(name)
+        if request is None or request.is_finished() or computed < request.num_prompt_tokens:
+            continue
+        new_tokens = output.num_scheduled_tokens[name]
+        # Several tokens that are no drafts are computed again, after a preemption: prefill.
+        if new_tokens == 1 + len(drafts.get(name, ())):
+            yield request.num_tokens, new_tokens
 
 
 def install(settings: Settings, model_name: str) -> None:
-    """Count from now on, in this process.
-
-    Parameters
-    ----------
-    settings : Settings
-        Of the engine.
-    model_name : str
-        As it is served.
-    """
-    global _active
+    """Show a new engine's plan, and read counts where they reach this process."""
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    _active = Meter(settings, model_name)
-    update = OutputProcessor._update_stats_from_output
-    if hasattr(update, "_deltadecode"):
-        return
+    config = settings.config
+    _plan_info().labels(
+        model_name=model_name,
+        page_size=config.page_size,
+        budget_pages=config.budget_pages,
+        recent_pages=config.recent_pages,
+        sink_pages=config.sink_pages,
+        dense_layers=layer_numbers(config.dense_layers),
+        delta_layers=layer_numbers(config.delta_layers),
+    ).set(1)
+    for counter in _counters():
+        counter.labels(model_name=model_name)
+    wrap_once(OutputProcessor, "update_scheduler_stats", _read_counts)
 
-    @functools.wraps(update)
-    def _update_stats_from_output(
-        self: Any, req_state: Any, engine_core_output: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        first = req_state.is_prefilling
-        result = update(self, req_state, engine_core_output, *args, **kwargs)
-        if _active is not None and req_state.stats is not None:
-            # The first token comes from the prompt, and the newest is not in the cache yet.
-            steps = len(engine_core_output.new_token_ids) - int(first)
-            tokens = req_state.prompt_len + req_state.stats.num_generation_tokens - 1
-            _active.add(tokens, steps)
-        return result
 
-    _update_stats_from_output._deltadecode = True  # type: ignore[attr-defined]
-    OutputProcessor._update_stats_from_output = _update_stats_from_output
+def _read_counts(update: Callable[..., None]) -> Any:
+    def update_scheduler_stats(self: Any, stats: Any, *args: Any, **kwargs: Any) -> None:
+        sent = getattr(stats, "kv_connector_stats", None)
+        if sent and KEY in sent:
+            model_name, *counts = sent.pop(KEY)
+            stats.kv_connector_stats = sent or None
+            for counter, count in zip(_counters(), counts, strict=True):
+                counter.labels(model_name=model_name).inc(count)
+        update(self, stats, *args, **kwargs)
+
+    return update_scheduler_stats
 
 
 @functools.cache
@@ -148,7 +117,3 @@ def _plan_info() -> Any:
         ["model_name", *labels, "dense_layers", "delta_layers"],
         multiprocess_mode="mostrecent",
     )
-
-
-def _numbers(layers: Any) -> str:
-    return " ".join(map(str, layers))

@@ -1,95 +1,46 @@
-"""What vLLM loads in each of its processes: the entry point of ``vllm.general_plugins``."""
+"""What runs in vLLM's processes before a forward pass, once an engine has chosen the backend."""
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any
 
-from deltadecode.engines.vllm import versions
-from deltadecode.engines.vllm.settings import KEY, Settings, own_settings
+from deltadecode.engines.serving.counts import describe
+from deltadecode.engines.serving.settings import KEY, own_settings
+from deltadecode.engines.vllm import metrics, versions
+from deltadecode.engines.vllm.checks import check_engine, find_settings
 from deltadecode.errors import DeltaConfigError, DeltaDecodeError, UnsupportedModelError
 
-BACKEND = "deltadecode.engines.vllm.backend.DeltaBackend"
-_DONE = "_deltadecode"
 
+def prepare_engine(vllm_config: Any, usage_context: Any = None) -> None:
+    """Check a new engine's configuration, and write the plan into it for the workers.
 
-def register() -> None:
-    """Register the backend, and check an engine's configuration as soon as it is made.
-
-    Nothing changes for engines that do not choose the backend. vLLM may call this many times.
+    A server prints one line and exits with code 2; a program that embeds vLLM gets the exception:
+    DeltaConfigError, UnsupportedModelError or UnsupportedCacheError.
     """
-    from vllm.logger import init_logger
-
-    taken = versions.register_backend(BACKEND)
-    if taken is not None:
-        init_logger("vllm.deltadecode").warning(
-            "deltadecode: the attention backend CUSTOM is %s already, so it is not DELTA", taken
-        )
-        return
-    versions.let_cpu_choose(BACKEND)
-    _check_new_configurations()
-
-
-def _check_new_configurations() -> None:
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    make = EngineArgs.create_engine_config
-    if hasattr(make, _DONE):
-        return
-
-    @functools.wraps(make)
-    def create_engine_config(
-        self: Any, usage_context: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        vllm_config = make(self, usage_context, *args, **kwargs)
-        try:
-            prepare(vllm_config)
-        except DeltaDecodeError as error:
-            # A server's owner gets the line; a program that embeds vLLM gets the exception.
-            if usage_context is UsageContext.OPENAI_API_SERVER:
-                print(f"deltadecode: error: {error}", file=sys.stderr, flush=True)
-                raise SystemExit(2) from None
-            raise
-        return vllm_config
-
-    setattr(create_engine_config, _DONE, True)
-    EngineArgs.create_engine_config = create_engine_config
+    try:
+        _prepare(vllm_config)
+    except DeltaDecodeError as error:
+        if usage_context is UsageContext.OPENAI_API_SERVER:
+            print(f"deltadecode: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        raise
 
 
-def prepare(vllm_config: Any) -> Settings | None:
-    """Check what a new engine is asked for, and write the plan into its configuration.
+def prepare_scheduler(scheduler: Any) -> None:
+    """Let a new scheduler count its engine's decode steps."""
+    if scheduler.log_stats:
+        metrics.count_steps(scheduler, versions.settings_of(scheduler.vllm_config))
 
-    Parameters
-    ----------
-    vllm_config : vllm.config.VllmConfig
-        Of the engine; its workers read the plan from it.
 
-    Returns
-    -------
-    Settings or None
-        None when it runs with stock attention.
-
-    Raises
-    ------
-    DeltaConfigError, UnsupportedModelError, UnsupportedCacheError
-        In one line.
-    """
+def _prepare(vllm_config: Any) -> None:
     import vllm
     from vllm.logger import init_logger
 
-    from deltadecode.engines.vllm.checks import check_engine, find_settings
-    from deltadecode.engines.vllm.metrics import describe, install
-
     logger = init_logger("vllm.deltadecode")
     additional = vllm_config.additional_config
-    if not versions.chosen(vllm_config, BACKEND):
-        if isinstance(additional, dict) and KEY in additional:
-            logger.warning(
-                "deltadecode: stock attention, since --attention-backend CUSTOM is not given"
-            )
-        return None
     reason = versions.outside_range(vllm.__version__)
     if reason is not None:
         raise DeltaConfigError(reason)
@@ -104,9 +55,8 @@ def prepare(vllm_config: Any) -> Settings | None:
             ) from error
         logger.warning("deltadecode: stock attention, since %s", error)
         vllm_config.attention_config.backend = None
-        return None
+        return
     check_engine(vllm_config, settings)
     additional[KEY] = settings.as_dict()
     logger.info("deltadecode: %s", describe(settings, vllm_config.model_config.max_model_len))
-    install(settings, str(vllm_config.model_config.served_model_name))
-    return settings
+    metrics.install(settings, str(vllm_config.model_config.served_model_name))

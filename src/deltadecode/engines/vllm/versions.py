@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from deltadecode.engines.serving.settings import KEY, Settings, resolve
+from deltadecode_vllm import wrap_once
 
 FIRST, LAST = (0, 24), (0, 32)
 SUPPORTED = f"{FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}"
 
 
 def outside_range(version: str) -> str | None:
-    """Why a version of vLLM is not one of those that the plugin is made for.
-
-    Parameters
-    ----------
-    version : str
-        As vLLM gives it.
-
-    Returns
-    -------
-    str or None
-        One line with the range; None when it is inside.
-    """
+    """Why a version of vLLM is not one that the plugin is made for; None when it is."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or FIRST <= (int(numbers[1]), int(numbers[2])) <= LAST:
         # A build from source may have no version that says anything.
@@ -34,21 +28,18 @@ def outside_range(version: str) -> str | None:
     return f"deltadecode works with vLLM {SUPPORTED}, got {version}"
 
 
+def settings_of(vllm_config: Any) -> Settings:
+    """Settings of an engine; its configuration is complete or not."""
+    additional = vllm_config.additional_config
+    given = additional.get(KEY) if isinstance(additional, dict) else None
+    return resolve(given, vllm_config.model_config.hf_config)
+
+
 def key_value_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer's cache.
+    """Keys and values of a layer's cache: [blocks, block_size, Hkv, D] views, last stride 1.
 
-    Parameters
-    ----------
-    kv_cache : Tensor
-        vLLM 0.24 with FlashAttention: [blocks, 2, block_size, Hkv, D]. On CPUs and in 0.32:
-        [blocks, Hkv, block_size, 2 D], a token's key beside its value.
-    head_size : int
-        D.
-
-    Returns
-    -------
-    k_cache, v_cache : Tensor
-        [blocks, block_size, Hkv, D] views, last stride 1.
+    With FlashAttention in vLLM 0.24 the cache is [blocks, 2, block_size, Hkv, D]. On CPUs and in
+    0.32 it is [blocks, Hkv, block_size, 2 D], a token's key beside its value.
     """
     if kv_cache.dim() == 5:
         k_cache, v_cache = kv_cache.unbind(1)
@@ -57,136 +48,49 @@ def key_value_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     return k_cache, v_cache
 
 
-def register_backend(path: str) -> str | None:
-    """Put a backend under the name ``CUSTOM``, the one name that all versions pickle.
-
-    Parameters
-    ----------
-    path : str
-        Of the class.
-
-    Returns
-    -------
-    str or None
-        The path that holds the name already, which is left alone; None when it is ours.
-    """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    custom = AttentionBackendEnum.CUSTOM
-    if custom.is_overridden() and custom.get_path() != path:
-        return str(custom.get_path())
-    register_backend(custom, path)
-    return None
-
-
-def chosen(vllm_config: Any, path: str) -> bool:
-    """Whether an engine is to run a backend that is registered under ``CUSTOM``.
-
-    Parameters
-    ----------
-    vllm_config : vllm.config.VllmConfig
-        Of the engine.
-    path : str
-        Of the class.
-
-    Returns
-    -------
-    bool
-    """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    custom = AttentionBackendEnum.CUSTOM
-    return (
-        vllm_config.attention_config.backend is custom
-        and custom.is_overridden()
-        and custom.get_path() == path
-    )
-
-
-def let_cpu_choose(path: str) -> None:
-    """Let the CPU platform, which knows one backend only, take the one under ``CUSTOM``.
-
-    Parameters
-    ----------
-    path : str
-        Of the class.
-    """
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    platform = type(current_platform)
-    choose = platform.get_attn_backend_cls
-    if not current_platform.is_cpu() or hasattr(choose, "_deltadecode"):
-        return
-
-    @functools.wraps(choose)
-    def get_attn_backend_cls(selected_backend: Any, *args: Any, **kwargs: Any) -> str:
-        if selected_backend is AttentionBackendEnum.CUSTOM:
-            return path
-        return str(choose(selected_backend, *args, **kwargs))
-
-    get_attn_backend_cls._deltadecode = True  # type: ignore[attr-defined]
-    platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
-
-
 def rows_after(common: Any, first: int) -> Any:
-    """Metadata of the rows after a number of decode rows.
-
-    Parameters
-    ----------
-    common : CommonAttentionMetadata
-        Of a batch whose first rows have one token each.
-    first : int
-        How many rows to leave out.
-
-    Returns
-    -------
-    CommonAttentionMetadata
-    """
+    """CommonAttentionMetadata of the rows after ``first`` rows of one token each."""
     from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 
     rest = UBatchSlice(slice(first, common.num_reqs), slice(first, common.num_actual_tokens))
     return split_attn_metadata([rest], common)[0]
 
 
-def tell_builders_of_prompts(vllm_config: Any) -> None:
+def pass_prompts_to_builders(vllm_config: Any) -> None:
     """Let metadata builders know which rows belong to prompts.
 
     The second model runner of vLLM 0.24 (its default for Llama, Mistral, Qwen3 and a few more on
-    GPUs) knows it, and leaves it out of what it hands to builders.
-
-    Parameters
-    ----------
-    vllm_config : vllm.config.VllmConfig
-        Of the engine.
+    GPUs) knows it, and leaves it out of what it hands to builders. Later ones hand it on.
     """
-    if getattr(vllm_config, "use_v2_model_runner", False):
-        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    if not getattr(vllm_config, "use_v2_model_runner", False):
+        return
+    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+    if "is_prefilling" not in inspect.signature(build_attn_metadata).parameters:
         pass_on_prompts(DefaultModelState)
 
 
 def pass_on_prompts(state: Any) -> None:
-    """Have a model state set the attribute ``told`` of each builder that has one.
+    """Have a ModelState set the attribute ``prefilling`` of each builder that has one.
 
-    Parameters
-    ----------
-    state : type
-        A vLLM ModelState; its ``prepare_attn`` takes ``input_batch`` and ``attn_groups``.
+    Its ``prepare_attn`` takes ``input_batch`` and ``attn_groups``.
     """
-    prepare = state.prepare_attn
-    if hasattr(prepare, "_deltadecode"):
-        return
-    signature = inspect.signature(prepare)
+    names = list(inspect.signature(state.prepare_attn).parameters)
+    places = names.index("input_batch"), names.index("attn_groups")
+    wrap_once(state, "prepare_attn", partial(_pass_on, places=places))
 
-    @functools.wraps(prepare)
+
+def _pass_on(prepare: Callable[..., Any], places: tuple[int, int]) -> Any:
+    batch_place, groups_place = places
+
     def prepare_attn(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        for group in chain.from_iterable(given["attn_groups"]):
+        batch = kwargs["input_batch"] if "input_batch" in kwargs else args[batch_place]
+        groups = kwargs["attn_groups"] if "attn_groups" in kwargs else args[groups_place]
+        for group in chain.from_iterable(groups):
             builder = group.get_metadata_builder(0)
-            if hasattr(builder, "told"):
-                builder.told = given["input_batch"].is_prefilling_np
+            if hasattr(builder, "prefilling"):
+                builder.prefilling = torch.from_numpy(batch.is_prefilling_np)
         return prepare(*args, **kwargs)
 
-    prepare_attn._deltadecode = True  # type: ignore[attr-defined]
-    state.prepare_attn = prepare_attn
+    return prepare_attn

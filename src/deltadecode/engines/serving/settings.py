@@ -1,4 +1,4 @@
-"""What a user configures: the ``deltadecode`` object of vLLM's ``--additional-config``."""
+"""What a user configures: the object ``deltadecode`` of the engine's additional configuration."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.errors import DeltaConfigError
 
 KEY = "deltadecode"
-# Name of the backend: the one that vLLM keeps for backends of others.
-BACKEND = "CUSTOM"
 OnUnsupported = Literal["error", "stock"]
 _CONFIG_KEYS = tuple(field.name for field in fields(DeltaConfig))
 _OWN_KEYS = ("plan", "sync_heads", "on_unsupported")
@@ -42,13 +40,7 @@ class Settings:
     on_unsupported: OnUnsupported = "error"
 
     def as_dict(self) -> dict[str, Any]:
-        """What :func:`resolve` makes these settings from, with nothing left to look up.
-
-        Returns
-        -------
-        dict
-            JSON types only.
-        """
+        """JSON values from which :func:`resolve` makes these settings, with nothing to look up."""
         own = {"sync_heads": self.sync_heads, "on_unsupported": self.on_unsupported}
         return {**self.config.to_dict(), **own}
 
@@ -62,22 +54,9 @@ class Settings:
 def own_settings(given: object) -> tuple[dict[str, Any], bool, OnUnsupported]:
     """Check the keys that need no model.
 
-    Parameters
-    ----------
-    given : object
-        The ``deltadecode`` value of ``--additional-config``; None for none.
-
-    Returns
-    -------
-    values : dict
-        Fields of a :class:`DeltaConfig`, and perhaps ``plan``.
-    sync_heads : bool
-    on_unsupported : {"error", "stock"}
-
-    Raises
-    ------
-    DeltaConfigError
-        For an unknown key or a value of a wrong type.
+    ``given`` is the object ``deltadecode``, None for none. Returns the fields of a
+    :class:`DeltaConfig` (and perhaps ``plan``), ``sync_heads`` and ``on_unsupported``. Raises
+    DeltaConfigError for an unknown key or a value of a wrong type.
     """
     if given is None:
         given = {}
@@ -102,19 +81,10 @@ def own_settings(given: object) -> tuple[dict[str, Any], bool, OnUnsupported]:
 
 
 def resolve(given: object, model_config: Any) -> Settings:
-    """Settings of one model.
+    """Settings of one model, from its Hugging Face configuration.
 
-    Parameters
-    ----------
-    given : object
-        See :func:`own_settings`. Fields replace those of the file ``plan`` or, without one, those
-        of :meth:`DeltaConfig.for_model`.
-    model_config
-        Hugging Face configuration of the model.
-
-    Returns
-    -------
-    Settings
+    ``given`` is as in :func:`own_settings`. Its fields replace those of the file ``plan`` or,
+    without one, those of :meth:`DeltaConfig.for_model`.
 
     Raises
     ------
@@ -141,28 +111,3 @@ def _defaults(loaded: DeltaConfig | None, values: Mapping[str, Any]) -> dict[str
     if loaded is not None:
         return asdict(loaded)
     return {"dense_layers": (), "delta_layers": ()}
-
-
-def attended_tokens(settings: Settings, tokens: int) -> tuple[int, int]:
-    """Tokens that one decode step of one sequence attends to, over the planned layers.
-
-    Parameters
-    ----------
-    settings : Settings
-        With L = 0 the last page may be left out, and the first number is an upper bound.
-    tokens : int
-        In the cache, the new one included.
-
-    Returns
-    -------
-    attended, full : int
-        By DELTA, and by full attention.
-    """
-    config = settings.config
-    page = config.page_size
-    selected = tokens
-    if -(-tokens // page) > config.budget_pages:
-        last = (tokens - 1) % page + 1 if config.recent_pages else page
-        selected = (config.budget_pages - 1) * page + last
-    sparse, planned = settings.layer_counts
-    return (planned - sparse) * tokens + sparse * selected, planned * tokens

@@ -1,0 +1,120 @@
+"""How a batch divides: rows that DELTA computes, and rows that the engine's own attention does.
+
+A row of one new token is a decode row. A row of several is not: a prompt's chunk, or drafts to be
+verified. Decode rows come first in a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rows:
+    """The rows of one batch.
+
+    Attributes
+    ----------
+    decode : int
+        Rows of one new token, which come first; a padding row of a CUDA graph counts.
+    prefill : object or None
+        The engine's metadata of the other rows; None when its metadata of the whole batch is
+        theirs, or there are none.
+    prompts : Tensor or None
+        Boolean, at least as many as there are decode rows: those whose token is the last of a
+        prompt, which a chunk or a prefix hit has left alone. They are prefill (R1).
+    block_table, seq_lens : Tensor or None
+        Of the decode rows, with padding rows of no tokens after them; None without padding.
+    """
+
+    decode: int
+    prefill: Any = None
+    prompts: Tensor | None = None
+    block_table: Tensor | None = None
+    seq_lens: Tensor | None = None
+
+
+class PromptRows:
+    """Which rows of one new token belong to prompts, at one address for captured graphs.
+
+    Parameters
+    ----------
+    rows : int
+        Most rows of a batch, padding included.
+    device : torch.device
+        Of the batch.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._flags = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._any = False
+
+    def update(self, prefilling: Tensor | None, count: int) -> Tensor:
+        """Set the flags of a batch; nothing goes to the device while no row is flagged.
+
+        ``prefilling`` has a boolean for each request (padding rows may be missing), ``count`` is
+        the number of decode rows. Returns all [rows] flags.
+        """
+        flagged = torch.zeros(0, dtype=torch.bool) if prefilling is None else prefilling[:count]
+        if not flagged.is_cpu:
+            # Reading it here would wait for the device.
+            self._flags.zero_()
+            self._flags[: len(flagged)] = flagged
+            return self._flags
+        any_flagged = bool(flagged.any())
+        if any_flagged or self._any:
+            # The memory is not pinned, so the copy has read it before the call returns.
+            flags = torch.zeros(self._flags.shape, dtype=torch.bool)
+            flags[: len(flagged)] = flagged
+            self._flags.copy_(flags)
+        self._any = any_flagged
+        return self._flags
+
+
+def count_decode_rows(starts: Tensor, requests: int, tokens: int, longest: int) -> int:
+    """Rows before the first one with more than one new token.
+
+    ``starts`` has each request's first token and the end of the last one, on the CPU. ``requests``
+    and ``tokens`` may include padding. ``longest`` is the most new tokens of a row.
+    """
+    if longest <= 1:
+        return min(requests, tokens)
+    starts_np = starts[: requests + 1].numpy()
+    return int(((starts_np[1:] - starts_np[:-1]) == 1).cumprod().sum())
+
+
+def padded(count: int) -> int:
+    """The size that ``count`` ≥ 1 rows are rounded up to: one that CUDA graphs are captured for."""
+    if count <= 4:
+        return 1 << (count - 1).bit_length()
+    step = 8 if count <= 256 else 16
+    return -(-count // step) * step
+
+
+def pad_rows(rows: Rows, block_table: Tensor, seq_lens: Tensor, tokens: int) -> None:
+    """Round the decode rows of a mixed batch up to a size that CUDA graphs are captured for.
+
+    Such a batch runs outside of graphs, and without this every number of rows would compile kernels
+    of its own while requests wait. ``tokens`` of the batch stand in for queries of padding rows.
+    """
+    size = padded(rows.decode)
+    if size > tokens or size == rows.decode:
+        return
+    more = size - rows.decode
+    rows.block_table = torch.nn.functional.pad(block_table[: rows.decode], (0, 0, 0, more))
+    rows.seq_lens = torch.nn.functional.pad(seq_lens[: rows.decode], (0, more))
+
+
+def narrow_table(block_table: Tensor, block_size: int, longest: int) -> Tensor:
+    """Only the columns of [B, blocks] that a batch with ``longest`` tokens a row reaches.
+
+    On a GPU it is the table itself: a captured graph's rows may outgrow this batch, and kernels are
+    compiled for a number of splits, which follows from the width.
+    """
+    if block_table.is_cuda:
+        return block_table
+    return block_table[:, : max(1, -(-longest // block_size))]

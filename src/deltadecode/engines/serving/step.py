@@ -1,0 +1,105 @@
+"""One decode step of one layer, the same in every serving engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltadecode.config import Role
+from deltadecode.engines.serving.settings import Settings
+from deltadecode.errors import DeltaConfigError
+from deltadecode.ops import decode_attention, select_pages
+
+# Δ-layer -> page ids and counts, within one forward pass: selections end with it (R1).
+Selections = dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where the decode rows' keys and values are; see :func:`deltadecode.ops.decode_attention`."""
+
+    k: Tensor
+    v: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+
+
+def attend(
+    settings: Settings,
+    layer: int,
+    role: Role,
+    q: Tensor,
+    cache: Cache,
+    selections: Selections,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    prompts: Tensor | None = None,
+    over_all_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Attention of the decode rows in one layer.
+
+    Parameters
+    ----------
+    settings : Settings
+        Of the model.
+    layer : int
+        The model's number of the layer.
+    role : Role
+        A Δ-layer adds to ``selections``, a sparse one reads its source's; others read every page.
+    q : Tensor
+        [B, Hq, D].
+    cache : Cache
+        Of the layer.
+    selections : dict
+        Of this forward pass.
+    scale, sinks, softcap
+        See :func:`deltadecode.ops.decode_attention`.
+    prompts : Tensor or None
+        See :class:`deltadecode.engines.serving.rows.Rows`.
+    over_all_ranks : callable or None
+        Maximum of s_t over tensor-parallel ranks, for ``sync_heads``.
+
+    Returns
+    -------
+    Tensor
+        [B, Hq, D].
+
+    Raises
+    ------
+    DeltaConfigError
+        When the layer's Δ-layer has not run in this forward pass.
+    """
+    page_size = settings.config.page_size
+    operation = functools.partial(
+        decode_attention, q, cache.k, cache.v, cache.block_table, cache.seq_lens,
+        scale=scale, sinks=sinks, softcap=softcap,
+    )  # fmt: skip
+    out: Tensor
+    if role == "sparse":
+        source = settings.plan.source(layer)
+        if source not in selections:
+            raise DeltaConfigError(
+                f"sparse layer {layer} needs Δ-layer {source} before it in the same forward pass"
+            )
+        ids, counts = selections[source]
+        out = operation(page_size=page_size, page_ids=ids, page_counts=counts)
+        return out
+    if role != "delta":
+        out = operation(page_size=page_size)
+        return out
+    scores: Tensor
+    if settings.sync_heads and over_all_ranks is not None:
+        out, token_scores = operation(page_size=1, return_page_scores=True)
+        scores = over_all_ranks(token_scores).unflatten(1, (-1, page_size)).sum(-1)
+    else:
+        out, scores = operation(page_size=page_size, return_page_scores=True)
+    ids, counts = select_pages(scores, cache.seq_lens, settings.config)
+    if prompts is not None:
+        counts.masked_fill_(prompts[: counts.shape[0]], -1)  # every page
+    selections[layer] = ids, counts
+    return out

@@ -1,0 +1,139 @@
+"""What our backends add to a stock one: the backend's facts, and the builder of metadata."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
+
+from deltadecode.engines.serving.rows import PromptRows, Rows, count_decode_rows, pad_rows, padded
+from deltadecode.engines.vllm import BACKEND, versions
+from deltadecode.engines.vllm.checks import CACHE_DTYPES
+from deltadecode.errors import DeltaDecodeError
+
+
+class DeltaBackend:
+    """Beside a stock backend: what it must not be asked for, and what blocks must divide into."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Name that vLLM looks this backend up by."""
+        return BACKEND
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        """Whether keys and values may be stored in a type: those of models only."""
+        return kv_cache_dtype in (None, *CACHE_DTYPES)
+
+    # The batch is divided on the CPU, by lengths that must be those of the device.
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Whether the device may cut query lengths that the CPU has planned: no."""
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """Whether decode rows may have a window of their own: no."""
+        return False
+
+    @classmethod
+    def supports_dcp(cls) -> bool:
+        """Whether a sequence may be spread over ranks: no."""
+        return False
+
+    @classmethod
+    def supports_pcp(cls) -> bool:
+        """Whether a prompt may be spread over ranks: no."""
+        return False
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, *args: Any) -> list[Any]:
+        """Those of the stock backend that hold whole pages."""
+        sizes: list[Any] = super().get_supported_kernel_block_sizes(*args)  # type: ignore[misc]
+        config = get_current_vllm_config_or_none()
+        if config is None or config.model_config is None:
+            return sizes
+        try:
+            page = versions.settings_of(config).config.page_size
+        except DeltaDecodeError:
+            return sizes  # refused once the configuration is complete (plugin.py)
+        wholes = [
+            MultipleOf(math.lcm(size.base, page)) if isinstance(size, MultipleOf) else size
+            for size in sizes
+        ]
+        return [size for size in wholes if isinstance(size, MultipleOf) or size % page == 0]
+
+
+class DeltaBuilder:
+    """Beside a stock metadata builder: divides the batch into decode rows and the others."""
+
+    supports_update_block_table: bool = False
+    # Whether the other rows of a mixed batch need stock metadata of their own.
+    splits: ClassVar[bool] = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # vLLM then puts the rows of one new token first.
+        self._init_reorder_batch_threshold(1)  # type: ignore[attr-defined]
+        config = self.vllm_config  # type: ignore[attr-defined]
+        self._prompts = PromptRows(most_rows(config), self.device)  # type: ignore[attr-defined]
+        # Which rows of the next batch belong to prompts, where its metadata may not say so.
+        self.prefilling: Tensor | None = None
+        versions.pass_prompts_to_builders(config)
+        layers = config.compilation_config.static_forward_context
+        for name in self.layer_names:  # type: ignore[attr-defined]
+            layers[name].impl.role(layers[name])  # raises at the start, not in a forward pass
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Uniform batches at most: a graph holds decode rows or stock rows, never both."""
+        stock: AttentionCGSupport = super().get_cudagraph_support(  # type: ignore[misc]
+            vllm_config, kv_cache_spec
+        )
+        return min(stock, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
+
+    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether rows share the attention of a common prefix: no, each row selects alone."""
+        return False
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: Any,
+        fast_build: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock metadata of the batch, with ``delta``: its :class:`Rows`."""
+        stock = super().build  # type: ignore[misc]
+        common = common_attn_metadata
+        metadata = stock(0, common, fast_build, **kwargs)
+        rows = Rows(
+            count_decode_rows(
+                common.query_start_loc_cpu,
+                common.num_reqs,
+                common.num_actual_tokens,
+                common.max_query_len,
+            )
+        )
+        prefilling, self.prefilling = self.prefilling, None
+        if prefilling is None:
+            prefilling = getattr(common, "is_prefilling", None)
+        rows.prompts = self._prompts.update(prefilling, rows.decode)
+        if self.splits and 0 < rows.decode < common.num_reqs:
+            # The builder may keep its schedule in one buffer, which the second build overwrites.
+            schedule = getattr(metadata, "scheduler_metadata", None)
+            if isinstance(schedule, Tensor):
+                metadata.scheduler_metadata = schedule.clone()
+            rows.prefill = stock(0, versions.rows_after(common, rows.decode), fast_build, **kwargs)
+            pad_rows(rows, metadata.block_table, metadata.seq_lens, metadata.num_actual_tokens)
+        metadata.delta = rows
+        return metadata
+
+
+def most_rows(vllm_config: Any) -> int:
+    """Most decode rows of a batch, padding rows included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return padded(max(vllm_config.scheduler_config.max_num_seqs, captured))

@@ -1,0 +1,162 @@
+"""What our backends add to a stock one: the implementation of attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tp_group
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
+
+from deltadecode.config import Role
+from deltadecode.engines.serving.rows import Rows, narrow_table
+from deltadecode.engines.serving.step import Cache, Selections, attend
+from deltadecode.engines.vllm import versions
+from deltadecode.errors import UnsupportedModelError
+
+_SELECTIONS = "deltadecode_selections"
+
+
+class DeltaImpl:
+    """Beside a stock implementation: decode rows of Δ- and sparse layers."""
+
+    head_size: int
+    scale: float
+    logits_soft_cap: float
+    sinks: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = get_current_vllm_config()
+        self.settings = versions.settings_of(config)
+        self._longest = config.model_config.max_model_len
+        self._number = 0
+        self._role: Role | None = None
+
+    def role(self, layer: Any) -> Role:
+        """Role of the layer that this implementation belongs to.
+
+        Layers of a draft model are ``"own"``. Raises UnsupportedModelError when a planned layer
+        turns out to have a sliding window or position biases.
+        """
+        if self._role is None:
+            self._number = extract_layer_index(layer.layer_name)
+            role = self.role_by_name(layer.layer_name)
+            if role != "own" and self._is_special():
+                raise UnsupportedModelError(
+                    f"layer {self._number} has a sliding window or ALiBi, and DELTA plans "
+                    f"full-attention layers only"
+                )
+            self._role = role
+        return self._role
+
+    def role_by_name(self, layer_name: str) -> Role:
+        """Role of a layer; those of a draft model come after the model's or are named so."""
+        number, plan = extract_layer_index(layer_name), self.settings.plan
+        draft = layer_name.startswith("draft") or number >= plan.num_layers
+        return "own" if draft else plan.role(number)
+
+    def _is_special(self) -> bool:
+        # FlashAttention has (tokens before, tokens after); on CPUs it is the window or -1.
+        window = getattr(self, "sliding_window", None)
+        before = window[0] if isinstance(window, tuple) else (window or 0) - 1
+        hides = 0 <= before < self._longest - 1
+        return hides or getattr(self, "alibi_slopes", None) is not None
+
+    def is_ours(self, layer: Any) -> bool:
+        """Whether decode rows of the layer are computed here, and not by the stock backend."""
+        return self.role(layer) in ("delta", "sparse")
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention of one layer for a batch, after the new tokens are in the cache.
+
+        ``query``, ``key`` and ``value`` are [tokens, heads, D], ``output`` likewise.
+        ``attn_metadata`` is what :class:`DeltaBuilder` made; None in a profiling run.
+        """
+        rows: Rows | None = getattr(attn_metadata, "delta", None)
+        stock = super().forward  # type: ignore[misc]
+        if rows is None or not self.is_ours(layer):
+            stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            return output
+        count = rows.decode
+        if count < attn_metadata.seq_lens.shape[0]:
+            self.attend_others(layer, query, key, value, kv_cache, attn_metadata, output)
+        if count:
+            self.attend_decode_rows(layer, query, kv_cache, attn_metadata, output)
+        return output
+
+    def attend_decode_rows(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor
+    ) -> None:
+        """Attention of the decode rows; arguments as in :meth:`forward`."""
+        rows: Rows = attn_metadata.delta
+        count = rows.decode
+        table, lengths = rows.block_table, rows.seq_lens
+        if table is None or lengths is None:
+            table, lengths = attn_metadata.block_table[:count], attn_metadata.seq_lens[:count]
+        k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
+        table = narrow_table(table, k_cache.shape[1], attn_metadata.max_seq_len)
+        selections: Selections = vars(get_forward_context()).setdefault(_SELECTIONS, {})
+        out = attend(
+            self.settings,
+            self._number,
+            self.role(layer),
+            # Tokens of other rows stand in for those of padding rows: nothing is attended to.
+            query[: lengths.shape[0]],
+            Cache(k_cache, v_cache, table, lengths),
+            selections,
+            scale=self.scale,
+            sinks=self.sinks,
+            softcap=self.logits_soft_cap or None,
+            prompts=rows.prompts,
+            over_all_ranks=_over_all_ranks,
+        )
+        output[:count] = out[:count]
+
+    def attend_others(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+    ) -> None:
+        """Stock attention of the other rows; arguments as in :meth:`forward`."""
+        first, metadata = attn_metadata.delta.decode, attn_metadata.delta.prefill
+        if metadata is None:
+            first, metadata = 0, attn_metadata
+        super().forward(  # type: ignore[misc]
+            layer,
+            query[first:],
+            None if key is None else key[first:],
+            None if value is None else value[first:],
+            kv_cache,
+            metadata,
+            output[first:],
+        )
+
+
+def _over_all_ranks(token_scores: Tensor) -> Tensor:
+    """s_t over the query heads of every rank: a maximum of maxima is exact."""
+    group = get_tp_group()
+    if group.world_size > 1:
+        torch.distributed.all_reduce(
+            token_scores, op=torch.distributed.ReduceOp.MAX, group=group.device_group
+        )
+    return token_scores

@@ -1,0 +1,101 @@
+"""The entry point of ``vllm.general_plugins``: what vLLM runs in each of its processes.
+
+It is a package of its own because ``import deltadecode`` prepares Transformers. ``deltadecode`` is
+imported when an engine chooses the backend, and not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+BACKEND = "deltadecode.engines.vllm.backend.DeltaBackend"
+KEY = "deltadecode"  # in --additional-config
+_PLUGIN = "deltadecode.engines.vllm.plugin"
+_WRAPPED = "_deltadecode"
+
+
+def register() -> None:
+    """Put the backend under the name ``CUSTOM``; vLLM may call this many times."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    custom = AttentionBackendEnum.CUSTOM
+    if custom.is_overridden() and custom.get_path() != BACKEND:
+        _warn("the attention backend CUSTOM is %s already, so it is not DELTA", custom.get_path())
+        return
+    register_backend(custom, BACKEND)
+    wrap_once(EngineArgs, "create_engine_config", _check_new_configurations)
+    wrap_once(Scheduler, "__init__", _count_steps)
+    if current_platform.is_cpu():
+        wrap_once(type(current_platform), "get_attn_backend_cls", _let_cpu_choose)
+
+
+def wrap_once(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
+    """Replace function ``owner.name`` by ``wrap(owner.name)``, however often this is called."""
+    original = getattr(owner, name)
+    if hasattr(original, _WRAPPED):
+        return
+    wrapped = functools.wraps(original)(wrap(original))
+    setattr(wrapped, _WRAPPED, True)
+    bound = isinstance(inspect.getattr_static(owner, name), (classmethod, staticmethod))
+    setattr(owner, name, staticmethod(wrapped) if bound else wrapped)
+
+
+def is_chosen(vllm_config: Any) -> bool:
+    """Whether an engine runs DELTA."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    custom = AttentionBackendEnum.CUSTOM
+    return (
+        vllm_config.attention_config.backend is custom
+        and custom.is_overridden()
+        and custom.get_path() == BACKEND
+    )
+
+
+def _check_new_configurations(create: Callable[..., Any]) -> Any:
+    def create_engine_config(
+        self: Any, usage_context: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        vllm_config = create(self, usage_context, *args, **kwargs)
+        additional = vllm_config.additional_config
+        if is_chosen(vllm_config):
+            import_module(_PLUGIN).prepare_engine(vllm_config, usage_context)
+        elif isinstance(additional, dict) and KEY in additional:
+            _warn("stock attention, since --attention-backend CUSTOM is not given")
+        return vllm_config
+
+    return create_engine_config
+
+
+def _count_steps(init: Callable[..., None]) -> Any:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if is_chosen(self.vllm_config):
+            import_module(_PLUGIN).prepare_scheduler(self)
+
+    return __init__
+
+
+def _let_cpu_choose(choose: Callable[..., str]) -> Any:
+    """The CPU platform knows one backend only; let it take the one under ``CUSTOM`` too."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    def get_attn_backend_cls(selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        if selected_backend is AttentionBackendEnum.CUSTOM:
+            return BACKEND
+        return choose(selected_backend, *args, **kwargs)
+
+    return get_attn_backend_cls
+
+
+def _warn(message: str, *args: object) -> None:
+    from vllm.logger import init_logger
+
+    init_logger("vllm.deltadecode").warning(f"deltadecode: {message}", *args)

@@ -1,0 +1,110 @@
+"""Tiny random models: what a process loads, what is counted, windows and shared caches."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import HERE, environment  # of this folder
+
+from deltadecode import DeltaConfig
+from deltadecode.engines.serving.counts import attended_tokens
+from deltadecode.engines.serving.settings import Settings
+
+PROMPT = [5 + 7 * (place % 9) % 50 for place in range(60)]
+OTHER = [3 + 11 * place % 59 for place in range(41)]
+# Four full-attention layers; two of them are sparse, and read three pages of 8 tokens.
+SPARSE = {
+    "page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1,
+    "dense_layers": [0], "delta_layers": [1],
+}  # fmt: skip
+ALL_PAGES = {**SPARSE, "budget_pages": 32}
+# The layers that share a cache are sparse ones, and the layer whose cache it is is dense.
+SHARED = {**ALL_PAGES, "dense_layers": [1, 3], "delta_layers": [5]}
+N_GRAM = {
+    "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2,
+}  # fmt: skip
+# The last one loads numba, after which vLLM 0.32 starts no other engine in its process on CPUs.
+RUNS = {
+    "stock": {"model": "llama"},
+    "window": {"model": "phi", "config": {**ALL_PAGES, "on_unsupported": "stock"}},
+    "window, sparse": {"model": "phi", "config": SPARSE},
+    "window, stock": {"model": "phi"},
+    "shared": {"model": "gemma", "config": SHARED},
+    "shared with a Δ-layer": {
+        "model": "gemma", "config": {**SHARED, "dense_layers": [1], "delta_layers": [3, 7]},
+    },
+    "shared, stock": {"model": "gemma"},
+    "speculative": {
+        "model": "llama", "config": SPARSE, "engine": {"speculative_config": N_GRAM},
+        "prompts": [PROMPT],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Run -> what it gave, all engines one after the other in one process."""
+    folder = tmp_path_factory.mktemp("tiny")
+    job = {
+        "folder": str(folder),
+        "runs": [{"prompts": [PROMPT, OTHER], "max_tokens": 40, **run} for run in RUNS.values()],
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    with (folder / "log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, str(HERE / "tiny_worker.py"), "job.json", "out.json"],
+            cwd=folder, stdout=log, stderr=subprocess.STDOUT, timeout=900, env=environment(),
+            check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, (folder / "log").read_text()[-4000:]
+    return dict(zip(RUNS, json.loads((folder / "out.json").read_text()), strict=True))
+
+
+def test_a_stock_engine_loads_nothing_of_ours_and_transformers_stays_as_it_is(ran):
+    assert (ran["stock"]["modules"], ran["stock"]["delta"]) == ([], False)
+
+
+def decode_rows(run, prompt):
+    """New tokens and length of each row after the prompt, as the engine ran them."""
+    rows = [row for batch in run["batches"] for row in zip(*batch, strict=True)]
+    return [(new, length) for new, length in rows if length - new >= len(prompt)]
+
+
+def test_rule11_rows_of_drafts_are_counted_as_what_ran(ran):
+    run = ran["speculative"]
+    rows = decode_rows(run, PROMPT)
+    several = [row for row in rows if row[0] > 1]
+    assert several and len(several) < len(rows), "both kinds of rows have to occur"
+    config = DeltaConfig(**SPARSE)
+    settings = Settings(config, config.layer_plan(4, (0, 1, 2, 3)))
+    attended = full = 0
+    for new, length in rows:
+        one, all_of_it = attended_tokens(settings, length)
+        several_tokens = 4 * sum(range(length - new + 1, length + 1))
+        attended += one if new == 1 else several_tokens
+        full += all_of_it if new == 1 else several_tokens
+    assert attended < full
+    assert run["counted"] == [attended, full]
+
+
+def test_rule11_a_stock_engine_after_one_with_delta_is_not_counted(ran):
+    attended, full = ran["window, sparse"]["counted"]
+    assert 0 < attended < full
+    assert len(ran["window, stock"]["tokens"][0]) == 40
+    assert ran["window, stock"]["counted"] == [0, 0]
+
+
+def test_a_window_as_long_as_the_longest_sequence_hides_nothing(ran):
+    assert "error" not in ran["window"], ran["window"]["error"]
+    assert ran["window"]["tokens"] == ran["window, stock"]["tokens"]
+
+
+@pytest.mark.parametrize("case", ["shared", "shared with a Δ-layer"])
+def test_layers_that_share_a_cache_read_what_was_written(ran, case):
+    run, stock = ran[case], ran["shared, stock"]
+    assert run["counted"][0] == run["counted"][1] > 0
+    assert run["tokens"] == stock["tokens"]
+    for one, other in zip(run["logprobs"], stock["logprobs"], strict=True):
+        for step, expected in zip(one, other, strict=True):
+            assert step == pytest.approx(expected, abs=2e-3)
