@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, Qwen2Config
 
 import deltadecode
 from benchmarks.kernels.cases import CFG, Shape, moved_bytes
@@ -29,6 +28,8 @@ Timed = dict[str, Callable[[], float]]
 
 def steps(config: dict[str, Any], dtype: str, context: int) -> Timed:
     """Milliseconds of a decode step on the CPU: stock attention, K ≥ N and DELTA."""
+    from transformers import DynamicCache, Qwen2Config
+
     # Ours, whatever commit is timed: both sides get the same weights and caches.
     sys.path.append(str(ROOT / "src" / "deltadecode" / "lab"))
     own: Any = import_module("steptime")

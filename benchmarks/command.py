@@ -38,10 +38,9 @@ _NOTE_SECONDS = 15
 
 def launch(command: Callable[..., None], arguments: Sequence[str] | None = None) -> None:
     """Run the command line of one benchmark and exit, with the codes of ``deltadecode``."""
+    help_options = {"help_option_names": ["-h", "--help"]}
     app = typer.Typer(
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        add_completion=False, pretty_exceptions_enable=False, context_settings=help_options
     )
     app.command()(command)
     run_app(app, arguments, f"python -m benchmarks.{command.__name__}")
@@ -103,7 +102,7 @@ def progress() -> Iterator[Callable[..., None]]:
 
 
 def deliver(
-    found: dict[str, Any],
+    result: dict[str, Any],
     out: Path | None,
     tag: str | None,
     as_json: bool,
@@ -114,8 +113,8 @@ def deliver(
     from benchmarks.report import write
 
     if out is not None:
-        write(found, out, tag, note, figure)
+        write(result, out, tag, note, figure)
     if as_json:
-        print_json(found)
+        print_json(result)
     else:
-        stdout().print(table(found))
+        stdout().print(table(result))

@@ -15,7 +15,7 @@ Progress = Callable[[str, float], None]
 
 
 def write(
-    found: dict[str, Any],
+    result: dict[str, Any],
     folder: Path,
     tag: str | None,
     say: Callable[[str], None],
@@ -23,15 +23,15 @@ def write(
 ) -> None:
     """Write a result file and, where matplotlib is there, a figure of the same name.
 
-    ``figure`` is a module with ``draw(found, path)``, imported only here. Each line that ``say``
+    ``figure`` is a module with ``draw(result, path)``, imported only here. Each line that ``say``
     gets is what was written, or why it was not.
     """
-    path = write_result(found, folder, tag)
+    path = write_result(result, folder, tag)
     say(f"wrote {path}")
     if figure is None:
         return
     try:
-        import_module(figure).draw(found, path.with_suffix(".png"))
+        import_module(figure).draw(result, path.with_suffix(".png"))
     except ImportError as error:
         say(f"no figure drawn: {reason(error)}; pip install 'deltadecode[lab]' brings matplotlib")
     except Exception as error:  # the numbers are written, and are worth more than their picture
@@ -45,15 +45,15 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
-def table(found: dict[str, Any], title: str | None = None) -> Table:
+def table(result: dict[str, Any], title: str | None = None) -> Table:
     """Show a result, one line per row."""
-    machine = found["machine"]
-    on_gpu = found["benchmark"] == "kernels" and machine["gpus"]
-    place = f"{found['benchmark']}: {machine['gpus'][0] if on_gpu else machine['cpu']}"
+    machine = result["machine"]
+    on_gpu = result["benchmark"] == "kernels" and machine["gpus"]
+    place = f"{result['benchmark']}: {machine['gpus'][0] if on_gpu else machine['cpu']}"
     drawn = Table(title=title or place, title_justify="left")
     for name in ("case", "unit", "peer", "theirs", "ours", "ratio"):
         drawn.add_column(name, justify="left" if name in ("case", "unit", "peer") else "right")
-    for line in found["rows"]:
+    for line in result["rows"]:
         values = shown(line["theirs"]), shown(line["ours"]), f"{line['ratio']:.2f}×"
         drawn.add_row(line["case"], line["unit"], line["peer"], *values)
     return drawn

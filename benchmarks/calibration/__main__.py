@@ -27,9 +27,9 @@ def calibration(
 
     command = command_line("calibration", problems=problems)
     with progress() as show:
-        found = run(command, lambda done, left: show("calibration", done, left), problems)
-    shown = partial(table, title=f"{found['seconds']:.0f} s, {found['peak_mib']} MiB")
-    deliver(found, out, tag, as_json, shown, "deltadecode.lab.calibration.figures")
+        result = run(command, lambda done, left: show("calibration", done, left), problems)
+    shown = partial(table, title=f"{result['seconds']:.0f} s, {result['peak_mib']} MiB")
+    deliver(result, out, tag, as_json, shown, "deltadecode.lab.calibration.figures")
 
 
 main = partial(launch, calibration)

@@ -40,23 +40,20 @@ def run(
     request = PlanRequest(DeltaConfig.for_model(model), dense=0, deltas=_FULL_LAYERS)
     texts = task_texts(Chain(), tokenizer, problems)
     prompts = make_prompts(model, tokenizer, texts, new_tokens)
-    found = Measurement(model, prompts, request, new_tokens)
-    found.run(model, tokenizer, progress)
-    said = report(found)
+    measurement = Measurement(model, prompts, request, new_tokens)
+    measurement.run(model, tokenizer, progress)
+    summary = report(measurement)
     seconds = time.monotonic() - start
-    others = against(found)
-    ours = said["plans"].pop(CALIBRATED)
+    others = against(measurement)
+    ours = summary["plans"].pop(CALIBRATED)
     rows = [
         row(
-            f"held-out attention, {found.request.base.budget_pages} pages",
-            name,
-            "share lost, by need",
-            1 - ours["kept"]["held_out"],
-            1 - plan["kept"]["held_out"],
+            f"held-out attention, {measurement.request.base.budget_pages} pages", name,
+            "share lost, by need", 1 - ours["kept"]["held_out"], 1 - plan["kept"]["held_out"],
             plan=plan,
         )
-        for name, plan in {**said["plans"], **others.pop("peers")}.items()
-    ]
-    said["plans"][CALIBRATED] = ours
+        for name, plan in {**summary["plans"], **others.pop("peers")}.items()
+    ]  # fmt: skip
+    summary["plans"][CALIBRATED] = ours
     measured = {"seconds": round(seconds, 1), "peak_mib": round(high_water_mib())}
-    return {**result("calibration", command, rows), **measured, **said, **others}
+    return {**result("calibration", command, rows), **measured, **summary, **others}

@@ -40,10 +40,10 @@ def cpu(
     command = command_line("cpu", quick=quick, base=base, base_source=base_source)
     with progress() as show:
         if base or base_source:
-            found = compare_commits(base, base_source, command, quick=quick, progress=show)
+            result = compare_commits(base, base_source, command, quick=quick, progress=show)
         else:
-            found = run(command=command, quick=quick, progress=show)
-    deliver(found, out, tag, as_json, table)
+            result = run(command=command, quick=quick, progress=show)
+    deliver(result, out, tag, as_json, table)
 
 
 main = partial(launch, cpu)

@@ -115,8 +115,8 @@ def _time_steps(
         budget = max(PLAN.budget_pages, pages) if covered else PLAN.budget_pages
         cfg = replace(PLAN, budget_pages=budget)
         on_step = partial(advance, case, 1 / (count + _WARMUP))
-        found = timer.measure(context, cfg, steps=count, warmup=_WARMUP, on_step=on_step)
-        yield row(case, _PEER, "ms", found.delta_ms, found.full_ms, budget_pages=budget)
+        times = timer.measure(context, cfg, steps=count, warmup=_WARMUP, on_step=on_step)
+        yield row(case, _PEER, "ms", times.delta_ms, times.full_ms, budget_pages=budget)
 
 
 def _peaks(
@@ -127,8 +127,8 @@ def _peaks(
         advance(case, 0.0)
         runs: dict[Side, list[float]] = {"delta": [], "full": []}
         for _ in range(peaks):
-            for side, found in runs.items():
-                found.append(peak_memory(side, shape, context, dtype, PLAN))
+            for side, mib in runs.items():
+                mib.append(peak_memory(side, shape, context, dtype, PLAN))
                 advance(case, 0.5 / peaks)
         yield row(
             case, _PEER, "MiB", min(runs["delta"]), min(runs["full"]),

@@ -52,9 +52,9 @@ def e2e(
     """
     with checking(out, tag):
         from benchmarks.e2e.rows import e2e_table
-        from benchmarks.e2e.run import has_vllm, make_setup, run
+        from benchmarks.e2e.run import has_vllm, make_options, run
 
-        setup = make_setup(
+        options = make_options(
             shape=shape,
             kinds=workload or [],
             points=point or [],
@@ -68,8 +68,8 @@ def e2e(
     if not has_vllm():
         raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
     with progress() as show:
-        found = run(setup, out=out, tag=tag, progress=show)
-    deliver(found, out, tag, as_json, e2e_table, "benchmarks.e2e.figure")
+        result = run(options, out=out, tag=tag, progress=show)
+    deliver(result, out, tag, as_json, e2e_table, "benchmarks.e2e.figure")
 
 
 main = partial(launch, e2e)

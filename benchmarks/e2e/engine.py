@@ -87,8 +87,8 @@ class Engine:
         arguments = {key: value for key, value in command.items() if key != "do"}
         name = "decode" if command["do"] in ("headline", "prefill") else command["do"]
         self._preemptions = 0
-        found: dict[str, Any] = getattr(self, f"_{name}")(**arguments)
-        return {**found, "preemptions": self._preemptions}
+        measured: dict[str, Any] = getattr(self, f"_{name}")(**arguments)
+        return {**measured, "preemptions": self._preemptions}
 
     def _decode(self, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
         """Run whole sequences, from the first step to the last."""
@@ -167,7 +167,7 @@ class Engine:
             # As LLM.generate does; else every step would copy out all tokens so far.
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        prompts = [{"prompt_token_ids": each} for each in tokens]
+        prompts = [{"prompt_token_ids": ids} for ids in tokens]
         self._ids = list(self._llm.enqueue(prompts, sampling, use_tqdm=False))
 
     def _lengths(self) -> list[int]:

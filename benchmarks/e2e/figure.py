@@ -10,9 +10,9 @@ _STYLES = {"theirs": "tab:gray", "ours": "tab:orange"}
 Lines = dict[int, dict[str, list[list[float]]]]
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path) -> None:
     """Draw the time of a step over the context to a PNG file, a panel per batch."""
-    batches = lines(found)
+    batches = lines(result)
     if not batches:
         raise ValueError("the result has no step times to draw")
     figure = Figure(figsize=(6 * len(batches), 4.5), layout="constrained")
@@ -22,24 +22,24 @@ def draw(found: dict[str, Any], path: Path) -> None:
             marker = "o" if len(points) < 16 else ""
             x, y = zip(*points, strict=True)
             panel.plot(x, y, marker=marker, color=_STYLES[side], label=_NAMES[side])
-        panel.set_title(f"{found['model']}, batch {batch}")
+        panel.set_title(f"{result['model']}, batch {batch}")
         panel.set_xlabel("tokens in the cache, per sequence")
         panel.set_ylabel("ms per decode step")
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         panel.legend()
-    gpus = found["machine"]["gpus"]
-    figure.suptitle(gpus[0] if gpus else found["machine"]["cpu"])
+    gpus = result["machine"]["gpus"]
+    figure.suptitle(gpus[0] if gpus else result["machine"]["cpu"])
     figure.savefig(path, dpi=100)
 
 
-def lines(found: dict[str, Any]) -> Lines:
+def lines(result: dict[str, Any]) -> Lines:
     """Collect what is drawn: batch -> side -> [context, ms], ascending in context.
 
     The curve of a headline run where there is one, and the single points.
     """
     batches: Lines = {}
-    for line in found["rows"]:
+    for line in result["rows"]:
         for side in _NAMES:
             points = line.get(f"curve_{side}", [])
             if line["kind"] in ("step", "short"):

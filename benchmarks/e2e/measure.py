@@ -3,7 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from benchmarks.e2e.rows import make_row
 from benchmarks.e2e.shapes import ModelShape
 from benchmarks.e2e.workloads import BLOCK, Workload, needs
 from benchmarks.processes import Process
+from benchmarks.report import Progress
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.results import result
 
@@ -21,7 +22,7 @@ Values = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunOptions:
     """What runs and how."""
 
     shape: ModelShape
@@ -50,42 +51,37 @@ class Setup:
         return self.shape.kv_bytes * (BLOCK + max(one.kv_tokens for one in self.workloads))
 
 
-@dataclass
 class Measurement:
-    """A run, and what it has found so far; ``save`` gets the result after every change."""
+    """A run, and its result so far, which ``save`` gets after every change."""
 
-    setup: Setup
-    save: Callable[[dict[str, Any]], None]
-    progress: Callable[[str, float], None]
-    found: dict[str, Any] = field(init=False)
-    _values: dict[Workload, Values] = field(init=False)
-    _living: list[Process] = field(init=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        setup = self.setup
+    def __init__(
+        self, options: RunOptions, save: Callable[[dict[str, Any]], None], progress: Progress
+    ) -> None:
+        self.options, self.save, self.progress = options, save, progress
+        self._values: dict[Workload, Values] = {one: defaultdict(list) for one in options.workloads}
+        self._living: list[Process] = []
+        shape = options.shape
         # Asked before an engine starts, which measures the memory that others take.
-        self.found = {
-            **result("e2e", setup.command, []),
-            "model": setup.shape.name, "parameters": setup.shape.parameters,
-            "plan": setup.plan.to_dict(),
-            "plan_note": setup.shape.plan_note if setup.plan == setup.shape.plan else "given",
-            "memory_share": setup.memory_share, "in_turn": setup.in_turn,
+        self.result: dict[str, Any] = {
+            **result("e2e", options.command, []),
+            "model": shape.name, "parameters": shape.parameters, "plan": options.plan.to_dict(),
+            "plan_note": shape.plan_note if options.plan == shape.plan else "given",
+            "memory_share": options.memory_share, "in_turn": options.in_turn,
             "engines": {}, "skipped": [], "one_side": [],
         }  # fmt: skip
-        self._values = {one: defaultdict(list) for one in setup.workloads}
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Measure everything; ``folder`` is for the model's configuration.
 
         Gives a result with ``engines`` (what each ran with), ``skipped`` (workloads that did not
         fit, and why) and ``one_side`` (what was measured on one side so far). When a process
-        fails, its WorkerError is raised; what was found before is saved.
+        fails, its WorkerError is raised; what was measured before is saved.
         """
-        model = self.setup.shape.write(folder)
+        model = self.options.shape.write(folder)
         try:
-            for sides in [[STOCK], [DELTA]] if self.setup.in_turn else [[*SIDES]]:
+            for sides in [[STOCK], [DELTA]] if self.options.in_turn else [[*SIDES]]:
                 engines = self._start(sides, model)
-                for workload in self.setup.workloads:
+                for workload in self.options.workloads:
                     if self._fits(workload):
                         self._measure(workload, engines)
                 for process in engines:
@@ -94,31 +90,31 @@ class Measurement:
         finally:
             for process in self._living:
                 process.kill()
-        return self.found
+        return self.result
 
     def _start(self, sides: Sequence[str], model: Path) -> list[Process]:
         engines: list[Process] = []
         for side in sides:
             self._tell(f"starting {side}")
-            process = Process(side, self.setup.spec(side, model), self.setup.worker)
+            process = Process(side, self.options.spec(side, model), self.options.worker)
             engines.append(process)
             self._living.append(process)
-            if not self.setup.start_together:
+            if not self.options.start_together:
                 self._note_ready(process)
         for process in engines:
-            if process.side not in self.found["engines"]:
+            if process.side not in self.result["engines"]:
                 self._note_ready(process)
         return engines
 
     def _note_ready(self, process: Process) -> None:
-        self.found["engines"][process.side] = process.ready()
-        self.save(self.found)
+        self.result["engines"][process.side] = process.ready()
+        self.save(self.result)
 
     def _fits(self, workload: Workload) -> bool:
         """Whether both caches hold it; a side that has not started yet is taken to."""
-        if any(skipped["case"] == workload.case for skipped in self.found["skipped"]):
+        if any(skipped["case"] == workload.case for skipped in self.result["skipped"]):
             return False
-        for side, facts in self.found["engines"].items():
+        for side, facts in self.result["engines"].items():
             if facts["kv_tokens"] < workload.kv_tokens:
                 have = facts["kv_tokens"]
                 why = f"needs {workload.kv_tokens} tokens of KV cache, the {side} engine has {have}"
@@ -140,27 +136,27 @@ class Measurement:
             for command in workload.closing():
                 process.do(command)
         self._collect(workload)
-        self.save(self.found)
+        self.save(self.result)
 
     def _collect(self, workload: Workload) -> None:
         """Make the row, once both sides are there."""
         values = self._values[workload]
         stock, delta = values.get(STOCK), values.get(DELTA)
         if not (stock and delta):
-            self.found["one_side"].append({"case": workload.case, "side": STOCK, "rounds": stock})
+            self.result["one_side"].append({"case": workload.case, "side": STOCK, "rounds": stock})
             return
-        self.found["one_side"] = [
-            half for half in self.found["one_side"] if half["case"] != workload.case
+        self.result["one_side"] = [
+            half for half in self.result["one_side"] if half["case"] != workload.case
         ]
         if workload.kind == "profile" and not (stock[0]["busy_us"] and delta[0]["busy_us"]):
             return self._skip(workload, "the profiler saw nothing run on a GPU")
         opened = [value for side in SIDES for value in values[f"{side} opening"]]
-        self.found["rows"].append(make_row(workload, delta, stock, opened, self.setup.plan))
+        self.result["rows"].append(make_row(workload, delta, stock, opened, self.options.plan))
 
     def _skip(self, workload: Workload, why: str) -> None:
-        self.found["skipped"].append({"case": workload.case, "why": why})
+        self.result["skipped"].append({"case": workload.case, "why": why})
         self._tell(f"skipped {workload.case}: {why}")
-        self.save(self.found)
+        self.save(self.result)
 
     def _tell(self, what: str) -> None:
         sides = sum(

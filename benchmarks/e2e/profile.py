@@ -39,7 +39,7 @@ def summarize(trace: Path, steps: int) -> dict[str, Any]:
             graphs[_correlation(event)].append(_span(event))
     spans = sorted((min(s)[0], max(end for _, end in s)) for s in graphs.values())
     graph_us = sum(end - start for start, end in spans)
-    in_graph_busy = sum(_covered(each) for each in graphs.values())
+    in_graph_busy = sum(_covered(spans) for spans in graphs.values())
     starts = [start for start, _ in spans]
     periods = sorted(b - a for a, b in pairwise(starts))
     in_graphs = sum(_correlation(e) in launches for e in kernels)

@@ -31,7 +31,7 @@ def make_row(
         "batch": workload.batch,
         "context": workload.context,
         "within_budget": workload.context <= plan.budget_pages * plan.page_size,
-        "preemptions": sum(each["preemptions"] for each in (*opening, *ours, *theirs)),
+        "preemptions": sum(one["preemptions"] for one in (*opening, *ours, *theirs)),
     }
     if workload.kind == "profile":
         shared |= {"profile_ours": ours[0], "profile_theirs": theirs[0]}
@@ -39,7 +39,7 @@ def make_row(
         return row(workload.case, PEER, workload.unit, *busy, **shared)
     if workload.kind in ("step", "short"):
         return _step_row(workload, ours, theirs, shared)
-    seconds = [median(each["seconds"] for each in rounds) for rounds in (ours, theirs)]
+    seconds = [median(one["seconds"] for one in rounds) for rounds in (ours, theirs)]
     if workload.kind == "headline":
         tokens = workload.batch * workload.new_tokens
         for name, rounds, total in zip(("ours", "theirs"), (ours, theirs), seconds, strict=True):
@@ -66,17 +66,17 @@ def curve(steps: Sequence[float]) -> list[list[float]]:
     ]
 
 
-def e2e_table(found: dict[str, Any]) -> Table:
+def e2e_table(result: dict[str, Any]) -> Table:
     """Show a result, one line per row and one per workload that was skipped."""
-    gpus = found["machine"]["gpus"]
-    title = f"e2e: {found['model']}, {gpus[0] if gpus else found['machine']['cpu']}"
+    gpus = result["machine"]["gpus"]
+    title = f"e2e: {result['model']}, {gpus[0] if gpus else result['machine']['cpu']}"
     shown = Table(title=title, title_justify="left")
     for name in ("case", "unit", "stock vLLM", "DELTA", "ratio", "notes"):
         shown.add_column(name, justify="left" if name in ("case", "unit", "notes") else "right")
-    for line in found["rows"]:
+    for line in result["rows"]:
         values = f"{line['theirs']:.4g}", f"{line['ours']:.4g}", f"{line['ratio']:.3f}×"
         shown.add_row(line["case"], line["unit"], *values, _notes(line))
-    for line in found["skipped"]:
+    for line in result["skipped"]:
         shown.add_row(line["case"], "", "", "", "", f"skipped: {line['why']}")
     return shown
 
@@ -100,14 +100,14 @@ def _step_row(
 ) -> dict[str, Any]:
     values = {}
     for name, rounds in (("ours", ours), ("theirs", theirs)):
-        steps = [seconds * 1e3 for each in rounds for seconds in each["seconds"]]
+        steps = [seconds * 1e3 for one in rounds for seconds in one["seconds"]]
         values[name] = median(steps)
         tenths = quantiles(steps, n=10) if len(steps) > 1 else steps * 9
         shared[f"p10_{name}"], shared[f"p90_{name}"] = _short(tenths[0]), _short(tenths[-1])
         shared[f"rounds_{name}"] = [_short(median(one["seconds"]) * 1e3) for one in rounds]
     # What was in the cache, where sequences that were read first ran ahead.
-    shared["from"] = min(each["from"] for each in (*ours, *theirs))
-    shared["to"] = max(each["to"] for each in (*ours, *theirs))
+    shared["from"] = min(one["from"] for one in (*ours, *theirs))
+    shared["to"] = max(one["to"] for one in (*ours, *theirs))
     shared["steps"] = workload.steps * workload.rounds
     return row(workload.case, PEER, workload.unit, values["ours"], values["theirs"], **shared)
 

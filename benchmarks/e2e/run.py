@@ -2,14 +2,15 @@
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import command_line
-from benchmarks.e2e.measure import Measurement, Setup
+from benchmarks.e2e.measure import Measurement, RunOptions
 from benchmarks.e2e.shapes import find_shape
 from benchmarks.e2e.workloads import parse_point, workloads
+from benchmarks.report import Progress
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.results import write_result
 
@@ -18,7 +19,7 @@ _SHARE_OF_TWO = 0.42
 _SHARE_OF_ONE = 0.85
 
 
-def make_setup(
+def make_options(
     *,
     shape: str = "r1-1.5b",
     kinds: Sequence[str] = (),
@@ -29,7 +30,7 @@ def make_setup(
     memory_share: float | None = None,
     in_turn: bool = False,
     start_together: bool = False,
-) -> Setup:
+) -> RunOptions:
     """Check what was asked for; a ValueError for what cannot be.
 
     ``kinds`` and ``points`` (``batch:context``) say what to measure, ``memory_share`` is of the
@@ -58,15 +59,7 @@ def make_setup(
         "e2e", shape=shape, workload=list(kinds), point=list(points), steps=steps, rounds=rounds,
         plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
     )  # fmt: skip
-    return Setup(
-        shape=model,
-        plan=cfg,
-        workloads=chosen,
-        memory_share=share,
-        in_turn=in_turn,
-        start_together=start_together,
-        command=command,
-    )
+    return RunOptions(model, cfg, chosen, share, in_turn, start_together, command)
 
 
 def has_vllm() -> bool:
@@ -75,20 +68,20 @@ def has_vllm() -> bool:
 
 
 def run(
-    setup: Setup,
+    options: RunOptions,
     *,
     out: Path | None = None,
     tag: str | None = None,
-    progress: Callable[[str, float], None] = lambda what, done: None,
+    progress: Progress = lambda case, done: None,
 ) -> dict[str, Any]:
     """Run the benchmark; see :meth:`benchmarks.e2e.measure.Measurement.run`.
 
     The result file in ``out`` is written again after every measurement.
     """
 
-    def save(found: dict[str, Any]) -> None:
+    def save(result: dict[str, Any]) -> None:
         if out is not None:
-            write_result(found, out, tag)
+            write_result(result, out, tag)
 
     with tempfile.TemporaryDirectory(prefix="deltadecode-") as folder:
-        return Measurement(setup, save, progress).run(Path(folder) / setup.shape.name)
+        return Measurement(options, save, progress).run(Path(folder) / options.shape.name)

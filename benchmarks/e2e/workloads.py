@@ -113,10 +113,10 @@ class Workload:
 
 def parse_point(text: str) -> tuple[int, int]:
     """Read ``batch:context``, such as ``64:8192``; a ValueError for anything else."""
-    found = _POINT.fullmatch(text)
-    if not found or not int(found[1]) or not int(found[2]):
+    match = _POINT.fullmatch(text)
+    if not match or not int(match[1]) or not int(match[2]):
         raise ValueError(f"a point must be batch:context, such as 64:8192, got {text!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def workloads(
@@ -136,7 +136,7 @@ def workloads(
     for kind in chosen:
         if kind not in KINDS:
             raise ValueError(f"workload must be one of {', '.join(KINDS)}, got {kind!r}")
-    found = []
+    selected = []
     for kind in dict.fromkeys(chosen):
         for batch, context in points or _DEFAULTS[kind]:
             timed = {"step": steps, "short": steps, "profile": 3}.get(kind, 0)
@@ -147,8 +147,8 @@ def workloads(
                     f"context must be longer than the {one.context - one.prompt} tokens decoded "
                     f"at {batch}:{context}; take a longer one or fewer steps"
                 )
-            found.append(one)
-    return found
+            selected.append(one)
+    return selected
 
 
 def needs(chosen: Sequence[Workload]) -> tuple[int, int]:

@@ -12,8 +12,8 @@ def evaluation(as_json: Json = False, out: Out = None, tag: Tag = "speed") -> No
         from benchmarks.report import table
 
     with progress() as show:
-        found = run(command_line("evaluation"), show)
-    deliver(found, out, tag, as_json, table)
+        result = run(command_line("evaluation"), show)
+    deliver(result, out, tag, as_json, table)
 
 
 main = partial(launch, evaluation)

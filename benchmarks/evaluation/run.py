@@ -35,9 +35,8 @@ def run(
     _solve(model, tokenizer, make_task("chain:steps=1"), Cell("full", 0), 1, 1)
     problem = make_task(task)
     rows = []
-    for number, cell in enumerate(
-        (Cell("full", 0), Cell("delta", plan.page_size * plan.budget_pages))
-    ):
+    cells = Cell("full", 0), Cell("delta", plan.page_size * plan.budget_pages)
+    for number, cell in enumerate(cells):
         progress(f"{cell.label}: {alone} one at a time", number / 2)
         singly, ones = _solve(model, tokenizer, problem, cell, alone, 1)
         progress(f"{cell.label}: {problems} in a batch", number / 2 + 0.25)
@@ -59,5 +58,5 @@ def _solve(
     evaluation = Evaluation(model, tokenizer, task, samples, batch=batch)
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        (found,) = evaluation.run([cell], Path(folder), lambda *told: None)
-        return time.monotonic() - start, {s: r["hash"] for s, r in found.samples.items()}
+        (solved,) = evaluation.run([cell], Path(folder), lambda *progress: None)
+        return time.monotonic() - start, {s: r["hash"] for s, r in solved.samples.items()}

@@ -63,13 +63,13 @@ def kernels(
     )  # fmt: skip
     with progress() as show:
         if base or base_source:
-            found = compare_commits(shapes, base, base_source, command, progress=show)
+            result = compare_commits(shapes, base, base_source, command, progress=show)
         else:
-            found = run(shapes, command=command, memory_gib=memory_gib, progress=show)
+            result = run(shapes, command=command, memory_gib=memory_gib, progress=show)
     if base or base_source:
-        deliver(found, out, tag, as_json, table)
+        deliver(result, out, tag, as_json, table)
     else:
-        deliver(found, out, tag, as_json, kernel_table, "benchmarks.kernels.figures")
+        deliver(result, out, tag, as_json, kernel_table, "benchmarks.kernels.figures")
 
 
 main = partial(launch, kernels)

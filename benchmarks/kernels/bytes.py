@@ -81,8 +81,8 @@ def make_rows(shape: Shape, launches: list[dict[str, Any]]) -> list[dict[str, An
     rows = []
     left = iter(launches)
     for operation, kernel, least in expected_bytes(shape):
-        found = next(launch for launch in left if launch["kernel"] == kernel)
-        read, written, nanoseconds = (found[name] for name in _METRICS)
+        counters = next(launch for launch in left if launch["kernel"] == kernel)
+        read, written, nanoseconds = (counters[name] for name in _METRICS)
         rows.append(
             row(
                 f"{operation}: {kernel}, {shape.label}", "bytes it has to move", "MB",
@@ -116,8 +116,8 @@ def kernel_bytes(
     if done.returncode:
         raise RuntimeError(f"ncu failed: {(done.stdout + done.stderr)[-500:]}")
     command = command_line("kernels.bytes", heads=heads)
-    found = result("kernels", command, make_rows(shape, read_counters(done.stdout)))
-    deliver({**found, "head_dim": DIM}, out, tag, as_json, table)
+    rows = make_rows(shape, read_counters(done.stdout))
+    deliver({**result("kernels", command, rows), "head_dim": DIM}, out, tag, as_json, table)
 
 
 if __name__ == "__main__":

@@ -110,12 +110,12 @@ def calls_per_graph(call_bytes: int, sets: int) -> int:
 
 def parse_heads(text: str) -> tuple[int, int]:
     """Read ``Hq/Hkv``, such as ``12/2``; a ValueError for anything else."""
-    found = _HEADS.fullmatch(text)
-    if not found or int(found[1]) % int(found[2]):
+    match = _HEADS.fullmatch(text)
+    if not match or int(match[1]) % int(match[2]):
         raise ValueError(
             f"heads must be query heads/KV heads, the second dividing the first, got {text!r}"
         )
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def grid(

@@ -14,13 +14,13 @@ _OURS = "ours"
 Series = dict[tuple[str, str], dict[tuple[int, int], tuple[float, float]]]
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path) -> None:
     """Draw times and achieved bandwidths to a PNG file, a line of panels per head shape."""
-    shapes = dict.fromkeys(row["heads"] for row in found["rows"] if "tb_s" in row)
-    by_heads = {heads: series(found, heads) for heads in shapes}
+    shapes = dict.fromkeys(row["heads"] for row in result["rows"] if "tb_s" in row)
+    by_heads = {heads: series(result, heads) for heads in shapes}
     if not by_heads:
         raise ValueError("the result has no attention rows to draw")
-    copy = found["bandwidth"]["copy_tb_s"]
+    copy = result["bandwidth"]["copy_tb_s"]
     figure = Figure(figsize=(20, 1 + 4 * len(by_heads)), layout="constrained")
     panels = figure.subplots(len(by_heads), 4, squeeze=False)
     for line, (heads, lines) in zip(panels, by_heads.items(), strict=True):
@@ -38,18 +38,18 @@ def draw(found: dict[str, Any], path: Path) -> None:
     }
     figure.legend(
         handles.values(), handles.keys(), ncols=len(handles), loc="outside upper center",
-        title=", ".join(found["machine"]["gpus"][:1]),
+        title=", ".join(result["machine"]["gpus"][:1]),
     )  # fmt: skip
     figure.savefig(path, dpi=100)
 
 
-def series(found: dict[str, Any], heads: str) -> Series:
+def series(result: dict[str, Any], heads: str) -> Series:
     """Collect what is drawn for one head shape; see :data:`Series`.
 
     Peers appear with the operation that they ran, so those of a Δ-layer once, as dense attention.
     """
     lines: Series = {}
-    for row in found["rows"]:
+    for row in result["rows"]:
         if row.get("heads") != heads or "tb_s" not in row:
             continue
         point = row["batch"], row["context"]

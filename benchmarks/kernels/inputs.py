@@ -1,6 +1,6 @@
 """Random inputs of the kernel benchmark, and the exact result for some of their rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -14,6 +14,7 @@ from deltadecode import ops
 
 SCALE = DIM**-0.5
 _DTYPE = torch.bfloat16
+_ERROR_SEQUENCES = 4
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def exact_attention(inputs: Inputs, rows: int, sparse: bool) -> Tensor:
     shape = inputs.shape
     keys, values = inputs.caches[0]
     selection = inputs.sparse[0][1]
-    found = []
+    outputs = []
     for row in range(min(rows, shape.batch)):
         if sparse:
             blocks = selection.blocks[row, : int(selection.page_counts[row])]
@@ -145,8 +146,8 @@ def exact_attention(inputs: Inputs, rows: int, sparse: bool) -> Tensor:
         k, v = (cache[blocks.long()].flatten(0, 1)[:tokens].double() for cache in (keys, values))
         q = inputs.q[row].double().view(shape.kv_heads, -1, DIM)
         weights = (torch.einsum("hgd,thd->hgt", q, k) * SCALE).softmax(dim=-1)
-        found.append(torch.einsum("hgt,thd->hgd", weights, v).reshape(shape.heads, DIM))
-    return torch.stack(found)
+        outputs.append(torch.einsum("hgt,thd->hgd", weights, v).reshape(shape.heads, DIM))
+    return torch.stack(outputs)
 
 
 def relative_error(out: Tensor, exact: Tensor) -> float:
@@ -156,3 +157,17 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
     """
     difference = out[: exact.shape[0]].double() - exact
     return float(difference.norm() / exact.norm())
+
+
+def errors(
+    inputs: Inputs, calls: Mapping[tuple[str, str], Sequence[Callable[[], Tensor]]]
+) -> dict[tuple[str, str], float]:
+    """Errors by (operation, side); the side ``""`` is the exact result in bfloat16."""
+    relative: dict[tuple[str, str], float] = {}
+    for op in ("dense", "sparse"):
+        exact = exact_attention(inputs, _ERROR_SEQUENCES, sparse=op == "sparse")
+        relative[op, ""] = relative_error(exact.to(inputs.q.dtype), exact)
+        for (of, side), todo in calls.items():
+            if of == op:
+                relative[op, side] = relative_error(todo[0](), exact)
+    return relative

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import inputs as made
 from benchmarks.kernels.cases import (
     BLOCK_SIZE,
     CFG,
@@ -17,15 +16,13 @@ from benchmarks.kernels.cases import (
     error_shapes,
     moved_bytes,
 )
-from benchmarks.kernels.inputs import Inputs, our_calls
+from benchmarks.kernels.inputs import Inputs, errors, inputs_bytes, make_inputs, our_calls
 from benchmarks.kernels.peers import TOPK, Peer, topk_select
 from benchmarks.kernels.rows import OURS, attention_rows, error_rows
 from benchmarks.kernels.timing import Bandwidth, Call, GraphTimer, Runner
 from benchmarks.report import Progress, reason
 from deltadecode import ops
 from deltadecode.lab.results import result, row
-
-_ERROR_SEQUENCES = 4
 
 
 @dataclass
@@ -89,15 +86,15 @@ def measure(
 
 
 def _fits(bench: Bench, shape: Shape) -> bool:
-    needed = made.inputs_bytes(shape, bench.l2_bytes)
+    needed = inputs_bytes(shape, bench.l2_bytes)
     if needed > bench.memory_limit:
         gib, limit = needed / 2**30, bench.memory_limit / 2**30
         bench.skip(shape, f"inputs of {gib:.1f} GiB exceed the limit of {limit:.1f} GiB")
     return needed <= bench.memory_limit
 
 
-def _attention(bench: Bench, shape: Shape, errors: bool) -> list[dict[str, Any]]:
-    inputs = made.make_inputs(shape, bench.device, bench.l2_bytes)
+def _attention(bench: Bench, shape: Shape, with_errors: bool) -> list[dict[str, Any]]:
+    inputs = make_inputs(shape, bench.device, bench.l2_bytes)
     calls: dict[tuple[str, str], Sequence[Call]] = {
         (op, OURS): ours for op, ours in our_calls(inputs, bench.backend).items()
     }
@@ -112,8 +109,8 @@ def _attention(bench: Bench, shape: Shape, errors: bool) -> list[dict[str, Any]]
     timings = bench.timer.measure(runners)
     sets = {op: len(todo) for (op, side), todo in calls.items() if side == OURS}
     rows = attention_rows(shape, timings, sets, bench.bandwidth)
-    if errors:
-        rows += error_rows(shape, _errors(inputs, calls))
+    if with_errors:
+        rows += error_rows(shape, errors(inputs, calls))
     return rows
 
 
@@ -130,20 +127,6 @@ def _peer_runners(
             bench.peers.remove(peer)
             bench.missing[peer.name] = f"{op}, {inputs.shape.label}: {reason(error)}"
             return
-
-
-def _errors(
-    inputs: Inputs, calls: dict[tuple[str, str], Sequence[Call]]
-) -> dict[tuple[str, str], float]:
-    """Errors of all sides, and under the name ``""`` that of the exact result in bfloat16."""
-    found: dict[tuple[str, str], float] = {}
-    for op in ("dense", "sparse"):
-        exact = made.exact_attention(inputs, _ERROR_SEQUENCES, sparse=op == "sparse")
-        found[op, ""] = made.relative_error(exact.to(inputs.q.dtype), exact)
-        for (of, side), todo in calls.items():
-            if of == op:
-                found[op, side] = made.relative_error(todo[0](), exact)
-    return found
 
 
 def _select(bench: Bench, batch: int, pages: int) -> dict[str, Any]:

@@ -137,5 +137,5 @@ def topk_select(page_scores: Tensor) -> Tensor:
     pages = page_scores.shape[1]
     scores = page_scores.clone()
     scores[:, max(0, pages - CFG.recent_pages) :] = torch.inf
-    found = scores.topk(min(pages, CFG.budget_pages), dim=1, sorted=False)
-    return found.indices.sort(dim=1).values.to(torch.int32)
+    best = scores.topk(min(pages, CFG.budget_pages), dim=1, sorted=False)
+    return best.indices.sort(dim=1).values.to(torch.int32)

@@ -71,14 +71,14 @@ def error_rows(shape: Shape, errors: Mapping[tuple[str, str], float]) -> list[di
     ]  # fmt: skip
 
 
-def kernel_table(found: dict[str, Any]) -> Table:
+def kernel_table(result: dict[str, Any]) -> Table:
     """Show a result, all sides of a case on one line: a peer's value, and it ÷ ours."""
     lines: dict[str, dict[str, dict[str, Any]]] = {}
-    for each in found["rows"]:
-        lines.setdefault(each["case"], {})[each["peer"]] = each
-    peers = [peer for peer in dict.fromkeys(r["peer"] for r in found["rows"]) if peer != FLOOR]
-    gpu = ", ".join(found["machine"]["gpus"][:1]) or found["machine"]["cpu"]
-    copy = found["bandwidth"]["copy_tb_s"]
+    for line in result["rows"]:
+        lines.setdefault(line["case"], {})[line["peer"]] = line
+    peers = [peer for peer in dict.fromkeys(r["peer"] for r in result["rows"]) if peer != FLOOR]
+    gpu = ", ".join(result["machine"]["gpus"][:1]) or result["machine"]["cpu"]
+    copy = result["bandwidth"]["copy_tb_s"]
     title = f"kernels: {gpu}, copy {copy:.2f} TB/s; µs a call, errors against float64"
     drawn = Table(title=title, title_justify="left")
     drawn.add_column("case")

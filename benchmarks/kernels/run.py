@@ -40,15 +40,10 @@ def run(
     torch.cuda.empty_cache()
     limit = _MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]
     bench = Bench(
-        timer=GraphTimer(),
-        bandwidth=bandwidth,
-        device=device,
-        backend="triton",
+        GraphTimer(), bandwidth, device, backend="triton", peers=peers, missing=missing,
         l2_bytes=torch.cuda.get_device_properties(device).L2_cache_size,
         memory_limit=int(limit if memory_gib is None else memory_gib * 2**30),
-        peers=peers,
-        missing=missing,
-    )
+    )  # fmt: skip
     return measure(bench, shapes, command, progress)
 
 

@@ -30,12 +30,12 @@ def run(capfd):
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """Engines that make up their times."""
-    make = e2e.make_setup
+    make = e2e.make_options
 
     def use(*failure):
         worker = (sys.executable, FAKE, str(tmp_path / "log"), *failure)
         monkeypatch.setattr(
-            e2e, "make_setup", lambda **given: replace(make(**given), worker=worker)
+            e2e, "make_options", lambda **given: replace(make(**given), worker=worker)
         )
         monkeypatch.setattr(e2e, "has_vllm", lambda: True)
 

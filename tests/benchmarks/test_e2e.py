@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.e2e import run as e2e
 from benchmarks.e2e.__main__ import main
-from benchmarks.e2e.measure import Setup
+from benchmarks.e2e.measure import RunOptions
 from benchmarks.e2e.rows import curve, e2e_table
 from benchmarks.e2e.shapes import SHAPES
 from benchmarks.e2e.workloads import KINDS, Workload, needs, parse_point, workloads
@@ -30,9 +30,9 @@ def fake(tmp_path):
     """A setup of the tiny shape with processes that make up their times."""
 
     def make(kinds, *failure, **options):
-        setup = e2e.make_setup(shape="tiny", kinds=kinds, **{**SIZES, **options})
+        setup = e2e.make_options(shape="tiny", kinds=kinds, **{**SIZES, **options})
         worker = (sys.executable, FAKE, str(tmp_path / "log"), *failure)
-        return Setup(**{**vars(setup), "worker": worker})
+        return RunOptions(**{**vars(setup), "worker": worker})
 
     return make
 
@@ -112,18 +112,18 @@ def test_a_point_is_batch_and_context(text):
 )
 def test_what_cannot_be_measured_is_refused(options, named):
     with pytest.raises(ValueError, match=named):
-        e2e.make_setup(**options)
+        e2e.make_options(**options)
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path):
     DeltaConfig(delta_layers=(2, 40)).save(tmp_path / "plan.json")
     with pytest.raises(DeltaConfigError, match="40"):
-        e2e.make_setup(plan=tmp_path / "plan.json")
+        e2e.make_options(plan=tmp_path / "plan.json")
 
 
 def test_the_command_repeats_the_run(tmp_path):
     DeltaConfig(delta_layers=(2, 9)).save(tmp_path / "my plan.json")
-    setup = e2e.make_setup(
+    setup = e2e.make_options(
         kinds=["step"], points=["4:900"], plan=tmp_path / "my plan.json", in_turn=True
     )
     assert setup.command == (
@@ -282,7 +282,7 @@ def test_the_module_ends_with_1_and_one_line_when_an_engine_fails(
     fake, monkeypatch, capsys, tmp_path
 ):
     setup = fake(["step"], "stock:die")
-    monkeypatch.setattr(e2e, "make_setup", lambda **options: setup)
+    monkeypatch.setattr(e2e, "make_options", lambda **options: setup)
     monkeypatch.setattr(e2e, "has_vllm", lambda: True)
     monkeypatch.setattr(sys, "argv", ["e2e"])
     with pytest.raises(SystemExit) as ended:

@@ -52,7 +52,7 @@ def check_tag(tag: str | None) -> None:
         raise ValueError(f"tag must be letters, digits, '.', '_' and '-', got {tag!r}")
 
 
-def write_result(found: dict[str, Any], folder: Path, tag: str | None = None) -> Path:
+def write_result(result: dict[str, Any], folder: Path, tag: str | None = None) -> Path:
     """Write ``<benchmark>-<yyyymmdd>[-tag].json`` to a folder, which is made if need be.
 
     The tag distinguishes files of one day. See :func:`check_tag` for its errors.
@@ -60,10 +60,10 @@ def write_result(found: dict[str, Any], folder: Path, tag: str | None = None) ->
     check_tag(tag)
     day = datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y%m%d")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{found['benchmark']}-{day}{f'-{tag}' if tag else ''}.json"
+    path = folder / f"{result['benchmark']}-{day}{f'-{tag}' if tag else ''}.json"
     # In one piece: a benchmark that writes as it goes may be stopped at any time.
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
     return path
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from benchmarks.e2e.run import make_setup
+from benchmarks.e2e.run import make_options
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Answer to every command of every workload, of stock vLLM and the tiny shape."""
-    setup = make_setup(shape="tiny", points=["4:200"], steps=8, rounds=2, memory_share=0.1)
+    setup = make_options(shape="tiny", points=["4:200"], steps=8, rounds=2, memory_share=0.1)
     model = setup.shape.write(tmp_path_factory.mktemp("tiny"))
     todo = [setup.spec("stock", model)]
     for one in setup.workloads:
