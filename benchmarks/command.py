@@ -10,16 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from deltadecode.cli import output
 from deltadecode.cli.app import run_app
-from deltadecode.cli.output import (
-    BadInput,
-    check_tag,
-    note,
-    print_json,
-    progress_bar,
-    quiet_libraries,
-    stdout,
-)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Out = Annotated[
@@ -70,14 +62,14 @@ def _text(value: Any) -> str:
 @contextmanager
 def checking(out: Path | None, tag: str | None) -> Iterator[None]:
     """Check where results go, and make every ValueError within a usage error."""
-    quiet_libraries()
-    check_tag(tag)
+    output.quiet_libraries()
+    output.check_tag(tag)
     if out is not None and out.exists() and not out.is_dir():
-        raise BadInput(f"--out must be a folder, got {str(out)!r}")
+        raise output.BadInput(f"--out must be a folder, got {str(out)!r}")
     try:
         yield
     except ValueError as error:
-        raise BadInput(str(error)) from error
+        raise output.BadInput(str(error)) from error
 
 
 @contextmanager
@@ -88,7 +80,7 @@ def progress() -> Iterator[Callable[..., None]]:
     the seconds left.
     """
     last, due = "", 0.0
-    with progress_bar("benchmark", 1.0) as (bar, task):
+    with output.progress_bar("benchmark", 1.0) as (bar, task):
 
         def show(case: str, done: float, left: float | None = None) -> None:
             nonlocal last, due
@@ -96,7 +88,7 @@ def progress() -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, description=case + remaining)
             if bar.disable and (case != last or time.monotonic() >= due):
                 last, due = case, time.monotonic() + _NOTE_SECONDS
-                note(f"{done:4.0%} {case}{remaining}")
+                output.note(f"{done:4.0%} {case}{remaining}")
 
         yield show
 
@@ -113,8 +105,8 @@ def deliver(
     from benchmarks.report import write
 
     if out is not None:
-        write(result, out, tag, note, figure)
+        write(result, out, tag, output.note, figure)
     if as_json:
-        print_json(result)
+        output.print_json(result)
     else:
-        stdout().print(table(result))
+        output.stdout().print(table(result))
