@@ -1,7 +1,6 @@
 """What the command lines of all benchmarks share: options, progress, result files, exit codes."""
 
 import shlex
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,6 @@ Base = Annotated[
 BaseSource = Annotated[
     Path | None, typer.Option(help="Unpacked source of that commit, where there is no git history.")
 ]
-_NOTE_SECONDS = 15
 
 
 def launch(command: Callable[..., None], arguments: Sequence[str] | None = None) -> None:
@@ -79,18 +77,8 @@ def progress() -> Iterator[Callable[..., None]]:
     Yields a function of the case that runs, the part of all work that is done and, if it is known,
     the seconds left.
     """
-    last, due = "", 0.0
     with output.progress_bar("benchmark", 1.0) as (bar, task):
-
-        def show(case: str, done: float, left: float | None = None) -> None:
-            nonlocal last, due
-            remaining = "" if left is None else f", {left / 60:.1f} min left"
-            bar.update(task, completed=done, description=case + remaining)
-            if bar.disable and (case != last or time.monotonic() >= due):
-                last, due = case, time.monotonic() + _NOTE_SECONDS
-                output.note(f"{done:4.0%} {case}{remaining}")
-
-        yield show
+        yield output.progress_reporter(bar, task, note_labels=True)
 
 
 def deliver(
