@@ -137,8 +137,8 @@ def _source(
     model: str, prompt: str | None, prompt_file: Path | None, task: str | None
 ) -> tuple[str, str]:
     """What the prompt is taken from: ``task`` or ``prompt``, and its text."""
-    given = {"--prompt": prompt, "--prompt-file": prompt_file, "--task": task}
-    names = [name for name, value in given.items() if value is not None]
+    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--task": task}
+    names = [name for name, value in sources.items() if value is not None]
     if len(names) > 1:
         raise BadInput(f"give one of --prompt, --prompt-file and --task, got {' and '.join(names)}")
     if prompt is not None or prompt_file is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from deltadecode.config import Role
-from deltadecode.engines.serving.settings import Settings
+from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.errors import DeltaConfigError
 from deltadecode.ops import decode_attention, select_pages
 
@@ -28,7 +28,7 @@ class Cache:
 
 
 def attend(
-    settings: Settings,
+    settings: ServingSettings,
     layer: int,
     role: Role,
     q: Tensor,
