@@ -1,4 +1,4 @@
-"""The end-to-end benchmark: shapes, workloads and the coordinator, with made-up engines."""
+"""The end-to-end benchmark: shapes, workloads and the measurement, with made-up engines."""
 
 import io
 import json
@@ -135,7 +135,7 @@ def test_the_command_repeats_the_run(tmp_path):
     assert setup.memory_share == 0.85
 
 
-# The coordinator
+# The measurement
 
 
 def test_rounds_alternate_and_both_engines_stay_alive(fake, tmp_path):
