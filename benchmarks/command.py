@@ -1,7 +1,6 @@
 """What the command lines of all benchmarks share: options, progress, result files, exit codes."""
 
 import shlex
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from deltadecode.cli import output
 from deltadecode.cli.app import run_app
-from deltadecode.cli.output import (
-    BadInput,
-    check_tag,
-    note,
-    print_json,
-    progress_bar,
-    quiet_libraries,
-    stdout,
-)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Out = Annotated[
@@ -33,7 +24,6 @@ Base = Annotated[
 BaseSource = Annotated[
     Path | None, typer.Option(help="Unpacked source of that commit, where there is no git history.")
 ]
-_NOTE_SECONDS = 15
 
 
 def launch(command: Callable[..., None], arguments: Sequence[str] | None = None) -> None:
@@ -70,14 +60,14 @@ def _text(value: Any) -> str:
 @contextmanager
 def checking(out: Path | None, tag: str | None) -> Iterator[None]:
     """Check where results go, and make every ValueError within a usage error."""
-    quiet_libraries()
-    check_tag(tag)
+    output.quiet_libraries()
+    output.check_tag(tag)
     if out is not None and out.exists() and not out.is_dir():
-        raise BadInput(f"--out must be a folder, got {str(out)!r}")
+        raise output.BadInput(f"--out must be a folder, got {str(out)!r}")
     try:
         yield
     except ValueError as error:
-        raise BadInput(str(error)) from error
+        raise output.BadInput(str(error)) from error
 
 
 @contextmanager
@@ -87,18 +77,8 @@ def progress() -> Iterator[Callable[..., None]]:
     Yields a function of the case that runs, the part of all work that is done and, if it is known,
     the seconds left.
     """
-    last, due = "", 0.0
-    with progress_bar("benchmark", 1.0) as (bar, task):
-
-        def show(case: str, done: float, left: float | None = None) -> None:
-            nonlocal last, due
-            remaining = "" if left is None else f", {left / 60:.1f} min left"
-            bar.update(task, completed=done, description=case + remaining)
-            if bar.disable and (case != last or time.monotonic() >= due):
-                last, due = case, time.monotonic() + _NOTE_SECONDS
-                note(f"{done:4.0%} {case}{remaining}")
-
-        yield show
+    with output.progress_bar("benchmark", 1.0) as (bar, task):
+        yield output.progress_reporter(bar, task, note_labels=True)
 
 
 def deliver(
@@ -113,8 +93,8 @@ def deliver(
     from benchmarks.report import write
 
     if out is not None:
-        write(result, out, tag, note, figure)
+        write(result, out, tag, output.note, figure)
     if as_json:
-        print_json(result)
+        output.print_json(result)
     else:
-        stdout().print(table(result))
+        output.stdout().print(table(result))

@@ -1,31 +1,19 @@
 """Command line of the CPU benchmark."""
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
-from benchmarks.command import (
-    Base,
-    BaseSource,
-    Json,
-    Out,
-    Tag,
-    checking,
-    command_line,
-    deliver,
-    launch,
-    progress,
-)
+import benchmarks.command as cli
 
 
 def cpu(
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model, in seconds.")] = False,
-    base: Base = None,
-    base_source: BaseSource = None,
-    as_json: Json = False,
-    out: Out = None,
-    tag: Tag = None,
+    base: cli.Base = None,
+    base_source: cli.BaseSource = None,
+    as_json: cli.Json = False,
+    out: cli.Out = None,
+    tag: cli.Tag = None,
 ) -> None:
     """Time one decode step on the CPU, and its peak memory: stock Transformers and DELTA.
 
@@ -33,20 +21,18 @@ def cpu(
     both in turns in one run. Takes some minutes; needs 4 GiB of memory. With --base, steps of both
     commits are timed instead: stock (which should be equal), K ≥ N and DELTA.
     """
-    with checking(out, tag):
+    with cli.checking(out, tag):
         from benchmarks.cpu.run import compare_commits, run
         from benchmarks.report import table
 
-    command = command_line("cpu", quick=quick, base=base, base_source=base_source)
-    with progress() as show:
+    command = cli.command_line("cpu", quick=quick, base=base, base_source=base_source)
+    with cli.progress() as show:
         if base or base_source:
             result = compare_commits(base, base_source, command, quick=quick, progress=show)
         else:
             result = run(command=command, quick=quick, progress=show)
-    deliver(result, out, tag, as_json, table)
+    cli.deliver(result, out, tag, as_json, table)
 
-
-main = partial(launch, cpu)
 
 if __name__ == "__main__":
-    main()
+    cli.launch(cpu)

@@ -95,8 +95,7 @@ def compare_commits(
         for dtype, n in chosen
     ]
     spec = {"kind": "steps", "unit": "ms", "threads": torch.get_num_threads()}
-    rows = list(compare(commit, folder, spec, cases, rounds, progress))
-    return result("cpu", command, rows)
+    return result("cpu", command, [*compare(commit, folder, spec, cases, rounds, progress)])
 
 
 def _time_steps(

@@ -1,19 +1,16 @@
 """Command line of the end-to-end benchmark."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.command import Json, Out, Tag, checking, deliver, launch, progress
+import benchmarks.command as cli
 from deltadecode.cli.output import BadInput
 
 
 def e2e(
-    shape: Annotated[
-        str, typer.Option(help="Of the random model: r1-1.5b, qwen3-8b or tiny.")
-    ] = "r1-1.5b",
+    shape: Annotated[str, typer.Option(help="Model: r1-1.5b, qwen3-8b or tiny.")] = "r1-1.5b",
     workload: Annotated[
         list[str] | None,
         typer.Option(help="headline, step, short, prefill or profile; repeatable; default: all."),
@@ -23,9 +20,7 @@ def e2e(
         typer.Option(help="batch:context, such as 64:8192, for all workloads; repeatable."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps of a round.")] = 64,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Rounds, each first stock and then DELTA.")
-    ] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each stock and DELTA.")] = 3,
     plan: Annotated[
         Path | None, typer.Option(help="DeltaConfig as JSON; default: the shape's.")
     ] = None,
@@ -37,11 +32,11 @@ def e2e(
         bool, typer.Option("--in-turn", help="One engine after the other, where two do not fit.")
     ] = False,
     start_together: Annotated[
-        bool, typer.Option("--start-together", help="Start both engines at once.")
+        bool, typer.Option("--start-together", help="Start both at once.")
     ] = False,
-    as_json: Json = False,
-    out: Out = None,
-    tag: Tag = None,
+    as_json: cli.Json = False,
+    out: cli.Out = None,
+    tag: cli.Tag = None,
 ) -> None:
     """Time whole engines: stock vLLM and vLLM with DELTA, on the same workloads in one run.
 
@@ -50,29 +45,20 @@ def e2e(
     of a step. With all workloads it takes about ten minutes on a large GPU. The result file grows
     with every measurement.
     """
-    with checking(out, tag):
+    with cli.checking(out, tag):
         from benchmarks.e2e.rows import e2e_table
         from benchmarks.e2e.run import has_vllm, make_options, run
 
         options = make_options(
-            shape=shape,
-            kinds=workload or [],
-            points=point or [],
-            steps=steps,
-            rounds=rounds,
-            plan=plan,
-            memory_share=memory_share,
-            in_turn=in_turn,
-            start_together=start_together,
-        )
+            shape=shape, kinds=workload or [], points=point or [], steps=steps, rounds=rounds,
+            plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
+        )  # fmt: skip
     if not has_vllm():
         raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
-    with progress() as show:
+    with cli.progress() as show:
         result = run(options, out=out, tag=tag, progress=show)
-    deliver(result, out, tag, as_json, e2e_table, "benchmarks.e2e.figure")
+    cli.deliver(result, out, tag, as_json, e2e_table, "benchmarks.e2e.figure")
 
-
-main = partial(launch, e2e)
 
 if __name__ == "__main__":
-    main()
+    cli.launch(e2e)

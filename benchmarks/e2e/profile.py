@@ -23,11 +23,8 @@ def summarize(trace: Path, steps: int) -> dict[str, Any]:
     ``kernels``: the 25 names with most time, each with ``count`` and ``us`` per step and whether it
     ran ``in_graph``.
     """
-    events = [
-        event
-        for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-        if event.get("ph") == "X"
-    ]
+    recorded = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    events = [event for event in recorded if event.get("ph") == "X"]
     calls = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
     launches = {_correlation(e) for e in calls if _GRAPH_LAUNCH in e["name"]}
     on_gpu = [e for e in events if e.get("cat") in _GPU]

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from benchmarks.e2e.workloads import HEADLINE_PROMPT, Workload
 from deltadecode.config import DeltaConfig
-from deltadecode.lab.results import row
+from deltadecode.lab.results import rounded, row
 
 PEER = "vllm"
 _CURVE_POINTS = 64
@@ -61,7 +61,7 @@ def curve(steps: Sequence[float]) -> list[list[float]]:
     width = min(_WINDOW, stride)
     windows = [decode[at : at + width] for at in range(0, len(decode) - width + 1, stride)]
     return [
-        [HEADLINE_PROMPT + window[len(window) // 2][0], _short(median(s for _, s in window) * 1e3)]
+        [HEADLINE_PROMPT + window[len(window) // 2][0], rounded(median(s for _, s in window) * 1e3)]
         for window in windows[-_CURVE_POINTS:]
     ]
 
@@ -103,14 +103,10 @@ def _step_row(
         steps = [seconds * 1e3 for one in rounds for seconds in one["seconds"]]
         values[name] = median(steps)
         tenths = quantiles(steps, n=10) if len(steps) > 1 else steps * 9
-        shared[f"p10_{name}"], shared[f"p90_{name}"] = _short(tenths[0]), _short(tenths[-1])
-        shared[f"rounds_{name}"] = [_short(median(one["seconds"]) * 1e3) for one in rounds]
+        shared[f"p10_{name}"], shared[f"p90_{name}"] = rounded(tenths[0]), rounded(tenths[-1])
+        shared[f"rounds_{name}"] = [rounded(median(one["seconds"]) * 1e3) for one in rounds]
     # What was in the cache, where sequences that were read first ran ahead.
     shared["from"] = min(one["from"] for one in (*ours, *theirs))
     shared["to"] = max(one["to"] for one in (*ours, *theirs))
     shared["steps"] = workload.steps * workload.rounds
     return row(workload.case, PEER, workload.unit, values["ours"], values["theirs"], **shared)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")

@@ -51,20 +51,16 @@ class Workload:
     @property
     def prompt(self) -> int:
         """Tokens of each prompt."""
-        if self.kind == "headline":
-            return HEADLINE_PROMPT
-        if self.kind == "prefill":
-            return self.context
-        return self.context - self._decoded
+        if self.holds:
+            return self.context - self._decoded
+        return HEADLINE_PROMPT if self.kind == "headline" else self.context
 
     @property
     def new_tokens(self) -> int:
         """Tokens that each sequence may write."""
-        if self.kind == "headline":
-            return self.context - HEADLINE_PROMPT
-        if self.kind == "prefill":
-            return 1
-        return self._decoded + -(-self.batch * self.prompt // _CHUNK) + _SPARE
+        if self.holds:
+            return self._decoded + -(-self.batch * self.prompt // _CHUNK) + _SPARE
+        return self.context - HEADLINE_PROMPT if self.kind == "headline" else 1
 
     @property
     def longest(self) -> int:

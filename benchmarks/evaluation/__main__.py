@@ -1,22 +1,18 @@
 """Command line of the benchmark of the evaluation."""
 
-from functools import partial
-
-from benchmarks.command import Json, Out, Tag, checking, command_line, deliver, launch, progress
+import benchmarks.command as cli
 
 
-def evaluation(as_json: Json = False, out: Out = None, tag: Tag = "speed") -> None:
+def evaluation(as_json: cli.Json = False, out: cli.Out = None, tag: cli.Tag = "speed") -> None:
     """Time the evaluation itself on the CPU: problems in a batch beside one problem at a time."""
-    with checking(out, tag):
+    with cli.checking(out, tag):
         from benchmarks.evaluation.run import run
         from benchmarks.report import table
 
-    with progress() as show:
-        result = run(command_line("evaluation"), show)
-    deliver(result, out, tag, as_json, table)
+    with cli.progress() as show:
+        result = run(cli.command_line("evaluation"), show)
+    cli.deliver(result, out, tag, as_json, table)
 
-
-main = partial(launch, evaluation)
 
 if __name__ == "__main__":
-    main()
+    cli.launch(evaluation)

@@ -1,27 +1,15 @@
 """Command line of the kernel benchmark."""
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
-from benchmarks.command import (
-    Base,
-    BaseSource,
-    Json,
-    Out,
-    Tag,
-    checking,
-    command_line,
-    deliver,
-    launch,
-    progress,
-)
+import benchmarks.command as cli
 
 
 def kernels(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Five shapes of heads 12/2, in under two minutes.")
+        bool, typer.Option("--quick", help="Five shapes of heads 12/2, in two minutes.")
     ] = False,
     heads: Annotated[
         list[str] | None, typer.Option(help="Query heads/KV heads, such as 12/2; repeatable.")
@@ -36,11 +24,11 @@ def kernels(
         float | None,
         typer.Option(min=0.0, help="GPU memory for inputs; by default 60 % of what is free."),
     ] = None,
-    base: Base = None,
-    base_source: BaseSource = None,
-    as_json: Json = False,
-    out: Out = None,
-    tag: Tag = None,
+    base: cli.Base = None,
+    base_source: cli.BaseSource = None,
+    as_json: cli.Json = False,
+    out: cli.Out = None,
+    tag: cli.Tag = None,
 ) -> None:
     """Time decode attention on a CUDA GPU: dense, Δ, sparse and the selection, beside their peers.
 
@@ -49,7 +37,7 @@ def kernels(
     those of a full one. With --base, the operations of both commits are timed instead, launched one
     by one and replayed from a CUDA graph.
     """
-    with checking(out, tag):
+    with cli.checking(out, tag):
         from benchmarks.kernels.cases import grid, parse_heads
         from benchmarks.kernels.rows import kernel_table
         from benchmarks.kernels.run import compare_commits, run
@@ -57,22 +45,20 @@ def kernels(
 
         pairs = [parse_heads(text) for text in heads or []]
         shapes = grid(quick=quick, heads=pairs, batches=batch or [], contexts=context or [])
-    command = command_line(
+    command = cli.command_line(
         "kernels", quick=quick, heads=heads, batch=batch, context=context, memory_gib=memory_gib,
         base=base, base_source=base_source,
     )  # fmt: skip
-    with progress() as show:
+    with cli.progress() as show:
         if base or base_source:
             result = compare_commits(shapes, base, base_source, command, progress=show)
         else:
             result = run(shapes, command=command, memory_gib=memory_gib, progress=show)
     if base or base_source:
-        deliver(result, out, tag, as_json, table)
+        cli.deliver(result, out, tag, as_json, table)
     else:
-        deliver(result, out, tag, as_json, kernel_table, "benchmarks.kernels.figures")
+        cli.deliver(result, out, tag, as_json, kernel_table, "benchmarks.kernels.figures")
 
-
-main = partial(launch, kernels)
 
 if __name__ == "__main__":
-    main()
+    cli.launch(kernels)

@@ -8,7 +8,7 @@ from rich.table import Table
 from benchmarks.kernels.cases import Shape, moved_bytes
 from benchmarks.kernels.timing import Bandwidth, Timing
 from benchmarks.report import shown
-from deltadecode.lab.results import row
+from deltadecode.lab.results import rounded, row
 
 OURS = "deltadecode"
 # What every attention is measured against, whoever else is there: its bytes at the speed of a copy.
@@ -40,7 +40,7 @@ def attention_rows(
         shared = {
             "op": op, "heads": shape.heads_label, "batch": shape.batch, "context": shape.context,
             "bytes": size, "tb_s": _tb_s(size, ours.us),
-            "copy_fraction": round(floor_us / ours.us, 3), "floor_us": float(f"{floor_us:.5g}"),
+            "copy_fraction": round(floor_us / ours.us, 3), "floor_us": rounded(floor_us),
             "input_sets": sets[op], "graph_ours": ours.graph,
         }  # fmt: skip
         case = f"{op}, {shape.label}"

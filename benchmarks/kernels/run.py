@@ -62,5 +62,4 @@ def compare_commits(
     """
     cases = [{"label": shape.label, **asdict(shape)} for shape in shapes]
     spec = {"kind": "calls", "unit": "us", "threads": torch.get_num_threads()}
-    rows = list(compare(commit, folder, spec, cases, rounds, progress))
-    return result("kernels", command, rows)
+    return result("kernels", command, [*compare(commit, folder, spec, cases, rounds, progress)])

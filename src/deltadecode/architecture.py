@@ -130,8 +130,8 @@ def kv_heads(config: Any) -> int | None:
     per_layer = getattr(config, "per_layer_config", None)
     if per_layer is not None:
         config = per_layer[attention_layers(config)[0]]
-    found: int | None = getattr(config, "num_key_value_heads", None)
-    return found
+    heads: int | None = getattr(config, "num_key_value_heads", None)
+    return heads
 
 
 def signature(model_or_config: Any) -> dict[str, object]:

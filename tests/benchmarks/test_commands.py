@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.command import command_line
+from benchmarks.command import command_line, launch
 
 NAMES = ["cpu", "kernels", "e2e", "calibration", "evaluation"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,8 @@ def run(capfd):
     def call(name, *arguments):
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            import_module(f"benchmarks.{name}.__main__").main([str(each) for each in arguments])
+            command = getattr(import_module(f"benchmarks.{name}.__main__"), name)
+            launch(command, [str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return ended.value.code, out, err
 
@@ -56,8 +57,9 @@ def test_help_goes_to_stdout_and_names_the_shared_options(run, name):
 
 def test_help_comes_from_any_folder_and_imports_no_torch(tmp_path):
     code = (
-        "import sys; from benchmarks.kernels.__main__ import main\n"
-        "try: main(['--help'])\n"
+        "import sys; from benchmarks.command import launch\n"
+        "from benchmarks.kernels.__main__ import kernels\n"
+        "try: launch(kernels, ['--help'])\n"
         "finally: assert 'torch' not in sys.modules"
     )
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.command import launch
 from benchmarks.e2e import run as e2e
-from benchmarks.e2e.__main__ import main
+from benchmarks.e2e.__main__ import e2e as command
 
 FAKE = str(Path(__file__).with_name("fake_engine.py"))
 
@@ -20,7 +21,7 @@ def run(capfd):
     def call(*arguments):
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments)])
+            launch(command, [*map(str, arguments)])
         out, err = capfd.readouterr()
         return ended.value.code, out, err
 

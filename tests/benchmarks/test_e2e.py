@@ -1,4 +1,4 @@
-"""The end-to-end benchmark: shapes, workloads and the coordinator, with made-up engines."""
+"""The end-to-end benchmark: shapes, workloads and the measurement, with made-up engines."""
 
 import io
 import json
@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.command import launch
 from benchmarks.e2e import run as e2e
-from benchmarks.e2e.__main__ import main
+from benchmarks.e2e.__main__ import e2e as command
 from benchmarks.e2e.measure import RunOptions
 from benchmarks.e2e.rows import curve, e2e_table
 from benchmarks.e2e.shapes import SHAPES
@@ -134,7 +135,7 @@ def test_the_command_repeats_the_run(tmp_path):
     assert setup.memory_share == 0.85
 
 
-# The coordinator
+# The measurement
 
 
 def test_rounds_alternate_and_both_engines_stay_alive(fake, tmp_path):
@@ -273,7 +274,7 @@ def test_the_figure_has_a_line_per_side(fake, tmp_path):
 def test_the_module_refuses_bad_input_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["e2e", "--point", "64-8192"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        launch(command)
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -286,7 +287,7 @@ def test_the_module_ends_with_1_and_one_line_when_an_engine_fails(
     monkeypatch.setattr(e2e, "has_vllm", lambda: True)
     monkeypatch.setattr(sys, "argv", ["e2e"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        launch(command)
     assert ended.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("deltadecode: error: ") and "last words" in error

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.kernels.__main__ import main
+from benchmarks.command import launch
+from benchmarks.kernels.__main__ import kernels
 from benchmarks.kernels.cases import Shape
 from benchmarks.kernels.measure import Bench, measure, our_calls
 from benchmarks.kernels.peers import TOPK
@@ -262,13 +263,13 @@ def test_the_module_needs_a_gpu_and_says_so_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["kernels", "--quick"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        launch(kernels)
     assert ended.value.code == 1
     error = capsys.readouterr().err
     assert "needs a CUDA GPU" in error and error.count("error") == 1
     monkeypatch.setattr(sys, "argv", ["kernels", "--heads", "12-2"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        launch(kernels)
     assert ended.value.code == 2
     assert "'12-2'" in capsys.readouterr().err
 

@@ -72,14 +72,14 @@ def test_observing_does_not_change_what_is_written(model, prompts):
     class Texts:
         seen = None
 
-        def see(self, step):
+        def observe_layer(self, step):
             self.seen = step
 
-    watcher = Texts()
-    observe(model, Tokenizer(), prompts[:1], [watcher], page_size=SIZE, new_tokens=NEW, stride=1)
+    observer = Texts()
+    observe(model, Tokenizer(), prompts[:1], [observer], page_size=SIZE, new_tokens=NEW, stride=1)
     expected = eager_steps(model, prompts[0].ids, NEW)[-1]
-    np.testing.assert_allclose(watcher.seen.tokens(0).numpy(), expected[-1], atol=1e-5)
-    assert watcher.seen.last and watcher.seen.layer == 4 and watcher.seen.step == NEW - 2
+    np.testing.assert_allclose(observer.seen.tokens(0).numpy(), expected[-1], atol=1e-5)
+    assert observer.seen.last and observer.seen.layer == 4 and observer.seen.step == NEW - 2
     assert model.config._attn_implementation != "deltadecode_policy"
 
 
@@ -111,7 +111,7 @@ def test_nothing_of_a_step_is_held_after_it(model, prompts):
     alive = []
 
     class Refs:
-        def see(self, step):
+        def observe_layer(self, step):
             alive.append(weakref.ref(step.probabilities))
 
     observe(model, Tokenizer(), prompts[:2], [Refs(), Captured(2, 5, BUDGETS, SIZE)],

@@ -66,13 +66,13 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> NoR
         0: done; 2: bad usage or bad input; 1: anything else failed; 130: interrupted. Every
         failure is one line on stderr.
     """
-    given = None if arguments is None else list(arguments)
+    words = None if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A letter that the terminal does not have must not lose a result.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Not standalone: its own error messages take several lines.
-        code = app(args=given, prog_name=name, standalone_mode=False)
+        code = app(args=words, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:
         complain(_usage_message(error))

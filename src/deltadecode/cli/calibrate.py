@@ -19,9 +19,9 @@ from deltadecode.cli.output import (
     BadInput,
     print_json,
     progress_bar,
+    progress_reporter,
     quiet_libraries,
     stdout,
-    teller,
 )
 
 _SAMPLES = 16
@@ -74,10 +74,7 @@ def calibrate(
     """
     if (data is None) == (task is None):
         raise BadInput("give either --data FILE or --task NAME")
-    if figure is not None and importlib.util.find_spec("matplotlib") is None:
-        raise BadInput("--figure needs matplotlib: pip install 'deltadecode[lab]'")
-    if figure is not None and out is not None and figure.resolve() == out.resolve():
-        raise BadInput(f"--out and --figure must be two files, got {str(out)!r} for both")
+    _check_outputs(out, figure)
     folder = loading.resolve_model(model)
     quiet_libraries()
     config = loading.load_config(folder)
@@ -98,7 +95,7 @@ def calibrate(
     prompts = make_prompts(loaded, tokenizer, texts, new_tokens, chat=chat)
     measurement = Measurement(loaded, prompts, wish, new_tokens)
     with progress_bar("calibration", 1.0) as (bar, bar_task):
-        show = teller(bar, bar_task)
+        show = progress_reporter(bar, bar_task)
         measurement.run(
             loaded, tokenizer, lambda done, left: show("calibration", done, left),
             stride=stride, batch=batch,
@@ -115,6 +112,15 @@ def calibrate(
     if figure is not None:
         outputs.append((figure, lambda: _draw(figure, result)))
     write_each(*outputs)
+
+
+def _check_outputs(out: Path | None, figure: Path | None) -> None:
+    if figure is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("--figure needs matplotlib: pip install 'deltadecode[lab]'")
+    if out is not None and figure.resolve() == out.resolve():
+        raise BadInput(f"--out and --figure must be two files, got {str(out)!r} for both")
 
 
 def _save(path: Path, result: dict[str, Any], loaded: Any, model: str, source: str) -> str:

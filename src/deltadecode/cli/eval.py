@@ -20,9 +20,9 @@ from deltadecode.cli.output import (
     note,
     print_json,
     progress_bar,
+    progress_reporter,
     quiet_libraries,
     stdout,
-    teller,
 )
 
 _POLICIES = "full,delta,quest,quest-kv,tidal,tidal-kv,streaming,h2o,oracle,random"
@@ -163,9 +163,9 @@ def eval_command(
     )
     cells = _cells(evaluation, request)
     with progress_bar("evaluation", 1.0) as (bar, bar_task):
-        records = evaluation.run(cells, out, teller(bar, bar_task))
+        records = evaluation.run(cells, out, progress_reporter(bar, bar_task))
     if any(cell.policy == "full" for cell in cells) and can_report():
-        _report([each.path for each in records], destination)
+        _report([record.path for record in records], destination)
     else:
         note(f"{len(records)} files in {out} are complete; compare them with --report {out}")
 

@@ -53,8 +53,8 @@ def check_folder(option: str, path: Path) -> Path:
         if path.exists() and not path.is_dir():
             raise BadInput(f"{option} must be a folder, got {str(path)!r}")
         # The nearest that is there: all below it would be made.
-        there = next(each for each in (path, *path.resolve().parents) if each.exists())
-        with tempfile.TemporaryDirectory(dir=there):
+        nearest = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
+        with tempfile.TemporaryDirectory(dir=nearest):
             pass
     except OSError as error:
         raise BadInput(f"{option}: cannot write to {str(path)!r}: {error.strerror}") from error

@@ -123,8 +123,8 @@ class Job:
             )
 
 
-def _check_full(full: bool, given: dict[str, Any]) -> None:
-    clash = [name for name, value in given.items() if value is not None]
+def _check_full(full: bool, options: dict[str, Any]) -> None:
+    clash = [name for name, value in options.items() if value is not None]
     if full and clash:
         raise BadInput(f"--full takes no DELTA options, got --{clash[0].replace('_', '-')}")
 

@@ -18,10 +18,10 @@ from deltadecode.cli.output import (
     note,
     print_json,
     progress_bar,
+    progress_reporter,
     quiet_libraries,
     stderr,
     stdout,
-    teller,
 )
 from deltadecode.cli.prompts import encode, fit, read_prompt
 from deltadecode.config import DeltaConfig
@@ -102,16 +102,11 @@ def inspect(
     cfg = loading.make_plan(config, plan, fields)
     tokenizer = loading.load_tokenizer(folder)
     ids, text_name = _text(tokenizer, source, seed, use_template=not no_chat_template)
-    count = ids.shape[1]
-    steps = fit(config, count, max_new_tokens)
-    if steps < 2:
-        raise BadInput(f"the prompt's {count} tokens leave the model no positions to write in")
-    if steps < max_new_tokens:
-        note(f"writing at most {steps} tokens: the model has no more positions")
-    cfg = _budget(cfg, count, steps, free=plan is None and budget_pages is None)
+    steps = _steps(config, ids.shape[1], max_new_tokens)
+    cfg = _budget(cfg, ids.shape[1], steps, free=plan is None and budget_pages is None)
     loaded = loading.load_model(folder, dtype, place)
     with progress_bar("inspection", 1.0) as (bar, bar_task):
-        show = teller(bar, bar_task)
+        show = progress_reporter(bar, bar_task)
         inspection = inspect_text(
             loaded, tokenizer, ids[0].tolist(), cfg, steps=steps, removal_steps=removal_tokens,
             progress=lambda part, done: show(part, done, None),
@@ -125,7 +120,6 @@ def inspect(
     else:
         for line in summary_lines(report):
             stdout().print(line, markup=False, soft_wrap=True)
-
     outputs = [(out, lambda: _write(report, inspection.pages, out))]
     if results is not None:
         outputs.append((results, lambda: _write_result(report, results, tag)))
@@ -143,8 +137,8 @@ def _source(
     model: str, prompt: str | None, prompt_file: Path | None, task: str | None
 ) -> tuple[str, str]:
     """What the prompt is taken from: ``task`` or ``prompt``, and its text."""
-    given = {"--prompt": prompt, "--prompt-file": prompt_file, "--task": task}
-    names = [name for name, value in given.items() if value is not None]
+    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--task": task}
+    names = [name for name, value in sources.items() if value is not None]
     if len(names) > 1:
         raise BadInput(f"give one of --prompt, --prompt-file and --task, got {' and '.join(names)}")
     if prompt is not None or prompt_file is not None:
@@ -169,6 +163,16 @@ def _text(
         )
         text = sample.prompt
     return encode(tokenizer, text, None, use_template=use_template), name
+
+
+def _steps(config: Any, count: int, max_new_tokens: int) -> int:
+    """Tokens to write after a prompt of ``count`` tokens."""
+    steps = fit(config, count, max_new_tokens)
+    if steps < 2:
+        raise BadInput(f"the prompt's {count} tokens leave the model no positions to write in")
+    if steps < max_new_tokens:
+        note(f"writing at most {steps} tokens: the model has no more positions")
+    return steps
 
 
 def _budget(cfg: DeltaConfig, count: int, steps: int, *, free: bool) -> DeltaConfig:

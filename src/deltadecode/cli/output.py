@@ -104,20 +104,23 @@ def progress_bar(name: str, total: float) -> Iterator[tuple[Progress, Any]]:
         yield bar, bar.add_task(name, total=total)
 
 
-def teller(bar: Progress, task: Any) -> Callable[[str, float, float | None], None]:
+def progress_reporter(
+    bar: Progress, task: Any, *, note_labels: bool = False
+) -> Callable[..., None]:
     """Make a function that shows progress: in the bar, or as notes where none can be drawn.
 
-    It takes what runs, the share of the work that is done, and the seconds left or None; the task
-    of the bar has 1 unit of work.
+    It takes what runs, the share of the work that is done and, if it is known, the seconds left;
+    the task of the bar has 1 unit of work. With ``note_labels`` each new label is a note at once.
     """
-    last = time.monotonic()
+    last_label, last_note = "", time.monotonic()
 
-    def show(label: str, done: float, left: float | None) -> None:
-        nonlocal last
+    def show(label: str, done: float, left: float | None = None) -> None:
+        nonlocal last_label, last_note
         remaining = "" if left is None else f", {left / 60:.1f} min left"
         bar.update(task, completed=done, description=label + remaining)
-        if bar.disable and time.monotonic() - last >= _NOTE_SECONDS:
-            last = time.monotonic()
+        is_due = time.monotonic() - last_note >= _NOTE_SECONDS
+        if bar.disable and (is_due or (note_labels and label != last_label)):
+            last_label, last_note = label, time.monotonic()
             note(f"{done:4.0%} {label}{remaining}")
 
     return show

@@ -61,8 +61,8 @@ class Captured:
         self._scores: list[Tensor] = []
         self._mass: list[Tensor] = []
 
-    def see(self, seen: LayerStep) -> None:
-        """Keep the pages of a layer until the step has all of them; see :class:`Watcher`."""
+    def observe_layer(self, seen: LayerStep) -> None:
+        """Keep the pages of a layer until the step has all of them; see :class:`LayerObserver`."""
         if seen.place == 0:
             self._scores, self._mass = [], []
         place = self._mass[0].device if self._mass else seen.page_mass.device
@@ -132,8 +132,8 @@ class Shift:
         self._steps = torch.zeros(problems, dtype=torch.float64)
         self._before = torch.zeros(0)
 
-    def see(self, seen: LayerStep) -> None:
-        """Compare a layer with the one before; see :class:`Watcher`."""
+    def observe_layer(self, seen: LayerStep) -> None:
+        """Compare a layer with the one before; see :class:`LayerObserver`."""
         now = seen.probabilities.mean(dim=1)
         used = seen.active.cpu()
         rows = seen.problems.cpu()[used]

@@ -15,8 +15,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from deltadecode.engines.transformers import DeltaCache
 from deltadecode.errors import CalibrationError
 from deltadecode.lab.generation import end_ids, pad_id, pad_left
-from deltadecode.lab.policies.base import Facts, Floats, View
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.base import Floats, Layout, View
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import page_sums
 
 # A prime: with a divisor or a multiple of the page size, or of the length of a line, every step
@@ -66,10 +66,10 @@ class LayerStep:
         return self.probabilities[row, :, int(self.view.start[row]) :]
 
 
-class Watcher(Protocol):
-    """Sees every observed step; what it keeps of it is its own business."""
+class LayerObserver(Protocol):
+    """Sees every observed step, and keeps of it what it needs."""
 
-    def see(self, seen: LayerStep) -> None:
+    def observe_layer(self, seen: LayerStep) -> None:
         """Look at one layer; layers come in ascending order, step after step.
 
         Tensors that are kept must not be changed.
@@ -93,7 +93,7 @@ class Batch:
 
 
 @runtime_checkable
-class BatchWatcher(Watcher, Protocol):
+class BatchObserver(LayerObserver, Protocol):
     """Looks at whole batches too."""
 
     def end_batch(self, batch: Batch) -> None:
@@ -101,22 +101,26 @@ class BatchWatcher(Watcher, Protocol):
 
 
 class Observed(MaskedPolicy):
-    """Full attention that shows the steps 0, stride, 2 · stride, ... to watchers."""
+    """Full attention that shows the steps 0, stride, 2 · stride, ... to observers."""
 
     name = "observed"
 
     def __init__(
-        self, facts: Facts, watchers: Sequence[Watcher], page_size: int, stride: int = STRIDE
+        self,
+        layout: Layout,
+        observers: Sequence[LayerObserver],
+        page_size: int,
+        stride: int = STRIDE,
     ) -> None:
-        super().__init__(facts, 1)
-        self.watchers, self.page_size, self.stride = tuple(watchers), page_size, stride
+        super().__init__(layout, 1)
+        self.observers, self.page_size, self.stride = tuple(observers), page_size, stride
         self.problems = self.active = torch.zeros(0)
 
     def begin_batch(self, problems: Tensor) -> None:
         """Name the rows of the next ``generate`` call, [B] int64; all of them are active."""
         self.problems, self.active = problems, torch.ones_like(problems, dtype=torch.bool)
 
-    def select(self, layer: int, look: Look, view: View) -> None:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> None:
         """Everything is read."""
 
     def expected(self, lengths: Floats, prompt: int) -> Floats:
@@ -124,11 +128,11 @@ class Observed(MaskedPolicy):
         del prompt
         return lengths
 
-    def attend(self, layer: int, look: Look, value: Tensor, view: View) -> Tensor:
+    def attend(self, layer: int, attention: LayerAttention, value: Tensor, view: View) -> Tensor:
         """Full attention [B, Hq, D]; at an observed step its weights are shown before they go."""
         if view.step % self.stride:
-            return _unseen(look, value, view)
-        weights = look.weights
+            return _unseen(attention, value, view)
+        weights = attention.weights
         self._show(layer, weights.flatten(1, 2), value, view)
         return (weights.to(value.dtype) @ value).flatten(1, 2)
 
@@ -136,8 +140,8 @@ class Observed(MaskedPolicy):
         seen = LayerStep(
             step=view.step,
             place=layer,
-            layer=self.facts.layers[layer],
-            last=layer == len(self.facts.layers) - 1,
+            layer=self.layout.layers[layer],
+            last=layer == len(self.layout.layers) - 1,
             problems=self.problems,
             active=self.active,
             view=view,
@@ -146,15 +150,15 @@ class Observed(MaskedPolicy):
             page_mass=page_sums(weights.mean(dim=1), view, self.page_size),
             value=value,
         )
-        for watcher in self.watchers:
-            watcher.see(seen)
+        for observer in self.observers:
+            observer.observe_layer(seen)
 
 
 def observe(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    watchers: Sequence[Watcher],
+    observers: Sequence[LayerObserver],
     *,
     page_size: int,
     new_tokens: int = NEW_TOKENS,
@@ -162,11 +166,11 @@ def observe(
     batch: int = BATCH,
     progress: Progress = lambda done, left: None,
 ) -> None:
-    """Continue prompts greedily with full attention, and let watchers see every ``stride``-th step.
+    """Continue prompts greedily with full attention, and show observers every ``stride``-th step.
 
     Prompts go longest last, so that rows of a batch need little padding. Memory beside the model,
     its KV cache and prefill: the weights of one layer and step, a few times batch · Hq · n · 4
-    bytes, and what the watchers keep. No map of queries by keys is made. Raises CalibrationError
+    bytes, and what the observers keep. No map of queries by keys is made. Raises CalibrationError
     when there is nothing to observe.
     """
     if not prompts:
@@ -176,9 +180,9 @@ def observe(
             f"new tokens must be at least 2, stride, batch and page size at least 1, got "
             f"{new_tokens}, {stride}, {batch} and {page_size}"
         )
-    policy = Observed(Facts.of(model), watchers, page_size, stride)
+    policy = Observed(Layout.of(model), observers, page_size, stride)
     ordered = sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.number))
-    looks_back = any(isinstance(watcher, BatchWatcher) for watcher in watchers)
+    looks_back = any(isinstance(observer, BatchObserver) for observer in observers)
     lengths = [len(prompt.ids) for prompt in ordered]
     clock = _Clock(lengths, new_tokens, batch, progress, looks_back)
     with policy.decoding(model), torch.inference_mode():
@@ -222,9 +226,9 @@ def _generate(
         width,
         cache,
     )
-    for watcher in policy.watchers:
-        if isinstance(watcher, BatchWatcher):
-            watcher.end_batch(batch)
+    for observer in policy.observers:
+        if isinstance(observer, BatchObserver):
+            observer.end_batch(batch)
 
 
 class _Ends(StoppingCriteria):
@@ -276,13 +280,13 @@ class _Clock:
         self._progress(share, taken / share - taken if taken > 1 else None)
 
 
-def _unseen(look: Look, value: Tensor, view: View) -> Tensor:
+def _unseen(attention: LayerAttention, value: Tensor, view: View) -> Tensor:
     """Full attention where nobody looks; [B, Hq, D]. The heads of a KV head go together."""
-    scores = look.scores
+    scores = attention.scores
     if scores.softcap is not None or scores.sinks is not None:
-        return (look.weights.to(value.dtype) @ value).flatten(1, 2)
-    rows, heads, dim = look.query.shape
-    packed = look.query.reshape(rows, look.key.shape[1], -1, dim)
+        return (attention.weights.to(value.dtype) @ value).flatten(1, 2)
+    rows, heads, dim = attention.query.shape
+    packed = attention.query.reshape(rows, attention.key.shape[1], -1, dim)
     mask = view.exists[:, None, None] if view.padded else None
-    out = scaled_dot_product_attention(packed, look.key, value, mask, scale=scores.scale)
+    out = scaled_dot_product_attention(packed, attention.key, value, mask, scale=scores.scale)
     return out.reshape(rows, heads, out.shape[-1])

@@ -27,11 +27,16 @@ def row(
         "case": case,
         "peer": peer,
         "unit": unit,
-        "ours": float(f"{ours:.5g}"),
-        "theirs": float(f"{theirs:.5g}"),
+        "ours": rounded(ours),
+        "theirs": rounded(theirs),
         "ratio": round(theirs / ours, 3),
         **extras,
     }
+
+
+def rounded(value: float) -> float:
+    """Round to the five digits that a result file has."""
+    return float(f"{value:.5g}")
 
 
 def result(benchmark: str, command: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 
 from deltadecode import DeltaConfig, DeltaConfigError, UnsupportedModelError
 from deltadecode.engines.serving.counts import StepCounts, attended_tokens
-from deltadecode.engines.serving.settings import Settings, own_settings, resolve
+from deltadecode.engines.serving.settings import ServingSettings, own_settings, resolve
 
 
 class Model:
@@ -70,7 +70,7 @@ def test_resolved_settings_resolve_to_themselves():
 @pytest.mark.parametrize("tokens", [1, 16, 17, 95, 96, 97, 111, 112, 113, 1000])
 def test_attended_tokens_equal_a_count_of_the_selected_pages(tokens):
     config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
-    settings = Settings(config, config.layer_plan(7, (0, 1, 3, 4, 6)))
+    settings = ServingSettings(config, config.layer_plan(7, (0, 1, 3, 4, 6)))
     pages = [range(first, min(first + 16, tokens)) for first in range(0, tokens, 16)]
     chosen = pages if len(pages) <= 6 else [pages[0], *pages[-5:]]  # any six with the last
     sparse = sum(map(len, chosen))
@@ -79,7 +79,7 @@ def test_attended_tokens_equal_a_count_of_the_selected_pages(tokens):
 
 def test_rule11_rows_of_several_tokens_are_counted_as_full_attention():
     config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
-    settings = Settings(config, config.layer_plan(7, (0, 1, 3, 4, 6)))
+    settings = ServingSettings(config, config.layer_plan(7, (0, 1, 3, 4, 6)))
     counts = StepCounts(settings)
     counts.add_row(200)
     assert counts.take() == attended_tokens(settings, 200)

@@ -42,7 +42,7 @@ def environment(**more):
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """Runs tests/vllm/vllm_worker.py on a job and returns what it found."""
+    """Runs tests/engines/vllm/vllm_worker.py on a job and returns what it found."""
 
     def run(job, timeout=900, **more):
         folder = tmp_path_factory.mktemp("vllm")

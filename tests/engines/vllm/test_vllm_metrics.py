@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 from deltadecode import DeltaConfig
 from deltadecode.engines.serving.counts import attended_tokens
-from deltadecode.engines.serving.settings import KEY, Settings
+from deltadecode.engines.serving.settings import KEY, ServingSettings
 from deltadecode.engines.vllm import metrics
 
 CONFIG = DeltaConfig(16, 6, 2, 1, (0,), (1,))
-SETTINGS = Settings(CONFIG, CONFIG.layer_plan(4))
+SETTINGS = ServingSettings(CONFIG, CONFIG.layer_plan(4))
 
 
 def request(prompt, tokens, ended=False):

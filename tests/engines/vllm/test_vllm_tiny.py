@@ -9,7 +9,7 @@ from conftest import HERE, environment  # of this folder
 
 from deltadecode import DeltaConfig
 from deltadecode.engines.serving.counts import attended_tokens
-from deltadecode.engines.serving.settings import Settings
+from deltadecode.engines.serving.settings import ServingSettings
 
 PROMPT = [5 + 7 * (place % 9) % 50 for place in range(60)]
 OTHER = [3 + 11 * place % 59 for place in range(41)]
@@ -77,7 +77,7 @@ def test_rule11_rows_of_drafts_are_counted_as_what_ran(ran):
     several = [row for row in rows if row[0] > 1]
     assert several and len(several) < len(rows), "both kinds of rows have to occur"
     config = DeltaConfig(**SPARSE)
-    settings = Settings(config, config.layer_plan(4, (0, 1, 2, 3)))
+    settings = ServingSettings(config, config.layer_plan(4, (0, 1, 2, 3)))
     attended = full = 0
     for new, length in rows:
         one, all_of_it = attended_tokens(settings, length)

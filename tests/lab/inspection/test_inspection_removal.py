@@ -9,7 +9,7 @@ from test_inspection_pages import Tokenizer, config_for
 
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.inspection.removal import DeltaWithout, FullWithout, remove, treatments
-from deltadecode.lab.policies.base import Facts
+from deltadecode.lab.policies.base import Layout
 from deltadecode.lab.policies.delta import Delta
 
 PROMPT, STEPS, PAGE = 40, 10, 4
@@ -53,8 +53,8 @@ def masked_perplexity(model, ids, continuation, hidden):
 
 def test_full_attention_without_pages_is_a_masked_pass(case):
     model = case[0]
-    facts = Facts.of(model)
-    policies = [FullWithout(facts, PAGE, range(*pages)) for pages in ((0, 0), (0, 1), (3, 5))]
+    layout = Layout.of(model)
+    policies = [FullWithout(layout, PAGE, range(*pages)) for pages in ((0, 0), (0, 1), (3, 5))]
     found = run(case, *policies)
     for each, hidden in zip(found, ([], range(4), range(12, 20)), strict=True):
         expected = masked_perplexity(*case, list(hidden))
@@ -63,15 +63,15 @@ def test_full_attention_without_pages_is_a_masked_pass(case):
 
 
 def parts(model, **changes):
-    facts, cfg = Facts.of(model), config_for(model, sink_pages=0, **changes)
-    return facts, cfg, cfg.layer_plan(model.config.num_hidden_layers, facts.layers)
+    layout, cfg = Layout.of(model), config_for(model, sink_pages=0, **changes)
+    return layout, cfg, cfg.layer_plan(model.config.num_hidden_layers, layout.layers)
 
 
 def test_delta_without_no_page_is_delta(case):
-    facts, cfg, plan = parts(case[0])
+    layout, cfg, plan = parts(case[0])
     budget = cfg.page_size * cfg.budget_pages
     ours, delta = run(
-        case, DeltaWithout(facts, budget, cfg, plan, range(0)), Delta(facts, budget, cfg, plan)
+        case, DeltaWithout(layout, budget, cfg, plan, range(0)), Delta(layout, budget, cfg, plan)
     )
     assert ours.perplexity == pytest.approx(delta.perplexity, rel=1e-5)
 
@@ -80,7 +80,7 @@ def test_delta_without_no_page_is_delta(case):
 def test_sparse_layers_never_read_what_is_masked_out(case, budget):
     """Also within the budget, where DELTA reads everything."""
     model, ids, continuation = case
-    facts, cfg, plan = parts(model, budget_pages=budget)
+    layout, cfg, plan = parts(model, budget_pages=budget)
     reads = {}
 
     class Spy(DeltaWithout):
@@ -90,10 +90,10 @@ def test_sparse_layers_never_read_what_is_masked_out(case, budget):
                 reads.setdefault(layer, []).append(mask[0, 0, 0].clone())
             return mask
 
-    policy = Spy(facts, cfg.page_size * budget, cfg, plan, range(2))
+    policy = Spy(layout, cfg.page_size * budget, cfg, plan, range(2))
     list(remove(model, Tokenizer(), ids, continuation, [("spy", policy)]))
     assert sorted(reads) == [
-        i for i, layer in enumerate(facts.layers) if plan.role(layer) == "sparse"
+        i for i, layer in enumerate(layout.layers) if plan.role(layer) == "sparse"
     ]
     for masks in reads.values():
         assert len(masks) == STEPS - 1
@@ -105,7 +105,7 @@ def test_sparse_layers_never_read_what_is_masked_out(case, budget):
 
 
 def test_the_page_of_the_new_token_is_always_read():
-    policy = FullWithout(Facts((0,), 1, 1), PAGE, range(2))
+    policy = FullWithout(Layout((0,), 1, 1), PAGE, range(2))
 
     class View:
         position = torch.arange(6)[None]
@@ -115,10 +115,10 @@ def test_the_page_of_the_new_token_is_always_read():
 
 
 def test_treatments_take_the_first_pages_and_a_control():
-    facts = Facts((0, 1, 2), 4, 2)
+    layout = Layout((0, 1, 2), 4, 2)
     cfg = DeltaConfig(page_size=4, budget_pages=6, recent_pages=2, sink_pages=2, dense_layers=(),
                       delta_layers=(0,))  # fmt: skip
-    found = dict(treatments(facts, cfg, cfg.layer_plan(3), 80))
+    found = dict(treatments(layout, cfg, cfg.layer_plan(3), 80))
     assert found["DELTA, sink pages forced in"].cfg.sink_pages == 2
     assert found["DELTA, sink pages left to selection"].cfg.sink_pages == 0
     assert found["DELTA, sink pages masked out"].hidden == range(2)
@@ -126,4 +126,4 @@ def test_treatments_take_the_first_pages_and_a_control():
     assert found["full attention, middle pages masked out (control)"].hidden == range(10, 12)
     tight = DeltaConfig(page_size=4, budget_pages=3, recent_pages=2, dense_layers=(),
                         delta_layers=(0,))  # fmt: skip
-    assert len(treatments(facts, tight, tight.layer_plan(3), 80)) == 5
+    assert len(treatments(layout, tight, tight.layer_plan(3), 80)) == 5

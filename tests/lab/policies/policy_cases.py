@@ -5,12 +5,12 @@ from shared_kv_models import FAMILIES, shared_kv_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from deltadecode import DeltaConfig
-from deltadecode.lab.policies import Facts
+from deltadecode.lab.policies import Layout
 from deltadecode.lab.policies.base import Scores, View
-from deltadecode.lab.policies.masked import Look
+from deltadecode.lab.policies.masked import LayerAttention
 
 VOCAB = 61
-FACTS = Facts(layers=(0, 1, 2, 3, 4, 5), query_heads=4, kv_heads=2)
+LAYOUT = Layout(layers=(0, 1, 2, 3, 4, 5), query_heads=4, kv_heads=2)
 
 
 def view_of(lengths, slots, prompt=None, step=0):
@@ -21,14 +21,14 @@ def view_of(lengths, slots, prompt=None, step=0):
 
 
 def look_at(view, logits=None, query=None, key=None):
-    """A look with given logits [B, Hkv, G, slots], or given queries and keys."""
+    """Attention with given logits [B, Hkv, G, slots], or given queries and keys."""
     rows = view.start.shape[0]
     query = torch.zeros(rows, 1, 1) if query is None else query
     key = torch.zeros(rows, 1, view.slots, 1) if key is None else key
-    look = Look(query, key, Scores(1.0), view)
+    attention = LayerAttention(query, key, Scores(1.0), view)
     if logits is not None:
-        look.__dict__["logits"] = logits  # in the place of the cached property
-    return look
+        attention.__dict__["logits"] = logits  # in the place of the cached property
+    return attention
 
 
 def tokens(read, view, row=0, kv_head=0, head=0):

@@ -12,7 +12,7 @@ from shared_kv_models import FULL_LAYERS
 import deltadecode as dd
 from deltadecode.errors import DeltaConfigError, PolicyError
 from deltadecode.lab.evaluation.cells import Trace, make_cells
-from deltadecode.lab.policies import POLICIES, Facts, make_policy, masked, parse_policy
+from deltadecode.lab.policies import POLICIES, Layout, make_policy, masked, parse_policy
 from deltadecode.lab.policies.masked import MaskedPolicy
 
 PLAN_OPTIONS = "page_size=4:recent_pages=2:sink_pages=1:dense_layers=0+:delta_layers=1+"
@@ -90,8 +90,8 @@ class Newest(MaskedPolicy):
 
     name = "newest"
 
-    def __init__(self, facts, budget, sinks=0):
-        super().__init__(facts, budget)
+    def __init__(self, layout, budget, sinks=0):
+        super().__init__(layout, budget)
         self.sinks = sinks
 
     def select(self, layer, look, view):
@@ -182,8 +182,8 @@ def test_a_model_whose_layers_see_parts_of_a_prompt_is_refused_in_one_line(monke
 
 
 def test_layers_with_heads_of_their_own_count_those_of_full_attention():
-    facts = Facts.of(tiny_model("gemma4"))
-    assert facts == Facts(FULL_LAYERS, query_heads=4, kv_heads=1)
+    layout = Layout.of(tiny_model("gemma4"))
+    assert layout == Layout(FULL_LAYERS, query_heads=4, kv_heads=1)
 
 
 def test_delta_counts_are_those_of_the_product(llama):

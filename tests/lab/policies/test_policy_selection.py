@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from policy_cases import FACTS, look_at, tokens, view_of
+from policy_cases import LAYOUT, look_at, tokens, view_of
 
 from deltadecode.errors import PolicyError
-from deltadecode.lab.policies.base import Facts, Scores
+from deltadecode.lab.policies.base import Layout, Scores
 from deltadecode.lab.policies.h2o import H2O
 from deltadecode.lab.policies.oracle import Oracle
 from deltadecode.lab.policies.quest import Quest
@@ -19,7 +19,7 @@ from deltadecode.lab.policies.snapkv import SnapKV
 from deltadecode.lab.policies.streaming import Streaming
 from deltadecode.lab.policies.tidal import Tidal
 
-ONE = Facts(layers=(0,), query_heads=1, kv_heads=1)
+ONE = Layout(layers=(0,), query_heads=1, kv_heads=1)
 SCORES = Scores(1.0)
 
 
@@ -30,7 +30,7 @@ def logits_of(weights):
 
 def test_streaming_reads_its_sinks_and_its_window():
     view = view_of([12, 9, 3], slots=12)
-    read = Streaming(FACTS, budget=7, sinks=2).select(0, look_at(view), view)
+    read = Streaming(LAYOUT, budget=7, sinks=2).select(0, look_at(view), view)
     assert tokens(read, view, 0) == [0, 1, 7, 8, 9, 10, 11]
     assert tokens(read, view, 1) == [0, 1, 4, 5, 6, 7, 8]
     assert tokens(read, view, 2) == [0, 1, 2]
@@ -43,7 +43,7 @@ def test_oracle_reads_the_pages_with_the_largest_summed_maximum():
         [[0.2, 0.2, 0.3, 0.3, 0.0, 0.0, 0.0, 0.0], [0.2, 0.2, 0.0, 0.0, 0.0, 0.0, 0.1, 0.5]]
     )
     logits = weights.clamp(min=1e-9).log()[None, None]
-    read = Oracle(FACTS, budget=4, page_size=2).select(0, look_at(view, logits), view)
+    read = Oracle(LAYOUT, budget=4, page_size=2).select(0, look_at(view, logits), view)
     assert tokens(read, view) == [2, 3, 6, 7]  # 0.6 and 0.6, against 0.4
 
 
@@ -51,12 +51,12 @@ def test_oracle_counts_pages_from_a_rows_own_first_token():
     view = view_of([8, 5], slots=8)
     logits = logits_of([0.0] * 8).repeat(2, 1, 1, 1)
     logits[1, ..., 3 + 2] = 5.0  # token 2 of a row of 5 stands on its page 1, tokens 2 and 3
-    read = Oracle(FACTS, budget=2, page_size=2).select(0, look_at(view, logits), view)
+    read = Oracle(LAYOUT, budget=2, page_size=2).select(0, look_at(view, logits), view)
     assert tokens(read, view, 1) == [2, 3]
 
 
 def test_random_reads_the_recent_pages_and_does_not_depend_on_the_batch():
-    policy = RandomPages(FACTS, budget=6, page_size=2, recent_pages=1)
+    policy = RandomPages(LAYOUT, budget=6, page_size=2, recent_pages=1)
     together, alone = view_of([20, 15], slots=20), view_of([15], slots=15)
     in_batch = tokens(policy.select(3, look_at(together), together), together, 1)
     assert in_batch == tokens(policy.select(3, look_at(alone), alone), alone)
@@ -74,7 +74,7 @@ def test_quest_bounds_are_those_of_the_paper(seed):
     key = torch.randn(2, 2, 11, 4, generator=generator)
     query = torch.randn(2, 4, 4, generator=generator)
     lengths = [11, 7]
-    policy = Quest(FACTS, budget=4, page_size=2)
+    policy = Quest(LAYOUT, budget=4, page_size=2)
     before = view_of([8, 4], slots=8, step=-1)
     policy.prefill(2, torch.zeros(2, 4, 8, 4), key[:, :, :8], SCORES, before)
     for slots in (9, 10, 11):  # the last three keys come one by one
@@ -102,12 +102,12 @@ def test_quest_kv_lets_the_heads_of_a_kv_head_choose_together():
     key = torch.zeros(1, 1, 9, 2)
     key[0, 0, 0] = torch.tensor([3.0, 0.0])
     key[0, 0, 4] = torch.tensor([0.0, 5.0])
-    facts = Facts((0, 1, 2), 2, 1)
+    layout = Layout((0, 1, 2), 2, 1)
     query = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     view = view_of([9], slots=9, prompt=[8])
     picked = {}
     for shared in (0, 1):
-        policy = Quest(facts, budget=4, page_size=2, shared=shared)
+        policy = Quest(layout, budget=4, page_size=2, shared=shared)
         policy.prefill(2, query, key[:, :, :8], SCORES, view_of([8], slots=8, step=-1))
         read = policy.select(2, look_at(view, query=query, key=key), view)
         picked[shared] = [tokens(read, view, head=head) for head in range(read.shape[2])]
@@ -115,7 +115,7 @@ def test_quest_kv_lets_the_heads_of_a_kv_head_choose_together():
 
 
 def test_quest_reads_everything_in_its_first_layers_and_reports_its_bounds():
-    policy = Quest(FACTS, budget=4, page_size=2)
+    policy = Quest(LAYOUT, budget=4, page_size=2)
     view = view_of([9], slots=9)
     assert policy.select(0, look_at(view), view) is None
     assert policy.select(1, look_at(view), view) is None
@@ -125,7 +125,7 @@ def test_quest_reads_everything_in_its_first_layers_and_reports_its_bounds():
 
 def test_tidal_chooses_tokens_per_query_head_and_reuses_them():
     view = view_of([6], slots=6)
-    policy = Tidal(Facts((0, 1, 2, 3, 4, 5), 2, 1), budget=2, layers=(1, 4))
+    policy = Tidal(Layout((0, 1, 2, 3, 4, 5), 2, 1), budget=2, layers=(1, 4))
     first = torch.tensor([[[[5.0, 1, 4, 0, 0, 0], [0, 0, 0, 0, 3.0, 2]]]])
     second = torch.tensor([[[[0, 7.0, 0, 6.0, 0, 0], [0, 0, 0, 0, 3.0, 2]]]])
     per_layer = [first, first, second, second, second, first]
@@ -137,7 +137,7 @@ def test_tidal_chooses_tokens_per_query_head_and_reuses_them():
 
 
 def test_tidal_takes_layers_2_and_about_13_of_32_by_default():
-    deep = Facts(tuple(range(32)), 4, 4)
+    deep = Layout(tuple(range(32)), 4, 4)
     assert Tidal(deep, budget=8).selecting == [2, 13]
 
 
@@ -146,7 +146,7 @@ def test_tidal_kv_chooses_by_the_largest_weight_of_the_group():
     # Token 0 is first on average and by its logits, but no head weighs it most.
     weights = torch.tensor([[0.45, 0.55, 0.0, 0.0], [0.45, 0.0, 0.0, 0.55]])
     logits = weights.clamp(min=1e-9).log()[None, None] + torch.tensor([[9.0], [0.0]])
-    policy = Tidal(Facts((0, 1), 2, 1), budget=2, layers=(0,), shared=1)
+    policy = Tidal(Layout((0, 1), 2, 1), budget=2, layers=(0,), shared=1)
     policy.select(0, look_at(view, logits), view)
     read = policy.select(1, look_at(view, logits), view)
     assert tokens(read, view) == [1, 3]
@@ -155,12 +155,12 @@ def test_tidal_kv_chooses_by_the_largest_weight_of_the_group():
 def test_tidal_takes_recent_tokens_and_sinks_from_the_budget_when_asked():
     view = view_of([8, 6], slots=8)
     logits = torch.tensor([0.0, 0, 0, 9, 1, 5, 2, 0]).expand(2, 1, 1, 8)
-    policy = Tidal(Facts((0, 1), 1, 1), budget=4, layers=(0,), recent=2, sinks=1)
+    policy = Tidal(Layout((0, 1), 1, 1), budget=4, layers=(0,), recent=2, sinks=1)
     policy.select(0, look_at(view, logits), view)
     read = policy.select(1, look_at(view, logits), view)
     assert [tokens(read, view, row) for row in (0, 1)] == [[0, 3, 6, 7], [0, 1, 4, 5]]
     with pytest.raises(PolicyError, match="more than 2 recent tokens and 1 sinks"):
-        Tidal(FACTS, budget=3, recent=2, sinks=1)
+        Tidal(LAYOUT, budget=3, recent=2, sinks=1)
 
 
 def test_snapkv_keeps_its_window_and_pools_the_votes():
@@ -202,9 +202,9 @@ def drive(policy, length, steps, pad, seed):
         slots += 1
         view = view_of([slots, slots - pad], slots=slots, prompt=[length + pad, length], step=step)
         logits = 3 * torch.randn(2, 1, 1, slots, generator=generator)
-        look = look_at(view, logits)
-        read = policy.select(0, look, view)
-        weights, found = look.weights_of(read), tokens(read, view, 1)
+        attention = look_at(view, logits)
+        read = policy.select(0, attention, view)
+        weights, found = attention.weights_of(read), tokens(read, view, 1)
         policy.observe(0, weights, view)
         yield found, weights[1, 0, 0, pad:].tolist()
 
@@ -267,6 +267,6 @@ def test_raas_evicts_the_page_used_longest_ago(keep_prompt, pad, seed):
 
 def test_raas_may_evict_the_prompt_only_when_asked():
     with pytest.raises(PolicyError, match="never evicts the prompt, and one of 30 tokens needs"):
-        RaaS(FACTS, budget=32, page_size=16).check(30)
-    RaaS(FACTS, budget=64, page_size=16).check(30)
-    RaaS(FACTS, budget=32, page_size=16, keep_prompt=0).check(30)
+        RaaS(LAYOUT, budget=32, page_size=16).check(30)
+    RaaS(LAYOUT, budget=64, page_size=16).check(30)
+    RaaS(LAYOUT, budget=32, page_size=16, keep_prompt=0).check(30)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deltadecode.engines.serving.settings import Settings
+from deltadecode.engines.serving.settings import ServingSettings
 
 
-def attended_tokens(settings: Settings, tokens: int) -> tuple[int, int]:
+def attended_tokens(settings: ServingSettings, tokens: int) -> tuple[int, int]:
     """What one decode step of one sequence attends to, over the planned layers.
 
     ``tokens`` are in the cache, the new one included. Returns the numbers of DELTA and of full
@@ -28,7 +28,7 @@ def attended_tokens(settings: Settings, tokens: int) -> tuple[int, int]:
 class StepCounts:
     """Tokens attended to in the decode steps that ran."""
 
-    settings: Settings
+    settings: ServingSettings
     attended: int = field(default=0, init=False)
     full: int = field(default=0, init=False)
 
@@ -57,7 +57,7 @@ class StepCounts:
         return taken
 
 
-def describe(settings: Settings, longest: int) -> str:
+def describe(settings: ServingSettings, longest: int) -> str:
     """One line for the log: the plan, and what a step at ``longest`` tokens attends to."""
     config = settings.config
     attended, full = attended_tokens(settings, longest)

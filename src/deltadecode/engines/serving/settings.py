@@ -18,7 +18,7 @@ _OWN_KEYS = ("plan", "sync_heads", "on_unsupported")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServingSettings:
     """A plan for one model, and how the engine runs it.
 
     Attributes
@@ -51,18 +51,18 @@ class Settings:
         return sum(role == "sparse" for role in roles), len(self.plan.attention_layers)
 
 
-def own_settings(given: object) -> tuple[dict[str, Any], bool, OnUnsupported]:
+def own_settings(user_values: object) -> tuple[dict[str, Any], bool, OnUnsupported]:
     """Check the keys that need no model.
 
-    ``given`` is the object ``deltadecode``, None for none. Returns the fields of a
+    ``user_values`` is the object ``deltadecode``, None for none. Returns the fields of a
     :class:`DeltaConfig` (and perhaps ``plan``), ``sync_heads`` and ``on_unsupported``. Raises
     DeltaConfigError for an unknown key or a value of a wrong type.
     """
-    if given is None:
-        given = {}
-    if not isinstance(given, Mapping):
-        raise DeltaConfigError(f"additional_config.{KEY} must be an object, got {given!r}")
-    values = dict(given)
+    if user_values is None:
+        user_values = {}
+    if not isinstance(user_values, Mapping):
+        raise DeltaConfigError(f"additional_config.{KEY} must be an object, got {user_values!r}")
+    values = dict(user_values)
     known = (*_CONFIG_KEYS, *_OWN_KEYS)
     for key in values:
         if key not in known and key != "meta":
@@ -80,10 +80,10 @@ def own_settings(given: object) -> tuple[dict[str, Any], bool, OnUnsupported]:
     return values, sync_heads, on_unsupported
 
 
-def resolve(given: object, model_config: Any) -> Settings:
+def resolve(user_values: object, model_config: Any) -> ServingSettings:
     """Settings of one model, from its Hugging Face configuration.
 
-    ``given`` is as in :func:`own_settings`. Its fields replace those of the file ``plan`` or,
+    ``user_values`` is as in :func:`own_settings`. Its fields replace those of the file ``plan`` or,
     without one, those of :meth:`DeltaConfig.for_model`.
 
     Raises
@@ -93,7 +93,7 @@ def resolve(given: object, model_config: Any) -> Settings:
     UnsupportedModelError
         When the model has nothing to plan (R8).
     """
-    values, sync_heads, on_unsupported = own_settings(given)
+    values, sync_heads, on_unsupported = own_settings(user_values)
     path = values.pop("plan", None)
     meta = values.pop("meta", {})
     # Before the model is looked at: a wrong type is the user's mistake whatever the model is.
@@ -103,7 +103,7 @@ def resolve(given: object, model_config: Any) -> Settings:
     base = loaded or DeltaConfig.for_model(model_config)
     config = DeltaConfig.from_dict({**asdict(base), **values})
     plan = config.layer_plan(text_config(model_config).num_hidden_layers, layers)
-    return Settings(config, plan, sync_heads, on_unsupported)
+    return ServingSettings(config, plan, sync_heads, on_unsupported)
 
 
 def _defaults(loaded: DeltaConfig | None, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from deltadecode.config import Role
-from deltadecode.engines.serving.settings import Settings
+from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.errors import DeltaConfigError
 from deltadecode.ops import decode_attention, select_pages
 
@@ -28,7 +28,7 @@ class Cache:
 
 
 def attend(
-    settings: Settings,
+    settings: ServingSettings,
     layer: int,
     role: Role,
     q: Tensor,
@@ -41,38 +41,14 @@ def attend(
     prompts: Tensor | None = None,
     over_all_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Attention of the decode rows in one layer.
+    """Attention of the decode rows in one layer: q [B, Hq, D] to [B, Hq, D].
 
-    Parameters
-    ----------
-    settings : Settings
-        Of the model.
-    layer : int
-        The model's number of the layer.
-    role : Role
-        A Δ-layer adds to ``selections``, a sparse one reads its source's; others read every page.
-    q : Tensor
-        [B, Hq, D].
-    cache : Cache
-        Of the layer.
-    selections : dict
-        Of this forward pass.
-    scale, sinks, softcap
-        See :func:`deltadecode.ops.decode_attention`.
-    prompts : Tensor or None
-        See :class:`deltadecode.engines.serving.rows.Rows`.
-    over_all_ranks : callable or None
-        Maximum of s_t over tensor-parallel ranks, for ``sync_heads``.
-
-    Returns
-    -------
-    Tensor
-        [B, Hq, D].
-
-    Raises
-    ------
-    DeltaConfigError
-        When the layer's Δ-layer has not run in this forward pass.
+    ``layer`` is the model's own number. A Δ-layer adds to ``selections``, which are those of this
+    forward pass. A sparse layer reads its source's, and raises DeltaConfigError if there are none.
+    Other layers read every page. ``scale``, ``sinks`` and ``softcap`` are those of
+    :func:`deltadecode.ops.decode_attention`, ``prompts`` those of
+    :class:`deltadecode.engines.serving.rows.Rows`. ``over_all_ranks`` gives the maximum of s_t over
+    tensor-parallel ranks, for ``sync_heads``.
     """
     page_size = settings.config.page_size
     operation = functools.partial(

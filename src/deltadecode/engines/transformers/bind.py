@@ -112,10 +112,10 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     if not attention_modules(model):
         raise refusal("none of its attention layers is causal")
     planned = check_interface(model, layers)
-    found = {id(module) for module in planned.values()}
+    planned_ids = {id(module) for module in planned.values()}
     for part in filter(takes_cache, model.modules()):
         own = list(_attention_modules(part))
-        others = [module for module in own if id(module) not in found]
+        others = [module for module in own if id(module) not in planned_ids]
         if len(own) - len(others) == len(planned):
             return Decoder(part, planned, others)  # type: ignore[arg-type]
     raise refusal("its planned layers are not those of one decoder with a cache")

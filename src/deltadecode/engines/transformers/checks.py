@@ -141,9 +141,9 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
     mask = arguments.get("attention_mask")
     tokens = 0
     for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"):
-        given = arguments.get(name)
-        if isinstance(given, Tensor) and given.dim() > 1:
-            tokens = max(tokens, given.shape[1])
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and value.dim() > 1:
+            tokens = max(tokens, value.shape[1])
     check_prompt(tokens, mask, state)
     if isinstance(cache, DeltaStaticCache):
         check_rows(cache, mask, _stored(settings, tokens))
@@ -162,8 +162,8 @@ def _stored(settings: GenerationConfig, tokens: int) -> int:
 
 def _settings(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerationConfig:
     """The generation settings in force: the call's, else the given ones, else the model's."""
-    given = arguments.get("generation_config")
-    settings = copy.copy(model.generation_config if given is None else given)
+    config = arguments.get("generation_config")
+    settings = copy.copy(model.generation_config if config is None else config)
     for name in vars(settings):
         value = arguments.get(name)
         if value is None:

@@ -32,27 +32,10 @@ def full_attention(
     The stock ``sdpa`` function computes it, unless there are learned sinks (``s_aux``) or a logit
     soft-cap (``softcap``), which it does not know (docs/semantics.md, R7).
 
-    Parameters
-    ----------
-    module : nn.Module
-        The attention module.
-    query : Tensor
-        [B, Hq, Q, D].
-    key, value : Tensor
-        [B, Hkv, T, D].
-    mask : Tensor or None
-        Boolean or additive, broadcasts to [B, Hq, Q, T]; None: causal if the module is.
-    dropout : float
-        Probability that a weight is dropped.
-    scaling : float or None
-        Factor on q · k; None: D to the power of -1/2.
-    **kwargs
-        What else the model passes to its attention function.
-
-    Returns
-    -------
-    Tensor
-        [B, Q, Hq, D].
+    Query [B, Hq, Q, D], key and value [B, Hkv, T, D] to the output [B, Q, Hq, D]. The mask is
+    boolean or additive and broadcasts to [B, Hq, Q, T]; None: causal if the module is. ``dropout``
+    is the probability that a weight is dropped, ``scaling`` the factor on q · k (None: D to the
+    power of -1/2), ``kwargs`` what else the model passes to its attention function.
     """
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     causal = kwargs.get("is_causal")
@@ -87,12 +70,7 @@ def full_attention(
 def rows_at_once(query: Tensor, mask: Tensor | None) -> int:
     """Rows of a batch that go through ``sdpa`` together, so that its memory stays bounded.
 
-    Parameters
-    ----------
-    query : Tensor
-        [B, Hq, Q, D].
-    mask : Tensor or None
-        [B or 1, Hq or 1, Q, T].
+    Query [B, Hq, Q, D], mask [B or 1, Hq or 1, Q, T].
     """
     rows, heads = query.shape[:2]
     if mask is None or query.is_cpu or rows == 0:
@@ -147,29 +125,11 @@ def blockwise_attention(
 ) -> Tensor:
     """Attention with learned sinks and a soft-cap, for a block of queries at a time.
 
-    Parameters
-    ----------
-    query : Tensor
-        [B, Hq, Q, D]; the last query stands at the last key.
-    key, value : Tensor
-        [B, Hkv, T, D], T ≥ Q.
-    mask : Tensor or None
-        Boolean or additive, broadcasts to [B, Hq, Q, T].
-    scale : float
-        Factor on q · k.
-    causal : bool
-        Without a mask, hide the keys behind each query.
-    sinks : Tensor or None
-        [Hq], one more logit in each softmax denominator.
-    softcap : float or None
-        Logits become ``softcap * tanh(logit / softcap)``.
-    dropout : float
-        Probability that a weight is dropped.
-
-    Returns
-    -------
-    Tensor
-        [B, Q, Hq, D] like value; softmax in float32, in float64 for float64 input.
+    Query [B, Hq, Q, D], whose last one stands at the last key; key and value [B, Hkv, T, D] with
+    T ≥ Q. The mask is boolean or additive and broadcasts to [B, Hq, Q, T]; without one, ``causal``
+    hides the keys behind each query. ``sinks`` [Hq] are one more logit in each softmax denominator;
+    with ``softcap``, logits become ``softcap * tanh(logit / softcap)``. Gives [B, Q, Hq, D] like
+    value; the softmax is in float32, in float64 for float64 input.
     """
     rows, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]

@@ -39,10 +39,10 @@ def _prepare_cache_for_generation(
     **kwargs: Any,
 ) -> Any:
     """Let the class make a cache, and put one of ours in its place."""
-    given = model_kwargs.get("past_key_values")
+    users_cache = model_kwargs.get("past_key_values")
     result = stock(model, generation_config, model_kwargs, *args, **kwargs)
     made = model_kwargs.get("past_key_values")
-    if given is None and made is not None:
+    if users_cache is None and made is not None:
         cache: DeltaCache | DeltaStaticCache
         if isinstance(made, StaticCache):
             cache = replace_static(made, model.config, state.cfg.page_size)

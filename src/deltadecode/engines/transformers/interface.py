@@ -34,19 +34,19 @@ def attention_modules(model: PreTrainedModel) -> dict[int, list[tuple[str, nn.Mo
     cannot be read, ``is_causal`` decides; what such a layer passes to its attention function shows
     at its first call.
     """
-    found = [
+    attending = [
         (name, module)
         for name, module in model.named_modules()
         if type(getattr(module, "layer_idx", None)) is int and _attends(module)
     ]
     config = text_config(model)
-    of_module = [getattr(module, "config", None) for _, module in found]
+    of_module = [getattr(module, "config", None) for _, module in attending]
     # By identity first: two decoders of one model may have equal configurations. The modules of a
     # model whose `config` was replaced hold the old one.
     mine = [place for place, other in enumerate(of_module) if other is config]
     mine = mine or [place for place, other in enumerate(of_module) if type(other) is type(config)]
     layers: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in [found[place] for place in mine] or found:
+    for name, module in [attending[place] for place in mine] or attending:
         layers.setdefault(int(module.layer_idx), []).append((name, module))
     return layers
 

@@ -128,10 +128,10 @@ def group_rows(mask: Tensor | None, states: Tensor) -> list[RowGroup]:
     if mask is None:
         return [RowGroup(range(batch), batch, 0, slots, device)]
     valid = _validity(mask, batch, slots)
-    found = torch.stack([valid.sum(dim=1), valid.int().argmax(dim=1)], dim=1).tolist()
+    spans = torch.stack([valid.sum(dim=1), valid.int().argmax(dim=1)], dim=1).tolist()
     by_offset: dict[int, list[int]] = {}
     groups = []
-    for row, (length, first) in enumerate(found):
+    for row, (length, first) in enumerate(spans):
         if length == slots - first:
             by_offset.setdefault(first, []).append(row)
         else:

@@ -57,32 +57,11 @@ def static_attention(
     While a row has no more pages than the budget, its Δ-layers select all of them (R3), so that
     every step computes the same operations.
 
-    Parameters
-    ----------
-    state : ModelState
-        Plan, counts and step in progress.
-    layer : int
-        The layer's number.
-    query : Tensor
-        [B, Hq, D].
-    key, value : Tensor
-        [B, Hkv, slots, D], buffers of a :class:`DeltaStaticLayer`.
-    mask : Tensor or None
-        [B or 1, 1, 1, slots] bool, True in one run of slots per row.
-    options : dict
-        ``scale``, ``page_size``, ``sinks`` and ``softcap``.
-    full : bool
-        Whether all layers attend to everything, as where gradients are needed.
-
-    Returns
-    -------
-    Tensor or None
-        [B, Hq, D]; None with ``full``, when only the counts are kept here.
-
-    Raises
-    ------
-    ArgumentError
-        When the mask is none of a static cache.
+    Query [B, Hq, D] to the output [B, Hq, D]. Key and value [B, Hkv, slots, D] are buffers of a
+    :class:`DeltaStaticLayer`. The mask is [B or 1, 1, 1, slots] bool, True in one run of slots per
+    row; another one is an ArgumentError. ``options`` are ``scale``, ``page_size``, ``sinks`` and
+    ``softcap``. With ``full``, as where gradients are needed, only the counts are kept here, and
+    None is returned.
     """
     cfg, source = state.cfg, state.plan.sources[layer]
     step = state.static.step

@@ -153,10 +153,10 @@ class StaticStep:
         """Read it from a boolean mask [B or 1, 1, 1, slots] and keys [B, Hkv, slots, D]."""
         rows, _, slots, _ = key.shape
         if mask is None or mask.dtype != torch.bool or mask.shape[1:] != (1, 1, slots):
-            given = "none" if mask is None else f"{mask.dtype} {list(mask.shape)}"
+            described = "none" if mask is None else f"{mask.dtype} {list(mask.shape)}"
             raise ArgumentError(
                 f"a decode step from a static cache needs a torch.bool mask [rows, 1, 1, {slots}], "
-                f"got {given}"
+                f"got {described}"
             )
         valid = mask[:, 0, 0].expand(rows, slots)
         seq_lens = valid.sum(dim=1, dtype=torch.int32)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltadecode.engines.serving.settings import Settings
+from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.vllm.versions import settings_of
 from deltadecode.errors import DeltaConfigError, UnsupportedCacheError, UnsupportedModelError
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16")
 
 
-def find_settings(vllm_config: Any) -> Settings:
+def find_settings(vllm_config: Any) -> ServingSettings:
     """Settings of a new engine.
 
     Raises DeltaConfigError as :func:`~deltadecode.engines.serving.settings.resolve`, and
@@ -38,7 +38,7 @@ def find_settings(vllm_config: Any) -> Settings:
     return settings
 
 
-def check_engine(vllm_config: Any, settings: Settings) -> None:
+def check_engine(vllm_config: Any, settings: ServingSettings) -> None:
     """Refuse what the backend cannot run.
 
     Raises
@@ -98,7 +98,7 @@ def _check_heads(model: Any, parallel: Any) -> None:
         )
 
 
-def check_stages(settings: Settings, stages: int) -> None:
+def check_stages(settings: ServingSettings, stages: int) -> None:
     """Refuse a pipeline stage whose sparse layers read pages of another stage.
 
     Raises DeltaConfigError with the stage, its layers, and the Δ-layer to add.

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from deltadecode.engines.serving.counts import StepCounts, layer_numbers
-from deltadecode.engines.serving.settings import KEY, Settings
+from deltadecode.engines.serving.settings import KEY, ServingSettings
 from deltadecode_vllm import wrap_once
 
 
-def count_steps(scheduler: Any, settings: Settings) -> None:
+def count_steps(scheduler: Any, settings: ServingSettings) -> None:
     """Let one scheduler count its decode rows, and send the counts with its statistics."""
     counts = StepCounts(settings)
     model_name = str(scheduler.vllm_config.model_config.served_model_name)
@@ -56,7 +56,7 @@ def _decode_rows(requests: dict[str, Any], output: Any) -> Iterator[tuple[int, i
             yield request.num_tokens, new_tokens
 
 
-def install(settings: Settings, model_name: str) -> None:
+def install(settings: ServingSettings, model_name: str) -> None:
     """Show a new engine's plan, and read counts where they reach this process."""
     from vllm.v1.engine.output_processor import OutputProcessor
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltadecode.engines.serving.settings import KEY, Settings, resolve
+from deltadecode.engines.serving.settings import KEY, ServingSettings, resolve
 from deltadecode_vllm import wrap_once
 
 FIRST, LAST = (0, 24), (0, 32)
@@ -28,11 +28,11 @@ def outside_range(version: str) -> str | None:
     return f"deltadecode works with vLLM {SUPPORTED}, got {version}"
 
 
-def settings_of(vllm_config: Any) -> Settings:
+def settings_of(vllm_config: Any) -> ServingSettings:
     """Settings of an engine; its configuration is complete or not."""
     additional = vllm_config.additional_config
-    given = additional.get(KEY) if isinstance(additional, dict) else None
-    return resolve(given, vllm_config.model_config.hf_config)
+    user_values = additional.get(KEY) if isinstance(additional, dict) else None
+    return resolve(user_values, vllm_config.model_config.hf_config)
 
 
 def key_value_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from deltadecode.lab.attention_statistics import Captured, PageBudget, Shift
 from deltadecode.lab.calibration.need import Need
 from deltadecode.lab.observe import Progress, Prompt, observe
 from deltadecode.lab.plans import Places
-from deltadecode.lab.policies.base import Facts, Floats
+from deltadecode.lab.policies.base import Floats, Layout
 from deltadecode.lab.policies.delta import Delta
 
 
@@ -73,35 +73,35 @@ class Measurement:
                 f"calibration needs at least 2 texts, one to fit and one to judge, got "
                 f"{len(prompts)}"
             )
-        self.facts, self.prompts, self.request = Facts.of(model), list(prompts), request
+        self.layout, self.prompts, self.request = Layout.of(model), list(prompts), request
         self.new_tokens = new_tokens
-        layers = len(self.facts.layers)
+        layers = len(self.layout.layers)
         request.check(layers)
         base, problems = request.base, len(prompts)
         self.sizes = self._sizes(layers)
         self.captured = Captured(problems, layers, self._budgets(), base.page_size)
         self.shift = Shift(problems, layers)
         self.need = Need(
-            model, problems, self.facts.layers, base.page_size, base.recent_pages, base.sink_pages
+            model, problems, self.layout.layers, base.page_size, base.recent_pages, base.sink_pages
         )
         self.fit, self.held_out = range(0, problems, 2), range(1, problems, 2)
 
     def run(self, model: Any, tokenizer: Any, progress: Progress, **options: int) -> None:
         """Generate and measure; options as of :func:`observe`."""
-        watchers = (self.captured, self.shift, self.need)
+        observers = (self.captured, self.shift, self.need)
         observe(
-            model, tokenizer, self.prompts, watchers, page_size=self.request.base.page_size,
+            model, tokenizer, self.prompts, observers, page_size=self.request.base.page_size,
             new_tokens=self.new_tokens, progress=progress, **options,
         )  # fmt: skip
 
     def fraction(self, full: int, budget: PageBudget) -> float:
         """Attended fraction of a plan with so many full layers, over the decode steps here."""
-        layers = len(self.facts.layers)
+        layers = len(self.layout.layers)
         cfg = budget.config(self.request.base.page_size)
         cfg = DeltaConfig(**{**cfg.to_dict(), "delta_layers": tuple(range(full))})
         plan = cfg.layer_plan(layers)
-        facts = Facts(tuple(range(layers)), self.facts.query_heads, self.facts.kv_heads)
-        policy = Delta(facts, cfg.budget_pages * cfg.page_size, cfg, plan)
+        layout = Layout(tuple(range(layers)), self.layout.query_heads, self.layout.kv_heads)
+        policy = Delta(layout, cfg.budget_pages * cfg.page_size, cfg, plan)
         lengths = self._lengths()
         return float(policy.expected(lengths, 0).sum() / lengths.sum())
 
@@ -112,12 +112,12 @@ class Measurement:
     def _sizes(self, layers: int) -> dict[int, PageBudget]:
         """Number of full layers, to the pages that go with it."""
         request, base = self.request, self.request.base
-        given = PageBudget(base.budget_pages, base.recent_pages, base.sink_pages)
+        budget = PageBudget(base.budget_pages, base.recent_pages, base.sink_pages)
         if request.recall is not None:
-            return {count: given for count in range(request.dense + 1, layers)}
+            return {count: budget for count in range(request.dense + 1, layers)}
         counts = range(1, layers) if request.deltas is None else [request.dense + request.deltas]
         if request.fraction is None:
-            return {count: given for count in counts}
+            return {count: budget for count in counts}
         solved = {count: self._pages(count, request.fraction) for count in counts}
         possible = {count: budget for count, budget in solved.items() if budget is not None}
         if not possible:
@@ -210,7 +210,7 @@ def described(measurement: Measurement, plan: Candidate) -> dict[str, Any]:
 
     ``kept`` and ``recall`` are each of the texts that were fitted and of those held out.
     """
-    numbers = measurement.facts.layers
+    numbers = measurement.layout.layers
     dense, delta = plans.dense_and_delta(plan.full, numbers, plan.dense)
     halves = {"fit": measurement.fit, "held_out": measurement.held_out}
     # Both halves are weighed alike, or their shares would not be of the same thing.

@@ -48,7 +48,7 @@ class Need:
         self._sums = torch.zeros(problems, len(layers), dtype=torch.float64)
         self._counts = torch.zeros(problems, dtype=torch.float64)
 
-    def see(self, seen: LayerStep) -> None:
+    def observe_layer(self, seen: LayerStep) -> None:
         """Nothing is kept of single steps."""
 
     def end_batch(self, batch: Batch) -> None:

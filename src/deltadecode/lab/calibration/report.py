@@ -31,7 +31,7 @@ def report(measurement: Measurement) -> dict[str, Any]:
     return {
         "plans": {name: described(measurement, plan) for name, plan in made.items()},
         "offers": offered(measurement, ours),
-        "layers": list(measurement.facts.layers),
+        "layers": list(measurement.layout.layers),
         "shift": _rounded(measurement.shift.curve(measurement.fit)),
         "need": _rounded(measurement.need.weights(measurement.fit)),
         "texts": len(measurement.prompts),
@@ -48,7 +48,7 @@ def against(measurement: Measurement) -> dict[str, Any]:
     calibrated one (None where there are too many); ``r``: R [i][j] of both halves.
     """
     ours = fitted(measurement)[CALIBRATED]
-    layers, count, dense = len(measurement.facts.layers), len(ours.full), ours.dense
+    layers, count, dense = len(measurement.layout.layers), len(ours.full), ours.dense
     peers = {
         f"hand-picked, {name}": full
         for name, full in plans.hand_picked(layers, count, dense).items()
@@ -70,7 +70,7 @@ def against(measurement: Measurement) -> dict[str, Any]:
 
 
 def _exhaustive(measurement: Measurement, ours: Candidate) -> dict[str, Any] | None:
-    layers, count, dense = len(measurement.facts.layers), len(ours.full), ours.dense
+    layers, count, dense = len(measurement.layout.layers), len(ours.full), ours.dense
     total = math.comb(layers - dense - 1, count - dense - 1)
     if total > _EXHAUSTIVE:
         return None
@@ -82,7 +82,7 @@ def _exhaustive(measurement: Measurement, ours: Candidate) -> dict[str, Any] | N
         best = max(shares, key=lambda full: shares[full])
         own = shares[ours.full]
         result[name] = {
-            "best": [measurement.facts.layers[place] for place in best],
+            "best": [measurement.layout.layers[place] for place in best],
             "best_kept": round(shares[best], 5),
             "ours_kept": round(own, 5),
             # Sums in another order differ in the last digits.

@@ -15,7 +15,7 @@ from rich.table import Table
 from deltadecode.errors import EvaluationError
 from deltadecode.lab.evaluation.records import Records, digest
 from deltadecode.lab.evaluation.statistics import mean_interval, paired_difference
-from deltadecode.lab.results import row
+from deltadecode.lab.results import rounded, row
 
 _APART = ("policy", "budget")  # what tells the cells of one experiment apart
 
@@ -99,12 +99,12 @@ def _row(records: Records, full: Records, seeds: Sequence[int]) -> dict[str, Any
         "budget": records.settings["budget"],
         "samples": len(seeds),
         "first_seed": seeds[0],
-        "score": _rounded(score.mean),
-        "score_interval": [_rounded(score.low), _rounded(score.high)],
-        "difference": _rounded(difference.mean),
-        "difference_interval": [_rounded(difference.low), _rounded(difference.high)],
-        "attended_fraction": _rounded(float(read / everything)) if everything else 1.0,
-        "metadata_fraction": _rounded(float(metadata / everything)) if everything else 0.0,
+        "score": rounded(score.mean),
+        "score_interval": [rounded(score.low), rounded(score.high)],
+        "difference": rounded(difference.mean),
+        "difference_interval": [rounded(difference.low), rounded(difference.high)],
+        "attended_fraction": rounded(float(read / everything)) if everything else 1.0,
+        "metadata_fraction": rounded(float(metadata / everything)) if everything else 0.0,
         "tokens_kept": round(float(_column(records, seeds, "kept").mean()), 1),
         "tokens_new": round(float(_column(records, seeds, "tokens").mean()), 1),
         "wrong_somewhere": sum(place is not None for place in wrong),
@@ -115,7 +115,7 @@ def _row(records: Records, full: Records, seeds: Sequence[int]) -> dict[str, Any
     # A policy that goes wrong may stop early, where the prompt weighs more: its own trace then says
     # less of it than the trace of a right answer, for which its reads are known beforehand.
     own, expected = extras["attended_fraction"], extras["expected_fraction"]
-    extras["reads"] = own if expected is None else min(own, _rounded(expected))
+    extras["reads"] = own if expected is None else min(own, rounded(expected))
     if "nll" in next(iter(records.samples.values())):
         extras |= _perplexity(records, full, seeds)
     lost = [1 + float((1 - scores).sum()) for scores in (ours, theirs)]
@@ -128,17 +128,13 @@ def _perplexity(records: Records, full: Records, seeds: Sequence[int]) -> dict[s
     ours, theirs = (_column(cell, seeds, "nll") for cell in (records, full))
     ratio = paired_difference(ours, theirs)
     return {
-        "perplexity": _rounded(math.exp(ours.mean())),
-        "perplexity_ratio": _rounded(math.exp(ratio.mean)),
+        "perplexity": rounded(math.exp(ours.mean())),
+        "perplexity_ratio": rounded(math.exp(ratio.mean)),
         "perplexity_ratio_interval": [
-            _rounded(math.exp(ratio.low)),
-            _rounded(math.exp(ratio.high)),
+            rounded(math.exp(ratio.low)),
+            rounded(math.exp(ratio.high)),
         ],
     }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
 
 
 _COLUMNS = ("policy", "budget", "read", "+ other", "kept", "right", "95 %", "− full", "95 %")

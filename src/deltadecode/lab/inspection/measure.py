@@ -24,7 +24,7 @@ from deltadecode.architecture import num_layers, text_config
 from deltadecode.engines.transformers.full import full_attention
 from deltadecode.engines.transformers.swap import attending
 from deltadecode.errors import InspectionError
-from deltadecode.lab.policies.base import Facts, Scores
+from deltadecode.lab.policies.base import Layout, Scores
 
 NAME = "deltadecode_measure"
 # Larger blocks leave the caches of a CPU: 4 was the fastest of 1, 4, 16 and 64 MiB there.
@@ -83,11 +83,11 @@ def measure(
     """
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
         raise InspectionError(f"a measured text is [1, T >= 2] token ids, got {list(ids.shape)}")
-    run = _Run(Facts.of(model), block_bytes)
+    run = _Run(Layout.of(model), block_bytes)
     with _measuring(model, run, on_layer), torch.inference_mode():
         # The base model: logits of all tokens would be the largest thing in memory.
         model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    missing = [layer for layer in run.facts.layers if layer not in run.attention]
+    missing = [layer for layer in run.layout.layers if layer not in run.attention]
     if missing:
         raise InspectionError(
             f"{type(model).__name__} does not call its attention through Transformers' interface "
@@ -95,7 +95,7 @@ def measure(
         )
     return Measure(
         int(ids.shape[1]),
-        tuple(run.attention[layer] for layer in run.facts.layers),
+        tuple(run.attention[layer] for layer in run.layout.layers),
         tuple(run.hidden[layer] for layer in sorted(run.hidden)),
     )
 
@@ -103,8 +103,8 @@ def measure(
 class _Run:
     """What a pass has measured so far."""
 
-    def __init__(self, facts: Facts, block_bytes: int) -> None:
-        self.facts, self.block_bytes = facts, block_bytes
+    def __init__(self, layout: Layout, block_bytes: int) -> None:
+        self.layout, self.block_bytes = layout, block_bytes
         self.attention: dict[int, LayerMeasure] = {}
         self.hidden: dict[int, HiddenMeasure] = {}
         self.outputs: Tensor | None = None  # norms [Hq, T] of the layer in progress, for its gate

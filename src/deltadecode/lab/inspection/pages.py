@@ -32,8 +32,8 @@ class PageMaps:
         self._mass: list[list[Tensor]] = []
         self._selected: list[list[Tensor]] = []
 
-    def see(self, seen: LayerStep) -> None:
-        """Keep one layer of one step; see :class:`deltadecode.lab.observe.Watcher`."""
+    def observe_layer(self, seen: LayerStep) -> None:
+        """Keep one layer of one step; see :class:`deltadecode.lab.observe.LayerObserver`."""
         if seen.place == 0:
             self.steps.append(seen.step)
             self.lengths.append(int(seen.view.lengths[0]))
@@ -177,8 +177,8 @@ class Entropy:
         self._bits = torch.zeros(layers, heads, dtype=torch.float64)
         self._steps = 0
 
-    def see(self, seen: LayerStep) -> None:
-        """Add one layer of one step; see :class:`deltadecode.lab.observe.Watcher`."""
+    def observe_layer(self, seen: LayerStep) -> None:
+        """Add one layer of one step; see :class:`deltadecode.lab.observe.LayerObserver`."""
         weights = seen.tokens(0)
         weights = weights / weights.sum(dim=1, keepdim=True)
         # 0 · log 0 is 0.

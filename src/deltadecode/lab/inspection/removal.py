@@ -11,11 +11,11 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.lab.generation import teacher_forced_batch, unchecked
-from deltadecode.lab.policies.base import Facts, Floats, Policy, View
+from deltadecode.lab.policies.base import Floats, Layout, Policy, View
 from deltadecode.lab.policies.delta import Delta
 from deltadecode.lab.policies.delta_variants import DeltaVariant
 from deltadecode.lab.policies.full import Full
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import choose_pages, page_numbers, page_sums
 
 
@@ -37,14 +37,14 @@ class DeltaWithout(DeltaVariant):
     name = "delta-without"
 
     def __init__(
-        self, facts: Facts, budget: int, cfg: DeltaConfig, plan: LayerPlan, hidden: range
+        self, layout: Layout, budget: int, cfg: DeltaConfig, plan: LayerPlan, hidden: range
     ) -> None:
-        super().__init__(facts, budget, cfg, plan)
+        super().__init__(layout, budget, cfg, plan)
         self.hidden = hidden
 
-    def _choose(self, look: Look, view: View) -> Tensor:
+    def _choose(self, attention: LayerAttention, view: View) -> Tensor:
         cfg = self.cfg
-        scores = page_sums(look.weights.flatten(1, 2).amax(dim=1), view, cfg.page_size)
+        scores = page_sums(attention.weights.flatten(1, 2).amax(dim=1), view, cfg.page_size)
         # Behind all others, which score 0 or more, but before pages that do not exist.
         scores[:, self.hidden.start : self.hidden.stop] = -1.0
         chosen = choose_pages(scores, view, cfg.page_size, cfg.budget_pages, cfg.recent_pages)
@@ -61,11 +61,11 @@ class FullWithout(MaskedPolicy):
 
     name = "full-without"
 
-    def __init__(self, facts: Facts, page_size: int, hidden: range) -> None:
-        super().__init__(facts, 1)
+    def __init__(self, layout: Layout, page_size: int, hidden: range) -> None:
+        super().__init__(layout, 1)
         self.page_size, self.hidden = page_size, hidden
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
         """Everything but the hidden pages; the page of the new token is read all the same."""
         page = page_numbers(view, self.page_size)
         hidden = (page >= self.hidden.start) & (page < self.hidden.stop) & (page != page[:, -1:])
@@ -78,7 +78,7 @@ class FullWithout(MaskedPolicy):
 
 
 def treatments(
-    facts: Facts, cfg: DeltaConfig, plan: LayerPlan, prompt: int
+    layout: Layout, cfg: DeltaConfig, plan: LayerPlan, prompt: int
 ) -> list[tuple[str, Policy]]:
     """All treatments of the first max(S, 1) pages, with what each is compared with, by name.
 
@@ -94,17 +94,17 @@ def treatments(
     room = cfg.budget_pages > cfg.recent_pages + count
     forced = [replace(cfg, sink_pages=count)] if room else []
     return [
-        ("full attention", Full(facts, 1)),
+        ("full attention", Full(layout, 1)),
         *(
-            ("DELTA, sink pages forced in", Delta(facts, budget, variant, plan))
+            ("DELTA, sink pages forced in", Delta(layout, budget, variant, plan))
             for variant in forced
         ),
-        ("DELTA, sink pages left to selection", Delta(facts, budget, free, plan)),
-        ("DELTA, sink pages masked out", DeltaWithout(facts, budget, free, plan, first)),
-        ("full attention, sink pages masked out", FullWithout(facts, cfg.page_size, first)),
+        ("DELTA, sink pages left to selection", Delta(layout, budget, free, plan)),
+        ("DELTA, sink pages masked out", DeltaWithout(layout, budget, free, plan, first)),
+        ("full attention, sink pages masked out", FullWithout(layout, cfg.page_size, first)),
         (
             "full attention, middle pages masked out (control)",
-            FullWithout(facts, cfg.page_size, control),
+            FullWithout(layout, cfg.page_size, control),
         ),
     ]
 

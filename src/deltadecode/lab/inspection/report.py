@@ -33,7 +33,7 @@ def make_report(
     pages chosen by its own scores hold, and their ratio), ``entropy_bits`` [layers][heads],
     ``token_texts`` by position, ``sinks`` and ``removal``.
     """
-    layers = list(inspection.facts.layers)
+    layers = list(inspection.layout.layers)
     texts = [show_token(token) for token in inspection.ids]
     sinks = describe(
         inspection.measured, texts, inspection.config.page_size, epsilon, least_queries

@@ -18,7 +18,7 @@ from deltadecode.lab.inspection.measure import Measure, measure
 from deltadecode.lab.inspection.pages import Entropy, PageMap, PageMaps
 from deltadecode.lab.inspection.removal import Removal, remove, treatments
 from deltadecode.lab.observe import Observed
-from deltadecode.lab.policies.base import Facts
+from deltadecode.lab.policies.base import Layout
 
 NEW_TOKENS = 512
 REMOVAL_TOKENS = 192
@@ -34,7 +34,7 @@ class Inspection:
 
     config: DeltaConfig  # as it was inspected with, see fit_config
     plan: LayerPlan
-    facts: Facts
+    layout: Layout
     stride: int  # every so manieth decode step was observed
     prompt: int  # tokens of the prompt
     ids: list[int]  # of the prompt and of what full attention wrote
@@ -99,16 +99,16 @@ def inspect_text(
     :mod:`deltadecode.lab.inspection.measure` says. Raises InspectionError when the model ends the
     text at once, CalibrationError when the text never has more pages than the budget.
     """
-    facts = Facts.of(model)
-    plan = config.layer_plan(num_layers(text_config(model)), facts.layers)
-    depth = len(facts.layers)
+    layout = Layout.of(model)
+    plan = config.layer_plan(num_layers(text_config(model)), layout.layers)
+    depth = len(layout.layers)
     budget = PageBudget(config.budget_pages, config.recent_pages, config.sink_pages)
     captured, shift = Captured(1, depth, [budget], config.page_size), Shift(1, depth)
-    maps, entropy = PageMaps(config), Entropy(depth, facts.query_heads)
+    maps, entropy = PageMaps(config), Entropy(depth, layout.query_heads)
     stride = stride_for(steps, config.page_size)
-    watched = Observed(facts, [captured, shift, maps, entropy], config.page_size, stride)
+    watched = Observed(layout, [captured, shift, maps, entropy], config.page_size, stride)
     watched.begin_batch(torch.zeros(1, dtype=torch.int64, device=model.device))
-    policies = treatments(facts, config, plan, len(prompt)) if removal_steps > 1 else []
+    policies = treatments(layout, config, plan, len(prompt)) if removal_steps > 1 else []
     # In tokens; a step that is led along masks is about as dear as one that is watched.
     share = _Shares(progress, [steps, max(steps // 4, 1), removal_steps * len(policies)])
 
@@ -130,7 +130,7 @@ def inspect_text(
     return Inspection(
         config=config,
         plan=plan,
-        facts=facts,
+        layout=layout,
         stride=stride,
         prompt=len(prompt),
         ids=ids,

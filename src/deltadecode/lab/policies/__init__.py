@@ -16,7 +16,7 @@ from typing import Any
 
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import DeltaConfigError, PolicyError
-from deltadecode.lab.policies.base import Counts, Facts, Policy
+from deltadecode.lab.policies.base import Counts, Layout, Policy
 from deltadecode.lab.policies.delta import Delta
 from deltadecode.lab.policies.delta_variants import DeltaVariant
 from deltadecode.lab.policies.full import Full
@@ -29,7 +29,15 @@ from deltadecode.lab.policies.snapkv import SnapKV
 from deltadecode.lab.policies.streaming import Streaming
 from deltadecode.lab.policies.tidal import Tidal
 
-__all__ = ["POLICIES", "Counts", "Facts", "Policy", "make_policy", "parse_policy", "policy_class"]
+__all__ = [
+    "POLICIES",
+    "Counts",
+    "Layout",
+    "Policy",
+    "make_policy",
+    "parse_policy",
+    "policy_class",
+]
 
 # Name -> class, and the options that make this name of it.
 POLICIES: dict[str, tuple[type[Policy], dict[str, Any]]] = {
@@ -91,16 +99,16 @@ def make_policy(text: str, model: Any, budget: int) -> Policy:
     """
     name, options = parse_policy(text)
     kind, fixed = POLICIES[name]
-    facts = Facts.of(model)
+    layout = Layout.of(model)
     options = {**fixed, **options}
     if budget < 1:
         raise PolicyError(f"a budget must be at least 1 token, got {budget}")
     try:
         if issubclass(kind, (Delta, DeltaVariant)):
-            return kind.make(model, facts, budget, **options)
+            return kind.make(model, layout, budget, **options)
         if "page_size" in _options(kind):
             options.setdefault("page_size", DeltaConfig.for_model(model).page_size)
-        return kind(facts, budget, **options)
+        return kind(layout, budget, **options)
     except DeltaConfigError as error:
         raise PolicyError(f"policy {text!r}: {error}") from error
     except TypeError as error:
@@ -112,7 +120,7 @@ def _options(kind: type[Policy]) -> list[str]:
     names = [name for name in inspect.signature(factory).parameters if name != "fields"]
     if issubclass(kind, (Delta, DeltaVariant)):
         names += _PLAN_FIELDS
-    return [name for name in names if name not in ("model", "facts", "budget")]
+    return [name for name in names if name not in ("model", "layout", "budget")]
 
 
 def _check(name: str, key: str, value: Any, kind: type[Policy]) -> None:

@@ -21,16 +21,15 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a policy needs to know of a model."""
+class Layout:
+    """What a policy needs to know of a model: its full-attention layers, and their heads."""
 
-    # the full-attention layers, ascending; other layers keep their own attention
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # ascending; other layers keep their own attention
     query_heads: int
     kv_heads: int
 
     @classmethod
-    def of(cls, model: Any) -> Facts:
+    def of(cls, model: Any) -> Layout:
         """Read them from a Hugging Face model or configuration."""
         config = text_config(model)
         heads = int(config.num_attention_heads)
@@ -123,8 +122,8 @@ class Policy(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, facts: Facts, budget: int) -> None:
-        self.facts = facts
+    def __init__(self, layout: Layout, budget: int) -> None:
+        self.layout = layout
         self.budget = budget
 
     @abstractmethod

@@ -12,7 +12,7 @@ import numpy as np
 from deltadecode.architecture import num_layers, text_config
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.engines.transformers.swap import enabled
-from deltadecode.lab.policies.base import Counts, Facts, Floats, Policy, pages_of
+from deltadecode.lab.policies.base import Counts, Floats, Layout, Policy, pages_of
 
 
 class Delta(Policy):
@@ -25,14 +25,14 @@ class Delta(Policy):
 
     name = "delta"
 
-    def __init__(self, facts: Facts, budget: int, cfg: DeltaConfig, plan: LayerPlan) -> None:
-        super().__init__(facts, budget)
+    def __init__(self, layout: Layout, budget: int, cfg: DeltaConfig, plan: LayerPlan) -> None:
+        super().__init__(layout, budget)
         least = cfg.recent_pages + cfg.sink_pages + 1
         pages = pages_of(self, budget, cfg.page_size, least)
         self.cfg, self.plan = replace(cfg, budget_pages=pages), plan
 
     @classmethod
-    def make(cls, model: Any, facts: Facts, budget: int, **fields: Any) -> Delta:
+    def make(cls, model: Any, layout: Layout, budget: int, **fields: Any) -> Delta:
         """The model's own plan, with some fields of it replaced; see :class:`DeltaConfig`."""
         base = DeltaConfig.for_model(model)
         # The budget is checked by the constructor, whose message names it in tokens.
@@ -40,7 +40,7 @@ class Delta(Policy):
         room += fields.get("sink_pages", base.sink_pages)
         cfg = replace(base, **{"budget_pages": room + 1, **fields})
         layers = num_layers(text_config(model))
-        return cls(facts, budget, cfg, cfg.layer_plan(layers, facts.layers))
+        return cls(layout, budget, cfg, cfg.layer_plan(layers, layout.layers))
 
     @contextmanager
     def decoding(self, model: Any) -> Iterator[None]:
@@ -60,7 +60,7 @@ class Delta(Policy):
         held = np.ceil(lengths / page)
         missing = held * page - lengths if self.cfg.recent_pages else 0.0
         sparse = np.where(held <= pages, lengths, pages * page - missing)
-        sources = [self.plan.source(layer) for layer in self.facts.layers]
+        sources = [self.plan.source(layer) for layer in self.layout.layers]
         share = sum(source is not None for source in sources) / len(sources)
         mean: Floats = share * sparse + (1 - share) * lengths
         return mean

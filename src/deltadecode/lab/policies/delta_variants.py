@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.errors import PolicyError
-from deltadecode.lab.policies.base import Facts, Floats, View
+from deltadecode.lab.policies.base import Floats, Layout, View
 from deltadecode.lab.policies.delta import Delta
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import choose_pages, page_sums, page_tokens
 
 
@@ -30,7 +30,7 @@ class DeltaVariant(MaskedPolicy):
 
     def __init__(
         self,
-        facts: Facts,
+        layout: Layout,
         budget: int,
         cfg: DeltaConfig,
         plan: LayerPlan,
@@ -38,28 +38,28 @@ class DeltaVariant(MaskedPolicy):
         per_layer: int = 0,
         refresh: int = 1,
     ) -> None:
-        super().__init__(facts, budget)
+        super().__init__(layout, budget)
         if heads not in ("max", "mean"):
             raise PolicyError(f"heads of policy {self.name!r} must be max or mean, got {heads!r}")
         if refresh < 1:
             raise PolicyError(f"refresh of policy {self.name!r} must be at least 1, got {refresh}")
-        self._exact = Delta(facts, budget, cfg, plan)
+        self._exact = Delta(layout, budget, cfg, plan)
         self.cfg, self.plan = self._exact.cfg, plan
         self.heads, self.per_layer, self.refresh = heads, per_layer, refresh
         self._chosen: dict[int, Tensor] = {}
 
     @classmethod
     def make(
-        cls, model: Any, facts: Facts, budget: int, heads: str = "max", per_layer: int = 0,
+        cls, model: Any, layout: Layout, budget: int, heads: str = "max", per_layer: int = 0,
         refresh: int = 1, **fields: Any,
     ) -> DeltaVariant:  # fmt: skip
         """The model's own plan, with some fields of it replaced."""
-        exact = Delta.make(model, facts, budget, **fields)
-        return cls(facts, budget, exact.cfg, exact.plan, heads, per_layer, refresh)
+        exact = Delta.make(model, layout, budget, **fields)
+        return cls(layout, budget, exact.cfg, exact.plan, heads, per_layer, refresh)
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor | None:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor | None:
         """Choose at a Δ-layer, else take the choice of the Δ-layer before."""
-        number = self.facts.layers[layer]
+        number = self.layout.layers[layer]
         role = self.plan.role(number)
         if role == "dense":
             return None
@@ -68,7 +68,7 @@ class DeltaVariant(MaskedPolicy):
         fresh = view.step % self.refresh == 0
         choosing = role == "delta" or self.per_layer
         if choosing and fresh:
-            self._chosen[number] = self._choose(look, view)
+            self._chosen[number] = self._choose(attention, view)
         if role == "delta" and fresh:
             return None
         chosen = self._chosen[number if self.per_layer else source]
@@ -76,8 +76,8 @@ class DeltaVariant(MaskedPolicy):
             chosen = self._extended(chosen, view)
         return page_tokens(chosen, view, self.cfg.page_size)[:, None, None]
 
-    def _choose(self, look: Look, view: View) -> Tensor:
-        weights = look.weights.flatten(1, 2)
+    def _choose(self, attention: LayerAttention, view: View) -> Tensor:
+        weights = attention.weights.flatten(1, 2)
         token_scores = weights.amax(dim=1) if self.heads == "max" else weights.mean(dim=1)
         cfg = self.cfg
         page_scores = page_sums(token_scores, view, cfg.page_size)
@@ -99,8 +99,8 @@ class DeltaVariant(MaskedPolicy):
         """As DELTA at a step that chooses, else the budget; see :meth:`Policy.expected`."""
         fresh = self._exact.expected(lengths, prompt)
         between = np.minimum(lengths, self.cfg.budget_pages * self.cfg.page_size)
-        dense = sum(self.plan.role(layer) == "dense" for layer in self.facts.layers)
-        dense_share = dense / len(self.facts.layers)
+        dense = sum(self.plan.role(layer) == "dense" for layer in self.layout.layers)
+        dense_share = dense / len(self.layout.layers)
         between = dense_share * lengths + (1 - dense_share) * between
         mean: Floats = fresh / self.refresh + between * (1 - 1 / self.refresh)
         return mean

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadecode.lab.policies.base import Facts, Floats, Scores, View
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.base import Floats, Layout, Scores, View
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import largest
 
 _BLOCK_BYTES = 256 * 2**20  # of weights held at a time in prefill
@@ -31,8 +31,8 @@ class H2O(MaskedPolicy):
     name = "h2o"
     evicts = True
 
-    def __init__(self, facts: Facts, budget: int) -> None:
-        super().__init__(facts, budget)
+    def __init__(self, layout: Layout, budget: int) -> None:
+        super().__init__(layout, budget)
         if budget < _LEAST:
             raise self._refuse(f"it needs {_LEAST}, half of them recent")
         self.recent = budget // 2
@@ -47,9 +47,9 @@ class H2O(MaskedPolicy):
         self._alive[layer] = torch.nn.functional.pad(kept, (0, _SPARE), value=True)
         self._sums[layer] = torch.nn.functional.pad(sums, (0, _SPARE))
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
         """Read all that is left."""
-        del look
+        del attention
         if view.slots > self._alive[layer].shape[2]:
             for states, value in ((self._alive, True), (self._sums, 0.0)):
                 states[layer] = torch.nn.functional.pad(states[layer], (0, _SPARE), value=value)

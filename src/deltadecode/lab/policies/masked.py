@@ -21,13 +21,13 @@ from transformers.modeling_utils import AttentionInterface
 from deltadecode.engines.transformers.full import full_attention
 from deltadecode.engines.transformers.swap import attending
 from deltadecode.errors import PolicyError
-from deltadecode.lab.policies.base import Counts, Facts, Policy, Scores, View
+from deltadecode.lab.policies.base import Counts, Layout, Policy, Scores, View
 from deltadecode.lab.policies.whole_prompt import whole_prompt
 
 NAME = "deltadecode_policy"
 
 
-class Look:
+class LayerAttention:
     """What full attention would see at one layer of a decode step; computed when asked for.
 
     ``query`` is [B, Hq, D], ``key`` [B, Hkv, slots, D] with the new token's last.
@@ -64,8 +64,8 @@ class MaskedPolicy(Policy):
 
     evicts: ClassVar[bool] = False  # whether what is not read is gone for good
 
-    def __init__(self, facts: Facts, budget: int) -> None:
-        super().__init__(facts, budget)
+    def __init__(self, layout: Layout, budget: int) -> None:
+        super().__init__(layout, budget)
         self._view: View | None = None
         self._log: list[Tensor] = []
 
@@ -77,7 +77,7 @@ class MaskedPolicy(Policy):
         """
 
     @abstractmethod
-    def select(self, layer: int, look: Look, view: View) -> Tensor | None:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor | None:
         """Choose what a layer reads at a decode step; None: everything.
 
         ``layer`` is a place among the full-attention layers. The mask broadcasts to
@@ -104,7 +104,7 @@ class MaskedPolicy(Policy):
         if not self._log:
             none = np.zeros((0, len(prompts)))
             return Counts(none, none, none)
-        read = torch.stack(self._log[:steps]).double().cpu().numpy() / len(self.facts.layers)
+        read = torch.stack(self._log[:steps]).double().cpu().numpy() / len(self.layout.layers)
         lengths = np.asarray(prompts)[None] + np.arange(1.0, len(read) + 1)[:, None]
         return Counts(read, read if self.evicts else lengths, self.overhead(lengths))
 
@@ -138,22 +138,22 @@ class MaskedPolicy(Policy):
         if layer and (view.step < 0 or view.slots != slots):
             raise PolicyError(
                 f"policy {self.name!r} cannot follow a model whose layers see different tokens: "
-                f"layer {self.facts.layers[layer]} sees one of {slots}"
+                f"layer {self.layout.layers[layer]} sees one of {slots}"
             )
         if layer == 0:
             self._view = view = View(view.start, view.prompt, slots, view.step + 1, view.padded)
             self._log.append(torch.zeros_like(view.lengths, dtype=torch.float32))
         return view
 
-    def attend(self, layer: int, look: Look, value: Tensor, view: View) -> Tensor:
+    def attend(self, layer: int, attention: LayerAttention, value: Tensor, view: View) -> Tensor:
         """Attend with one query per row: select, count what is read, observe; gives [B, Hq, D]."""
-        read = self.select(layer, look, view)
+        read = self.select(layer, attention, view)
         if read is None:
-            weights = look.weights
+            weights = attention.weights
             self._log[-1] += view.lengths
         else:
             read = read & view.exists[:, None, None]
-            weights = look.weights_of(read)
+            weights = attention.weights_of(read)
             any_head = read.any(dim=2)  # of those that share keys and values
             self._log[-1] += any_head.sum(dim=2).float().mean(dim=1)
         out = weights.to(value.dtype) @ value
@@ -180,13 +180,13 @@ def policy_attention(
         return full_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         ), None
-    layer = policy.facts.layers.index(module.layer_idx)
+    layer = policy.layout.layers.index(module.layer_idx)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if query.shape[2] == 1 and key.shape[2] > 1:
         view = policy.begin_step(layer, key.shape[2])
-        look = Look(query[:, :, 0], key, scores, view)
-        return policy.attend(layer, look, value, view)[:, None], None
+        attention = LayerAttention(query[:, :, 0], key, scores, view)
+        return policy.attend(layer, attention, value, view)[:, None], None
     out = full_attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from deltadecode.lab.policies.base import Facts, Floats, View, pages_of
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.base import Floats, Layout, View, pages_of
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import choose_pages, page_sums, page_tokens
 
 
@@ -19,14 +19,14 @@ class Oracle(MaskedPolicy):
 
     name = "oracle"
 
-    def __init__(self, facts: Facts, budget: int, page_size: int = 16) -> None:
-        super().__init__(facts, budget)
+    def __init__(self, layout: Layout, budget: int, page_size: int = 16) -> None:
+        super().__init__(layout, budget)
         self.page_size, self.pages = page_size, pages_of(self, budget, page_size, 1)
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
         """S_u of the layer's own weights (docs/semantics.md, R2), and the K largest."""
         del layer
-        page_scores = page_sums(look.weights.amax(dim=(1, 2)), view, self.page_size)
+        page_scores = page_sums(attention.weights.amax(dim=(1, 2)), view, self.page_size)
         chosen = choose_pages(page_scores, view, self.page_size, self.pages)
         return page_tokens(chosen, view, self.page_size)[:, None, None]
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadecode.lab.policies.base import Facts, Floats, Scores, View, pages_of
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.base import Floats, Layout, Scores, View, pages_of
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import by_page, choose_pages, page_tokens
 
 _SPARE = 64  # pages
@@ -32,9 +32,14 @@ class Quest(MaskedPolicy):
     name = "quest"
 
     def __init__(
-        self, facts: Facts, budget: int, page_size: int = 16, shared: int = 0, dense: int = 2
+        self,
+        layout: Layout,
+        budget: int,
+        page_size: int = 16,
+        shared: int = 0,
+        dense: int = 2,
     ) -> None:
-        super().__init__(facts, budget)
+        super().__init__(layout, budget)
         self.page_size, self.shared, self.dense = page_size, shared, dense
         self.pages = pages_of(self, budget, page_size, 2)
         self._bounds: dict[int, tuple[Tensor, Tensor]] = {}
@@ -51,15 +56,15 @@ class Quest(MaskedPolicy):
             bounds.append(torch.nn.functional.pad(bound, (0, _SPARE)).transpose(2, 3).contiguous())
         self._bounds[layer] = bounds[0], bounds[1]
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor | None:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor | None:
         """Take the new key into its page's bounds, rank the pages, choose."""
         if layer < self.dense:
             return None
         count = -(-view.slots // self.page_size)
-        low, high = self._updated(layer, look.key[:, :, -1], view, count)
+        low, high = self._updated(layer, attention.key[:, :, -1], view, count)
         low, high = low[:, :, :count].transpose(2, 3), high[:, :, :count].transpose(2, 3)
-        rows, heads, dim = look.query.shape
-        q = look.query.view(rows, low.shape[1], heads // low.shape[1], dim)
+        rows, heads, dim = attention.query.shape
+        q = attention.query.view(rows, low.shape[1], heads // low.shape[1], dim)
         bound = q.clamp(min=0) @ high + q.clamp(max=0) @ low
         if self.shared:
             bound = bound.amax(dim=2, keepdim=True)
@@ -81,15 +86,15 @@ class Quest(MaskedPolicy):
 
     def overhead(self, lengths: Floats) -> Floats:
         """One token's worth a page in the sparse layers; see :meth:`Policy.overhead`."""
-        layers = len(self.facts.layers)
+        layers = len(self.layout.layers)
         mean: Floats = np.ceil(lengths / self.page_size) * (max(layers - self.dense, 0) / layers)
         return mean
 
     def expected(self, lengths: Floats, prompt: int) -> Floats:
         """At most: if query heads that share keys agree on nothing; see :meth:`Policy.expected`."""
         del prompt
-        layers = len(self.facts.layers)
-        group = 1 if self.shared else self.facts.query_heads // self.facts.kv_heads
+        layers = len(self.layout.layers)
+        group = 1 if self.shared else self.layout.query_heads // self.layout.kv_heads
         held = np.ceil(lengths / self.page_size)
         missing = held * self.page_size - lengths
         most = self.pages * self.page_size - missing

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadecode.lab.policies.base import Facts, Floats, Scores, View, pages_of
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.base import Floats, Layout, Scores, View, pages_of
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import page_sums, page_tokens, used_pages
 
 _SPARE = 64  # pages
@@ -34,13 +34,13 @@ class RaaS(MaskedPolicy):
 
     def __init__(
         self,
-        facts: Facts,
+        layout: Layout,
         budget: int,
         page_size: int = 16,
         alpha: float = 1e-4,
         keep_prompt: int = 1,
     ) -> None:
-        super().__init__(facts, budget)
+        super().__init__(layout, budget)
         self.page_size, self.alpha, self.keep_prompt = page_size, alpha, keep_prompt
         self.pages = pages_of(self, budget, page_size, 2)
         self._alive: dict[int, Tensor] = {}
@@ -72,9 +72,9 @@ class RaaS(MaskedPolicy):
         # Before all steps, in order; pages to come are not used yet, and begin at their own time.
         self._used[layer] = (page - 2**31).expand(shape).clone()
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
         """Read all that is left."""
-        del look
+        del attention
         count = -(-view.slots // self.page_size)
         if count > self._alive[layer].shape[2]:
             self._grow(layer)

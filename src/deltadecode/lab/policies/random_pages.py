@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadecode.lab.policies.base import Facts, Floats, View, pages_of
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.base import Floats, Layout, View, pages_of
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import choose_pages, page_tokens
 
 _MIX = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)  # odd; 32 bits, so that products fit in 64
@@ -24,19 +24,19 @@ class RandomPages(MaskedPolicy):
 
     def __init__(
         self,
-        facts: Facts,
+        layout: Layout,
         budget: int,
         page_size: int = 16,
         recent_pages: int = 1,
         seed: int = 0,
     ) -> None:
-        super().__init__(facts, budget)
+        super().__init__(layout, budget)
         self.page_size, self.recent, self.seed = page_size, recent_pages, seed
         self.pages = pages_of(self, budget, page_size, recent_pages + 1)
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
         """Rank the pages by a hash."""
-        del look
+        del attention
         count = -(-view.slots // self.page_size)
         page = torch.arange(count, device=view.start.device)
         key = page * 4099 + layer * 1_000_003 + self.seed * 7_368_787

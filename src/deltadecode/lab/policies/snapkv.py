@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from deltadecode.errors import PolicyError
-from deltadecode.lab.policies.base import Facts, Floats, Scores, View
+from deltadecode.lab.policies.base import Floats, Layout, Scores, View
 from deltadecode.lab.policies.h2o import accumulated, keep_heavy
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 
 
 class SnapKV(MaskedPolicy):
@@ -26,8 +26,8 @@ class SnapKV(MaskedPolicy):
     name = "snapkv"
     evicts = True
 
-    def __init__(self, facts: Facts, budget: int, window: int = 32, kernel: int = 7) -> None:
-        super().__init__(facts, budget)
+    def __init__(self, layout: Layout, budget: int, window: int = 32, kernel: int = 7) -> None:
+        super().__init__(layout, budget)
         self.window, self.kernel = window, kernel
         if kernel % 2 == 0 or window < 1:
             raise PolicyError(
@@ -49,9 +49,9 @@ class SnapKV(MaskedPolicy):
         )
         self._kept[layer] = keep_heavy(votes, view, self.budget, self.window)
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
         """Read what is left of the prompt, and all that was generated."""
-        del look
+        del attention
         kept = self._kept[layer]
         generated = view.slots - kept.shape[2]
         return torch.nn.functional.pad(kept, (0, generated), value=True)[:, :, None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from deltadecode.lab.policies.base import Facts, Floats, View
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.base import Floats, Layout, View
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 
 
 class Streaming(MaskedPolicy):
@@ -20,15 +20,15 @@ class Streaming(MaskedPolicy):
     name = "streaming"
     evicts = True
 
-    def __init__(self, facts: Facts, budget: int, sinks: int = 4) -> None:
-        super().__init__(facts, budget)
+    def __init__(self, layout: Layout, budget: int, sinks: int = 4) -> None:
+        super().__init__(layout, budget)
         self.sinks = sinks
         if budget <= sinks:
             raise self._refuse(f"it needs more than its {sinks} sinks")
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
         """By position alone."""
-        del layer, look
+        del layer, attention
         window = view.lengths[:, None] - (self.budget - self.sinks)
         read = (view.position < self.sinks) | (view.position >= window)
         return read[:, None, None]

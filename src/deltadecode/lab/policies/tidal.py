@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deltadecode.errors import PolicyError
-from deltadecode.lab.policies.base import Facts, Floats, View
-from deltadecode.lab.policies.masked import Look, MaskedPolicy
+from deltadecode.lab.policies.base import Floats, Layout, View
+from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import largest
 
 _CORRECTION = 13 / 32  # of the depth: layer 13 of Llama-3-8B's 32 (section 4)
@@ -39,56 +39,56 @@ class Tidal(MaskedPolicy):
 
     def __init__(
         self,
-        facts: Facts,
+        layout: Layout,
         budget: int,
         layers: Sequence[int] | None = None,
         shared: int = 0,
         recent: int = 0,
         sinks: int = 0,
     ) -> None:
-        super().__init__(facts, budget)
+        super().__init__(layout, budget)
         self.shared, self.recent, self.sinks = shared, recent, sinks
         if budget <= recent + sinks:
             raise self._refuse(f"it needs more than {recent} recent tokens and {sinks} sinks")
-        depth = len(facts.layers)
+        depth = len(layout.layers)
         if layers is None:
             places = [min(2, depth - 1), round(depth * _CORRECTION)]
         else:
-            if unknown := [layer for layer in layers if layer not in facts.layers]:
+            if unknown := [layer for layer in layers if layer not in layout.layers]:
                 raise PolicyError(
                     f"layers of policy 'tidal' must be full-attention layers, got {unknown[0]}"
                 )
-            places = [facts.layers.index(layer) for layer in layers]
+            places = [layout.layers.index(layer) for layer in layers]
         if not places:
             raise PolicyError("policy 'tidal' needs at least one selection layer")
         self.selecting = sorted(set(places))
         self._chosen: Tensor | None = None
 
-    def select(self, layer: int, look: Look, view: View) -> Tensor | None:
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor | None:
         """Choose at a selection layer, else reuse."""
         del view
         if layer in self.selecting:
-            self._chosen = self._top(look)
+            self._chosen = self._top(attention)
             return None
         return None if layer < self.selecting[0] else self._chosen
 
-    def _top(self, look: Look) -> Tensor | None:
-        view = look.view
+    def _top(self, attention: LayerAttention) -> Tensor | None:
+        view = attention.view
         if view.slots <= self.budget:
             return None
         position = view.position[:, None, None]
         forced = (position >= (view.lengths - self.recent)[:, None, None, None]) | (
             position < self.sinks
         )
-        rank = look.weights.amax(dim=2, keepdim=True) if self.shared else look.logits
+        rank = attention.weights.amax(dim=2, keepdim=True) if self.shared else attention.logits
         rank = rank.masked_fill(forced, torch.inf).masked_fill(position < 0, -torch.inf)
         return largest(rank, self.budget)
 
     def expected(self, lengths: Floats, prompt: int) -> Floats:
         """At most: if query heads that share keys agree on nothing; see :meth:`Policy.expected`."""
         del prompt
-        depth = len(self.facts.layers)
-        group = 1 if self.shared else self.facts.query_heads // self.facts.kv_heads
+        depth = len(self.layout.layers)
+        group = 1 if self.shared else self.layout.query_heads // self.layout.kv_heads
         most = np.where(lengths <= self.budget, lengths, self.budget * group)
         full = (self.selecting[0] + len(self.selecting)) / depth
         mean: Floats = full * lengths + (1 - full) * np.minimum(lengths, most)
