@@ -224,8 +224,10 @@ def test_a_decoder_of_an_encoder_decoder_family_has_its_own_depth() -> None:
     got = generate(model, make_prompt(PROMPT), STEPS)
     torch.testing.assert_close(torch.cat(got.logits), torch.cat(expected.logits))
     dd.enable(model, small_config())
-    generate(model, make_prompt(PROMPT), STEPS)
+    small = generate(model, make_prompt(PROMPT), STEPS)
     assert [record.layer for record in dd.stats(model).per_layer] == list(range(6))
+    static = generate(model, make_prompt(PROMPT), STEPS, cache_implementation="static")
+    torch.testing.assert_close(torch.cat(static.logits), torch.cat(small.logits))
     assert dd.DeltaConfig.for_model(model).delta_layers[-1] > 1
 
 

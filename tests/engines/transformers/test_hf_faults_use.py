@@ -151,6 +151,25 @@ def test_two_models_of_one_configuration_object() -> None:
     assert torch.equal(logits(first), expected)
 
 
+def test_two_models_of_one_configuration_object_are_disabled_one_by_one() -> None:
+    first = make_model("llama", "eager")
+    torch.manual_seed(1)
+    second = type(first)(first.config).eval()
+    stock = logits(first)
+    dd.enable(first, small_config())
+    dd.enable(second, small_config())
+    expected = logits(second)
+    dd.disable(first)
+    assert torch.equal(logits(second), expected)
+    assert dd.stats(second).steps == 2 * (STEPS - 1)
+    torch.testing.assert_close(logits(first), stock, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="not enabled"):
+        dd.stats(first)
+    dd.disable(second)
+    assert first.config._attn_implementation == "eager"
+    assert torch.equal(logits(first), stock)
+
+
 def test_a_plan_given_to_the_inner_model_of_one_loaded_by_name() -> None:
     expected = logits(enabled())
     model = make_model("llama", "delta")
@@ -249,6 +268,20 @@ def test_gradients_of_soft_prompts_alone() -> None:
     assert dd.stats(model).attended_fraction == 1.0
 
 
+def test_gradients_that_reach_a_soft_prompt_through_the_cache() -> None:
+    gradients = []
+    for delta in (False, True):
+        model = make_model("llama", "sdpa").double().requires_grad_(False)
+        if delta:
+            dd.enable(model, small_config())
+        prompt = model.get_input_embeddings()(make_prompt(40)).requires_grad_()
+        cache = model(inputs_embeds=prompt).past_key_values
+        model(make_prompt(1), past_key_values=cache).logits.sum().backward()
+        gradients.append(prompt.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    assert (dd.stats(model).steps, dd.stats(model).attended_fraction) == (1, 1.0)
+
+
 def test_gradients_from_a_static_cache() -> None:
     gradients = []
     for kind in (dd.DeltaCache, dd.DeltaStaticCache):
@@ -317,6 +350,8 @@ def test_what_a_user_can_meet_is_an_error_of_the_package() -> None:
         lambda: generate(model, make_prompt(3), 4, output_attentions=True),
         lambda: generate(model, make_prompt(257), 1),
         lambda: model.generate(make_prompt(3), prompt_lookup_num_tokens=3),
+        lambda: dd.DeltaStaticCache(model.config, max_cache_len=0),
+        lambda: dd.DeltaStaticCache(model.config, max_cache_len=8, page_size=0),
     ]
     for call in calls:
         with pytest.raises(dd.DeltaDecodeError):

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from transformers.generation.utils import GenerationMixin
@@ -21,6 +22,10 @@ from deltadecode.engines.transformers.hook import ForwardHook
 from deltadecode.engines.transformers.interface import attention_modules, check_interface
 from deltadecode.engines.transformers.state import NAME, ROLE, ModelState, Role
 from deltadecode.errors import ArgumentTypeError, UnsupportedModelError
+
+
+# States that hang on a model. Several may attend by one configuration object.
+_attached: WeakSet[ModelState] = WeakSet()
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -179,7 +184,9 @@ def bind(model: PreTrainedModel, cfg: DeltaConfig | None) -> ModelState:
     previous = config._attn_implementation
     if previous == NAME:
         hook = find_hook(model)
-        previous = hook.state.previous if hook is not None and hook.state is not None else None
+        older = hook.state if hook is not None else None
+        older = older or next((state for state in _attached if state.config is config), None)
+        previous = None if older is None else older.previous
     state = ModelState(config, cfg, previous)
     attach(model, decoder, state)
     for used in decoder.configs:
@@ -206,15 +213,25 @@ def attach(model: PreTrainedModel, decoder: Decoder, state: ModelState) -> None:
     for module in decoder.others:
         vars(module)[ROLE] = Role(state, module.layer_idx, "own", None)  # type: ignore[arg-type]
     ForwardHook(state).install(decoder.model)
+    _attached.add(state)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Take all hooks and roles away from a model."""
-    for part, key, _ in list(find_hooks(model)):
+    for part, key, hook in list(find_hooks(model)):
+        if hook.state is not None:
+            _attached.discard(hook.state)
         del part._forward_pre_hooks[key]
         part._forward_pre_hooks_with_kwargs.pop(key, None)
     for module in model.modules():
         vars(module).pop(ROLE, None)
+
+
+def is_shared(state: ModelState | None) -> bool:
+    """Whether another model decodes with DELTA by the same configuration object."""
+    return state is not None and any(
+        other.config is state.config for other in _attached if other is not state
+    )
 
 
 def await_first_use(model: PreTrainedModel) -> None:

@@ -84,7 +84,7 @@ class ForwardHook:
             if getattr(model.config, "use_cache", False) if wanted is None else wanted:
                 cache = DeltaCache(model.config)
                 kwargs = {**kwargs, "past_key_values": cache}
-        full = torch.is_grad_enabled() and _needs_gradients(model, tokens)
+        full = torch.is_grad_enabled() and _needs_gradients(model, tokens, cache)
         state.static.active = static is not None
         if static is not None:
             state.static.decodes = new == 1 and not state.static.prefilling
@@ -105,8 +105,10 @@ def _begin(state: ModelState, one: bool, full: bool) -> None:
 _begin_uncompiled = torch.compiler.disable(_begin)
 
 
-def _needs_gradients(model: PreTrainedModel, tokens: Any) -> bool:
-    if isinstance(tokens, Tensor) and tokens.requires_grad:
+def _needs_gradients(model: PreTrainedModel, tokens: Any, cache: Any) -> bool:
+    # Through the cache they reach what the prompt was computed from, as soft prompts.
+    held = [] if cache is None else [getattr(layer, "keys", None) for layer in cache.layers]
+    if any(isinstance(part, Tensor) and part.requires_grad for part in (tokens, *held)):
         return True
     return any(parameter.requires_grad for parameter in model.parameters())
 

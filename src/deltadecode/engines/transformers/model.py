@@ -10,6 +10,7 @@ from deltadecode.engines.transformers.bind import (
     detach,
     find_hook,
     find_state,
+    is_shared,
     set_implementation,
     unwrap,
 )
@@ -53,14 +54,17 @@ def disable(model: PreTrainedModel) -> None:
     """Decode as before: restore the attention implementation, take all hooks away.
 
     A model that was loaded with ``attn_implementation="delta"`` gets the implementation that
-    Transformers takes by default. Does nothing when DELTA is not enabled.
+    Transformers takes by default. Does nothing when DELTA is not enabled. While another model
+    decodes with DELTA by the same configuration object, this one attends to everything with
+    DELTA's function.
     """
     inner = unwrap(model)
     hook = find_hook(inner)
     if hook is None:
         return
     detach(inner)
-    set_implementation(inner, hook.state.previous if hook.state is not None else None)
+    if not is_shared(hook.state):
+        set_implementation(inner, hook.state.previous if hook.state is not None else None)
 
 
 def stats(model: PreTrainedModel) -> DecodeStats:

@@ -11,7 +11,7 @@ from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWind
 
 from deltadecode.architecture import attention_layers, num_layers, text_config
 from deltadecode.engines.transformers.cache import one_dtype
-from deltadecode.errors import UnsupportedCacheError
+from deltadecode.errors import ArgumentError, UnsupportedCacheError
 
 
 class DeltaStaticLayer(StaticLayer):
@@ -85,6 +85,8 @@ class DeltaStaticCache(StaticCache):
 
     Raises
     ------
+    ArgumentError
+        When a size is below 1.
     UnsupportedCacheError
         When a planned layer keeps more than keys and values, or Transformers is too old.
     UnsupportedModelError
@@ -92,6 +94,9 @@ class DeltaStaticCache(StaticCache):
     """
 
     def __init__(self, config: Any, max_cache_len: int, page_size: int = 64) -> None:
+        for name, value in (("max_cache_len", max_cache_len), ("page_size", page_size)):
+            if value < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {value}")
         planned = attention_layers(config)
         super().__init__(config=config, max_cache_len=max_cache_len)
         self.room = max_cache_len  # a property of the class has the other name in some versions
@@ -137,7 +142,8 @@ def replace_static(stock: StaticCache, config: Any, page_size: int) -> DeltaStat
     # Sliding-window layers are shorter.
     tokens = max((getattr(layer, "max_cache_len", 0) for layer in stock.layers), default=0)
     cache = DeltaStaticCache(config, tokens, page_size)
-    for ours, theirs in zip(cache.layers, stock.layers, strict=True):
+    # The stock one has as many layers as an encoder, where a decoder stands alone.
+    for ours, theirs in zip(cache.layers, stock.layers, strict=False):
         if not isinstance(theirs, StaticLayer) or not isinstance(ours, StaticLayer):
             continue
         if theirs.keys is not None and theirs.values is not None:
