@@ -23,7 +23,6 @@ from deltadecode.engines.transformers.interface import attention_modules, check_
 from deltadecode.engines.transformers.state import NAME, ROLE, ModelState, Role
 from deltadecode.errors import ArgumentTypeError, UnsupportedModelError
 
-
 # States that hang on a model. Several may attend by one configuration object.
 _attached: WeakSet[ModelState] = WeakSet()
 
