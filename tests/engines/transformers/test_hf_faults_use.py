@@ -14,7 +14,7 @@ import pytest
 import torch
 from hf_tiny import generate, make_model, make_prompt, small_config, stock_name
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import deltadecode as dd
 
@@ -90,10 +90,22 @@ class FakePeft(nn.Module):
         return self.get_base_model().generate(*args, **kwargs)
 
 
+class FakeMixedPeft(FakePeft):
+    """As PEFT wraps a model with adapters of several kinds."""
+
+    get_base_model = None  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     "wrap",
-    [FakePeft, nn.DataParallel, torch.compile, lambda model: torch.compile(FakePeft(model))],
-    ids=["peft", "data parallel", "compile", "compiled peft"],
+    [
+        FakePeft,
+        FakeMixedPeft,
+        nn.DataParallel,
+        torch.compile,
+        lambda model: torch.compile(FakePeft(model)),
+    ],
+    ids=["peft", "mixed peft", "data parallel", "compile", "compiled peft"],
 )
 def test_wrappers_are_looked_through(wrap: Any) -> None:
     model = make_model("llama", "sdpa")
@@ -110,6 +122,11 @@ def test_prefix_tuning_is_named() -> None:
     wrapped = FakePeft(model, "PeftType.PREFIX_TUNING")
     with pytest.raises(dd.UnsupportedModelError, match="prefix tuning"):
         dd.enable(wrapped, small_config())
+    assert model.config._attn_implementation == "sdpa"
+    dd.enable(model, small_config())
+    with pytest.raises(dd.UnsupportedCacheError, match="prefix tuning"):
+        generate(model, make_prompt(3), 4, past_key_values=DynamicCache())
+    dd.disable(wrapped)
     assert model.config._attn_implementation == "sdpa"
 
 

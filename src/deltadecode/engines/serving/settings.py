@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from deltadecode.architecture import attention_layers, text_config
+from deltadecode.architecture import attention_layers, num_layers, text_config
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.errors import DeltaConfigError
 
@@ -102,7 +102,7 @@ def resolve(user_values: object, model_config: Any) -> ServingSettings:
     layers = attention_layers(model_config)
     base = loaded or DeltaConfig.for_model(model_config)
     config = DeltaConfig.from_dict({**asdict(base), **values})
-    plan = config.layer_plan(text_config(model_config).num_hidden_layers, layers)
+    plan = config.layer_plan(num_layers(text_config(model_config)), layers)
     return ServingSettings(config, plan, sync_heads, on_unsupported)
 
 

@@ -27,21 +27,24 @@ from deltadecode.errors import ArgumentTypeError, UnsupportedModelError
 _attached: WeakSet[ModelState] = WeakSet()
 
 
-def unwrap(model: Any) -> PreTrainedModel:
+def unwrap(model: Any, *, decodes: bool = True) -> PreTrainedModel:
     """The Transformers model inside wrappers: PEFT, ``torch.compile``, data parallelism.
+
+    ``decodes`` says whether it must be able to decode with DELTA in them.
 
     Raises
     ------
     ArgumentTypeError
         When there is none.
     UnsupportedModelError
-        For PEFT prefix tuning, which decodes from a cache of its own.
+        For PEFT prefix tuning, which decodes from a cache of its own, where it must decode.
     """
     part = model
     while not isinstance(part, PreTrainedModel):
         adapters = getattr(part, "peft_config", None)
-        for adapter in adapters.values() if isinstance(adapters, dict) else ():
-            if str(getattr(adapter, "peft_type", "")).endswith("PREFIX_TUNING"):
+        adapters = adapters if isinstance(adapters, dict) else {}
+        for adapter in adapters.values():
+            if decodes and str(getattr(adapter, "peft_type", "")).endswith("PREFIX_TUNING"):
                 raise UnsupportedModelError(
                     f"{type(part).__name__} cannot decode with DELTA: PEFT prefix tuning passes a "
                     "cache of its own to the model"
@@ -50,7 +53,8 @@ def unwrap(model: Any) -> PreTrainedModel:
         if inner is None and callable(getattr(part, "get_base_model", None)):
             inner = part.get_base_model()
         if inner is None:
-            inner = getattr(part, "module", None)
+            # Of PEFT, a model of mixed adapters alone has no method for it.
+            inner = part.base_model.model if adapters else getattr(part, "module", None)
         if not isinstance(inner, nn.Module):
             raise ArgumentTypeError(f"model must be a PreTrainedModel, got {type(model).__name__}")
         part = inner

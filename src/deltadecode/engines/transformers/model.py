@@ -58,7 +58,7 @@ def disable(model: PreTrainedModel) -> None:
     decodes with DELTA by the same configuration object, this one attends to everything with
     DELTA's function.
     """
-    inner = unwrap(model)
+    inner = unwrap(model, decodes=False)
     hook = find_hook(inner)
     if hook is None:
         return
