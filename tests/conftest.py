@@ -5,6 +5,7 @@ Memory that nobody has written holds NaN in all of them: see ``uninitialised``.
 
 import os
 import random
+import signal
 
 # Read when the libraries are imported, so before any of them is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +24,8 @@ import uninitialised
 from transformers import Qwen2Config
 
 torch.set_num_threads(1)
+# A shell that starts the tests in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 uninitialised.poison()
 fast_interpreter.install()
 
