@@ -3,6 +3,7 @@
 Memory that nobody has written holds NaN in all of them: see ``uninitialised``.
 """
 
+import functools
 import os
 import random
 import signal
@@ -49,3 +50,39 @@ def tiny_shape() -> Qwen2Config:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
+
+
+@pytest.fixture
+def outcome(capfd):
+    """Call a command in this process: exit code, stdout and stderr."""
+
+    def call(command, *arguments):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            command([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def run(outcome):
+    """Run ``deltadecode`` with arguments; a test file may put its own command in this place."""
+    from deltadecode.cli import main
+
+    return functools.partial(outcome, main)
+
+
+@pytest.fixture
+def refused(run):
+    """Run the command, and check that it refuses with exit code 2 and one line."""
+
+    def call(*arguments):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("deltadecode: error: ")
+        assert err.count("\n") == 1 and err.endswith("\n")
+        return err
+
+    return call

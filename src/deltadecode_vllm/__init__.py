@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-BACKEND = "deltadecode.engines.vllm.backend.DeltaBackend"
+BACKEND_CLASS = "deltadecode.engines.vllm.backend.DeltaBackend"
 KEY = "deltadecode"  # in --additional-config
 _PLUGIN = "deltadecode.engines.vllm.plugin"
 _WRAPPED = "_deltadecode"
@@ -26,10 +26,10 @@ def register() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     custom = AttentionBackendEnum.CUSTOM
-    if custom.is_overridden() and custom.get_path() != BACKEND:
+    if custom.is_overridden() and custom.get_path() != BACKEND_CLASS:
         _warn("the attention backend CUSTOM is %s already, so it is not DELTA", custom.get_path())
         return
-    register_backend(custom, BACKEND)
+    register_backend(custom, BACKEND_CLASS)
     wrap_once(EngineArgs, "create_engine_config", _check_new_configurations)
     wrap_once(Scheduler, "__init__", _count_steps)
     if current_platform.is_cpu():
@@ -55,7 +55,7 @@ def is_chosen(vllm_config: Any) -> bool:
     return (
         vllm_config.attention_config.backend is custom
         and custom.is_overridden()
-        and custom.get_path() == BACKEND
+        and custom.get_path() == BACKEND_CLASS
     )
 
 
@@ -89,7 +89,7 @@ def _let_cpu_choose(choose: Callable[..., str]) -> Any:
 
     def get_attn_backend_cls(selected_backend: Any, *args: Any, **kwargs: Any) -> str:
         if selected_backend is AttentionBackendEnum.CUSTOM:
-            return BACKEND
+            return BACKEND_CLASS
         return choose(selected_backend, *args, **kwargs)
 
     return get_attn_backend_cls

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -18,30 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def run(capfd):
-    """Run a command in this process: exit code, stdout and stderr."""
+def run(outcome):
+    """Run a benchmark's command in this process, named before its arguments."""
 
     def call(name, *arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            command = getattr(import_module(f"benchmarks.{name}.__main__"), name)
-            launch(command, [str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    """Run a command, and check that it refuses with exit code 2 and one line."""
-
-    def call(*arguments):
-        code, out, err = run(*arguments)
-        assert (code, out) == (2, "")
-        assert err.startswith("deltadecode: error: ")
-        assert err.count("\n") == 1 and err.endswith("\n")
-        return err
+        command = getattr(import_module(f"benchmarks.{name}.__main__"), name)
+        return outcome(partial(launch, command), *arguments)
 
     return call
 

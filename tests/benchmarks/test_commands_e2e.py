@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,8 @@ FAKE = str(Path(__file__).with_name("fake_engine.py"))
 
 
 @pytest.fixture
-def run(capfd):
-    """Run the command in this process: exit code, stdout and stderr."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            launch(command, [*map(str, arguments)])
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
+def run(outcome):
+    return partial(outcome, partial(launch, command))
 
 
 @pytest.fixture

@@ -17,18 +17,14 @@ HUB = "org/model"
 
 
 @pytest.fixture
-def run(capfd, monkeypatch):
+def run(outcome, monkeypatch):
     """Run the command in this process: exit code, stdout, stderr, and what it became."""
     became = []
     monkeypatch.setattr(os, "execvp", lambda file, command: became.append((file, command)))
 
     def call(*arguments):
         became.clear()
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(["serve", *map(str, arguments)])
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err, list(became)
+        return *outcome(main, "serve", *arguments), list(became)
 
     return call
 

@@ -59,7 +59,7 @@ def test_a_model_state_passes_on_which_rows_belong_to_prompts():
 def test_the_entry_point_names_what_there_is():
     """It imports nothing of deltadecode, so it has names of its own."""
     assert deltadecode_vllm.KEY == settings.KEY
-    module, _, name = deltadecode_vllm.BACKEND.rpartition(".")
+    module, _, name = deltadecode_vllm.BACKEND_CLASS.rpartition(".")
     assert module == backend.__name__ and hasattr(backend, name)
 
 

@@ -8,7 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltadecode import DeltaConfig
 from deltadecode.architecture import config_hash
-from deltadecode.cli import main
 from deltadecode.config import load_meta
 from deltadecode.lab.tasks.tokenizer import build_tokenizer
 
@@ -41,18 +40,6 @@ def data(tmp_path_factory):
     line = "piki leads to meve and adds 3 : 2 + 2 = 4 so tofu holds 4"
     path.write_text("".join(json.dumps({"prompt": f"{line} {n}\n{line}"}) + "\n" for n in range(4)))
     return path
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 def test_a_plan_is_made_and_used(run, model, data, tmp_path):

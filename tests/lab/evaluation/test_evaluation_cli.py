@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -33,14 +34,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capfd):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            main(["eval", *map(str, arguments)])
-        out, err = capfd.readouterr()
-        return left.value.code, out, err
-
-    return call
+def run(outcome):
+    return partial(outcome, lambda arguments: main(["eval", *arguments]))
 
 
 def test_an_evaluation_prints_writes_and_continues(run, model, tmp_path):

@@ -4,6 +4,7 @@ Marked ``lm_eval``: ``make lm-eval`` installs the harness and runs them.
 """
 
 import json
+from functools import partial
 
 import pytest
 
@@ -56,15 +57,10 @@ def tasks(tmp_path):
 
 
 @pytest.fixture
-def run(capfd, tasks, tmp_path):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            main(["eval", "embedded", "--lm-eval-include", str(tasks), "--out", str(tmp_path / "o"),
-                  "--device", "cpu", "--samples", "3", *arguments])  # fmt: skip
-        out, err = capfd.readouterr()
-        return left.value.code, out, err
-
-    return call
+def run(outcome, tasks, tmp_path):
+    command = ["eval", "embedded", "--lm-eval-include", str(tasks), "--out", str(tmp_path / "o"),
+               "--device", "cpu", "--samples", "3"]  # fmt: skip
+    return partial(outcome, lambda arguments: main([*command, *arguments]))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,14 +35,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capfd):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            main(["inspect", *map(str, arguments)])
-        out, err = capfd.readouterr()
-        return left.value.code, out, err
-
-    return call
+def run(outcome):
+    return partial(outcome, lambda arguments: main(["inspect", *arguments]))
 
 
 def test_a_report_is_a_page_figures_and_numbers(run, model, tmp_path):
