@@ -48,9 +48,13 @@ class Scores:
         """Logits of each query head over its KV head's keys.
 
         From query [B, Hq, Q, D] and key [B, Hkv, T, D] to [B, Hkv, G, Q, T] with G = Hq / Hkv;
-        float32, float64 for float64 input.
+        float32, float64 for float64 input. One row of keys may serve all rows of queries.
         """
         rows, heads, queries, dim = query.shape
+        if key.shape[0] < rows:
+            shared = query.permute(1, 2, 0, 3).reshape(1, heads, queries * rows, dim)
+            per_query: Tensor = self.logits(shared, key).unflatten(3, (queries, rows))
+            return per_query[0].permute(3, 0, 1, 2, 4)
         kv_heads, tokens = key.shape[1:3]
         packed = query.reshape(rows, kv_heads, heads // kv_heads * queries, dim)
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -75,8 +79,13 @@ class Scores:
 
 @dataclass(eq=False)
 class View:
-    """The rows of a batch at one forward pass: left-padded, the new token last."""
+    """The rows of a batch at one forward pass: left-padded, the new token last.
 
+    Or the rows of one text (``one_text``), which all read the same slots, each up to its own
+    length: then keys and values have a batch of 1.
+    """
+
+    one_text: ClassVar[bool] = False
     start: Tensor  # [B] int64, slot of each row's first token
     prompt: Tensor  # [B] int64, tokens of each row's prompt
     slots: int  # of the cache, the new token's included
@@ -121,6 +130,9 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    # Whether a step reads what earlier steps left behind. Otherwise many rows of a text can be
+    # evaluated in one forward pass (deltadecode.lab.rows).
+    history: bool = False
 
     def __init__(self, layout: Layout, budget: int) -> None:
         self.layout = layout

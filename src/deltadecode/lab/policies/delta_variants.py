@@ -46,6 +46,7 @@ class DeltaVariant(MaskedPolicy):
         self._exact = Delta(layout, budget, cfg, plan)
         self.cfg, self.plan = self._exact.cfg, plan
         self.heads, self.per_layer, self.refresh = heads, per_layer, refresh
+        self.history = refresh > 1
         self._chosen: dict[int, Tensor] = {}
 
     @classmethod

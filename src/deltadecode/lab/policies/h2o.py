@@ -30,6 +30,7 @@ class H2O(MaskedPolicy):
 
     name = "h2o"
     evicts = True
+    history = True
 
     def __init__(self, layout: Layout, budget: int) -> None:
         super().__init__(layout, budget)

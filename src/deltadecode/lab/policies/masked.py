@@ -30,7 +30,8 @@ NAME = "deltadecode_policy"
 class LayerAttention:
     """What full attention would see at one layer of a decode step; computed when asked for.
 
-    ``query`` is [B, Hq, D], ``key`` [B, Hkv, slots, D] with the new token's last.
+    ``query`` is [B, Hq, D], ``key`` [B, Hkv, slots, D] with the new token's last; for the rows of
+    one text [1, Hkv, slots, D].
     """
 
     def __init__(self, query: Tensor, key: Tensor, scores: Scores, view: View) -> None:
@@ -107,6 +108,10 @@ class MaskedPolicy(Policy):
         read = torch.stack(self._log[:steps]).double().cpu().numpy() / len(self.layout.layers)
         lengths = np.asarray(prompts)[None] + np.arange(1.0, len(read) + 1)[:, None]
         return Counts(read, read if self.evicts else lengths, self.overhead(lengths))
+
+    def note_rows(self, reads: Tensor) -> None:
+        """Let :meth:`counts` tell of the rows of one text; reads [R], summed over the layers."""
+        self._log = list(reads[:, None])
 
     def begin_prompt(self, layer: int, key: Tensor, queries: int, mask: Tensor | None) -> View:
         """The rows at the prompt; found out once, at the first layer."""

@@ -48,27 +48,37 @@ class Quest(MaskedPolicy):
         """Make the bounds of the prompt's pages."""
         if layer < self.dense:
             return
+        low, high = (
+            torch.nn.functional.pad(bound, (0, 0, 0, _SPARE)) for bound in self._made(key, view)
+        )
+        self._bounds[layer] = low, high
+
+    def _made(self, key: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of each page; keys [B, Hkv, slots, D] to [B, Hkv, N, D]."""
         by_channel = key.transpose(2, 3)
         bounds = []
         for fill, reduce in ((torch.inf, torch.amin), (-torch.inf, torch.amax)):
             bound = reduce(by_page(by_channel, view, self.page_size, fill), dim=-1)
             bound = bound.masked_fill(bound.isinf(), 0.0)  # pages that hold nothing yet
-            bounds.append(torch.nn.functional.pad(bound, (0, _SPARE)).transpose(2, 3).contiguous())
-        self._bounds[layer] = bounds[0], bounds[1]
+            bounds.append(bound.transpose(2, 3).contiguous())
+        return bounds[0], bounds[1]
 
     def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor | None:
         """Take the new key into its page's bounds, rank the pages, choose."""
         if layer < self.dense:
             return None
         count = -(-view.slots // self.page_size)
-        low, high = self._updated(layer, attention.key[:, :, -1], view, count)
-        low, high = low[:, :, :count].transpose(2, 3), high[:, :, :count].transpose(2, 3)
-        rows, heads, dim = attention.query.shape
-        q = attention.query.view(rows, low.shape[1], heads // low.shape[1], dim)
-        bound = q.clamp(min=0) @ high + q.clamp(max=0) @ low
+        if view.one_text:
+            # A row's last page, which it may hold in part, is read whatever its bound is.
+            low, high = self._made(attention.key, view)
+        else:
+            low, high = self._updated(layer, attention.key[:, :, -1], view, count)
+        query = attention.query[:, :, None]
+        upper = Scores(1.0).logits(query.clamp(min=0), high[:, :, :count])
+        bound = (upper + Scores(1.0).logits(query.clamp(max=0), low[:, :, :count]))[:, :, :, 0]
         if self.shared:
             bound = bound.amax(dim=2, keepdim=True)
-        chosen = choose_pages(bound.float(), view, self.page_size, self.pages, recent=1)
+        chosen = choose_pages(bound, view, self.page_size, self.pages, recent=1)
         return page_tokens(chosen, view, self.page_size)
 
     def _updated(self, layer: int, new: Tensor, view: View, pages: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ class RaaS(MaskedPolicy):
 
     name = "raas"
     evicts = True
+    history = True
 
     def __init__(
         self,

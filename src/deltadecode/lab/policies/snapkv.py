@@ -25,6 +25,7 @@ class SnapKV(MaskedPolicy):
 
     name = "snapkv"
     evicts = True
+    history = True  # the queries of the prompt
 
     def __init__(self, layout: Layout, budget: int, window: int = 32, kernel: int = 7) -> None:
         super().__init__(layout, budget)

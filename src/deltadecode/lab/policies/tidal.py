@@ -76,12 +76,12 @@ class Tidal(MaskedPolicy):
         view = attention.view
         if view.slots <= self.budget:
             return None
-        position = view.position[:, None, None]
+        position, exists = view.position[:, None, None], view.exists[:, None, None]
         forced = (position >= (view.lengths - self.recent)[:, None, None, None]) | (
             position < self.sinks
         )
         rank = attention.weights.amax(dim=2, keepdim=True) if self.shared else attention.logits
-        rank = rank.masked_fill(forced, torch.inf).masked_fill(position < 0, -torch.inf)
+        rank = rank.masked_fill(forced, torch.inf).masked_fill(~exists, -torch.inf)
         return largest(rank, self.budget)
 
     def expected(self, lengths: Floats, prompt: int) -> Floats:
