@@ -118,7 +118,7 @@ def plan_file(
         },
         "plans": report["plans"],
     }
-    return DeltaConfig.from_dict({key: ours[key] for key in fields}), meta
+    return DeltaConfig.from_dict({key: ours[key] for key in fields if key in ours}), meta
 
 
 def _rounded(values: Any) -> list[float]:
