@@ -57,6 +57,7 @@ def test_generate_json_counts_what_was_read(run, model):
     assert found["config"] == {
         "page_size": 2,
         "budget_pages": 3,
+        "budget_share": 0.0,
         "recent_pages": 1,
         "sink_pages": 1,
         "dense_layers": [0, 1],
@@ -230,6 +231,7 @@ def test_prompts_that_cannot_be_read(refused, model, tmp_path):
         (["--budget-pages", "8"], "budget_pages must be greater than .* 8 <= 8 + 0"),
         (["--budget-pages", "9", "--sink-pages", "1"], "9 <= 8 + 1"),
         (["--page-size", "0"], "page_size must be at least 1, got 0"),
+        (["--budget-share", "nan"], r"budget_share must be a number in \[0, 1\), got nan"),
         (["--delta-layers", "2,14,22"], "for a model of 6 layers, got 14"),
         (["--delta-layers", "4,2"], "ascend .* got 2 after 4"),
         (["--delta-layers", "1"], "after the dense"),
