@@ -49,6 +49,28 @@ class RowsView(View):
         return cls(zeros, zeros + context, context + rows, 0, False)
 
 
+class RowsAttention(LayerAttention):
+    """As of a decode step, for the rows of one text; heads are outermost in memory, as products
+    with the keys give them.
+    """
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[R, Hkv, G, slots] float32; those of slots behind a row mean nothing."""
+        return self._grouped[0].permute(2, 0, 1, 3)
+
+    @cached_property
+    def _grouped(self) -> Tensor:
+        return self.scores.logits(self.query.transpose(0, 1)[None], self.key)
+
+    def weights_of(self, read: Tensor | None) -> Tensor:
+        """See :meth:`LayerAttention.weights_of`."""
+        exists = self.view.exists[:, None, None]
+        read = exists if read is None else read & exists
+        weights = self.scores.weights(self._grouped, read.permute(1, 2, 0, 3))
+        return weights[0].permute(2, 0, 1, 3)
+
+
 class RowsPass(ABC):
     """What the planned layers of one pass do; each is asked for in ascending order."""
 
@@ -89,7 +111,7 @@ class PolicyPass(RowsPass):
         view = self.view
         place = self.policy.layout.layers.index(layer)
         rows = query[0].transpose(0, 1)
-        read = self.policy.select(place, LayerAttention(rows, key, scores, view), view)
+        read = self.policy.select(place, RowsAttention(rows, key, scores, view), view)
         if read is None:
             self.reads += view.lengths
             return masked_attention(query, key, value, self.causal, scores)
