@@ -50,9 +50,7 @@ class RowsView(View):
 
 
 class RowsAttention(LayerAttention):
-    """As of a decode step, for the rows of one text; heads are outermost in memory, as products
-    with the keys give them.
-    """
+    """Attention of the rows of one text; in memory, heads are outermost, as products give them."""
 
     @cached_property
     def logits(self) -> Tensor:

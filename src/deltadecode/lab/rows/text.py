@@ -40,6 +40,18 @@ class RowLosses:
     kl: Tensor  # float32, KL(full || policy) of the next token
     same: Tensor  # bool, whether both would write the same token
 
+    @classmethod
+    def of(cls, log_probs: Tensor, full: Tensor, targets: Tensor) -> RowLosses:
+        """Compare log-probabilities [R, V] with those of full attention; targets [R]."""
+        target = targets[:, None]
+        kl = torch.nn.functional.kl_div(log_probs, full, reduction="none", log_target=True)
+        return cls(
+            nll=-log_probs.gather(1, target)[:, 0],
+            nll_full=-full.gather(1, target)[:, 0],
+            kl=kl.sum(dim=1),
+            same=log_probs.argmax(dim=1) == full.argmax(dim=1),
+        )
+
 
 def refusal(model: Any, policy: Policy | None = None) -> str | None:
     """Why the rows of a text cannot go through at once, by model or policy; None if they can."""
@@ -129,15 +141,7 @@ class RowsText:
 
     def compare(self, log_probs: Tensor) -> RowLosses:
         """Losses of log-probabilities [R, V], row by row."""
-        target = self.targets[:, None]
-        return RowLosses(
-            nll=-log_probs.gather(1, target)[:, 0],
-            nll_full=-self.full.gather(1, target)[:, 0],
-            kl=torch.nn.functional.kl_div(
-                log_probs, self.full, reduction="none", log_target=True
-            ).sum(dim=1),
-            same=log_probs.argmax(dim=1) == self.full.argmax(dim=1),
-        )
+        return RowLosses.of(log_probs, self.full, self.targets)
 
     def _delta(self, model: Any, policy: Delta) -> Tensor:
         steps = delta_steps(policy)
