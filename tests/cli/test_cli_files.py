@@ -15,7 +15,7 @@ CALIBRATE = [
     "--page-size", "2", "--budget-pages", "6", "--recent-pages", "2", "--device", "cpu",
 ]  # fmt: skip
 EVAL = ["eval", "MODEL", *TASK, "--samples", "1", "--policies", "full", "--device", "cpu"]
-INSPECT = ["inspect", "MODEL", *TASK, "--max-new-tokens", "30", "--removal-tokens", "0",
+INSPECT = ["inspect", "MODEL", *TASK, "--max-new-tokens", "30", "--loss-tokens", "0",
            "--page-size", "2", "--device", "cpu"]  # fmt: skip
 FILES = [
     (CALIBRATE, "--out"),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deltadecode.architecture import longest_prompt, text_config
 from deltadecode.cli import loading, options
 from deltadecode.cli.files import write_each
 from deltadecode.cli.output import (
@@ -33,7 +34,9 @@ from deltadecode.lab.inspection.folder import (
     write_report,
 )
 
+CONTEXT = 4000
 _SINKS = "Attention sinks"
+_WRITE = 0.4  # about the share of the work that writing is, where the model writes
 
 
 def inspect(
@@ -45,8 +48,21 @@ def inspect(
         typer.Option(help="Take the prompt from a task of 'deltadecode eval', such as needle."),
     ] = None,
     seed: options.ProblemSeed = options.FIRST_PROBLEM,
+    text_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take a real text: the model writes nothing, the text goes on by itself.",
+            metavar="FILE",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a real text before its decode steps; 4,000 at most."),
+    ] = None,
     no_chat_template: options.NoChatTemplate = False,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens to write.")] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=2, help="Most tokens to write, or of a text to decode.")
+    ] = 512,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
     epsilon: Annotated[
@@ -59,14 +75,14 @@ def inspect(
             min=1, help="Queries that must see a token that counts.", rich_help_panel=_SINKS
         ),
     ] = 64,
-    removal_tokens: Annotated[
+    loss_tokens: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Tokens for the perplexity without sinks; 0: leave it out.",
+            help="Decode steps for the losses with the sinks treated; 0: leave them out.",
             rich_help_panel=_SINKS,
         ),
-    ] = 192,
+    ] = 256,
     plan: options.PlanFile = None,
     page_size: options.PageSize = None,
     budget_pages: options.BudgetPages = None,
@@ -81,8 +97,9 @@ def inspect(
 ) -> None:
     """Show what a model's attention does: layers, pages, heads, attention sinks.
 
-    Continues one prompt with full attention, watches it, and writes a self-contained page
-    (index.html), figures (PNG) and all numbers (report.json).
+    Looks at the decode steps of one text under full attention, and writes a self-contained page
+    (index.html), figures (PNG) and all numbers (report.json). The text is a prompt and what the
+    model writes behind it, or a real one: by default, of Python's own documentation.
     """
     fields = options.plan_fields(
         page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers
@@ -91,25 +108,38 @@ def inspect(
         raise BadInput(f"--epsilon must be between 0 and 1, got {epsilon}")
     check_installed()
     check_report_folder(out)
-    source = _source(model, prompt, prompt_file, task)
+    source = _source(model, prompt, prompt_file, task, text_file)
     folder = loading.resolve_model(model)
     quiet_libraries()
     from deltadecode.lab.inspection.report import make_report, summary_lines
-    from deltadecode.lab.inspection.run import inspect_text
+    from deltadecode.lab.inspection.run import continue_prompt, inspect_text
 
     place = loading.find_device(device)
     config = loading.load_config(folder)
     cfg = loading.make_plan(config, plan, fields)
     tokenizer = loading.load_tokenizer(folder)
     ids, text_name = _text(tokenizer, source, seed, use_template=not no_chat_template)
-    steps = _steps(config, ids.shape[1], max_new_tokens)
-    cfg = _budget(cfg, ids.shape[1], steps, free=plan is None and budget_pages is None)
+    real = source[0] in ("text", "documentation")
+    count = _context(config, len(ids), context, max_new_tokens) if real else len(ids)
+    steps = _steps(config, count, max_new_tokens)
+    cfg = _budget(cfg, count, steps, free=plan is None and budget_pages is None)
     loaded = loading.load_model(folder, dtype, place)
     with progress_bar("inspection", 1.0) as (bar, bar_task):
         show = progress_reporter(bar, bar_task)
+        if real:
+            written, ids = 0.0, ids[: count + steps]
+        else:
+            written = _WRITE
+            ids = continue_prompt(
+                loaded,
+                tokenizer,
+                ids,
+                steps,
+                lambda step: show("full attention writes", written * step / steps, None),
+            )
         inspection = inspect_text(
-            loaded, tokenizer, ids[0].tolist(), cfg, steps=steps, removal_steps=removal_tokens,
-            progress=lambda part, done: show(part, done, None),
+            loaded, ids, count, cfg, loss_steps=loss_tokens, epsilon=epsilon,
+            progress=lambda part, done: show(part, written + (1 - written) * done, None),
         )  # fmt: skip
     made_by = _made_by(model, loaded, text_name)
     report = make_report(
@@ -134,25 +164,43 @@ def check_installed() -> None:
 
 
 def _source(
-    model: str, prompt: str | None, prompt_file: Path | None, task: str | None
+    model: str,
+    prompt: str | None,
+    prompt_file: Path | None,
+    task: str | None,
+    text_file: Path | None,
 ) -> tuple[str, str]:
-    """What the prompt is taken from: ``task`` or ``prompt``, and its text."""
-    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--task": task}
+    """What is inspected: the text of a ``prompt``, a ``task``'s name, a ``text``, or none yet."""
+    sources = {
+        "--prompt": prompt, "--prompt-file": prompt_file, "--task": task, "--text-file": text_file,
+    }  # fmt: skip
     names = [name for name, value in sources.items() if value is not None]
     if len(names) > 1:
-        raise BadInput(f"give one of --prompt, --prompt-file and --task, got {' and '.join(names)}")
+        raise BadInput(
+            f"give one of {', '.join(list(sources)[:-1])} and --text-file, got "
+            f"{' and '.join(names)}"
+        )
+    if text_file is not None:
+        return "text", read_prompt(None, text_file)
     if prompt is not None or prompt_file is not None:
         return "prompt", read_prompt(prompt, prompt_file)
     if task is None and model != options.EMBEDDED:
-        raise BadInput("give a text to inspect: --prompt, --prompt-file or --task; got none")
+        return "documentation", ""
     return "task", task or "chain"
 
 
 def _text(
     tokenizer: Any, source: tuple[str, str], seed: int, *, use_template: bool
-) -> tuple[Any, str]:
+) -> tuple[list[int], str]:
     """Token ids of the text, and its name in the report."""
     kind, text = source
+    if kind == "documentation":
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(topics[name] for name in sorted(topics))
+        return tokenizer(text).input_ids, "Python's documentation"
+    if kind == "text":
+        return tokenizer(text).input_ids, "a text of its user's"
     name = "a prompt of its user's"
     if kind == "task":
         from deltadecode.lab.tasks.registry import make_task
@@ -162,7 +210,20 @@ def _text(
             seed, lambda words: len(tokenizer(words, add_special_tokens=False).input_ids)
         )
         text = sample.prompt
-    return encode(tokenizer, text, None, use_template=use_template), name
+    return encode(tokenizer, text, None, use_template=use_template)[0].tolist(), name
+
+
+def _context(config: Any, tokens: int, context: int | None, steps: int) -> int:
+    """Tokens of a real text before its decode steps: as asked for, else as many as there can be."""
+    positions = longest_prompt(text_config(config)) or tokens
+    least = 1 if context is None else context
+    if tokens < least + steps:
+        raise BadInput(
+            f"the text must have the tokens before its decode steps and --max-new-tokens, {least} "
+            f"and {steps}, got {tokens}"
+        )
+    # The last token is never read, so it needs no position.
+    return context or max(1, min(CONTEXT, tokens - steps, positions - steps + 1))
 
 
 def _steps(config: Any, count: int, max_new_tokens: int) -> int:

@@ -14,11 +14,11 @@ import pytest
 pytestmark = pytest.mark.browser
 
 PLOTS = ("shift", "recall", "captured", "overlap", "drift", "map", "entropy", "heads", "tokens",
-         "hidden", "removal")  # fmt: skip
+         "hidden", "first", "removal", "factors")  # fmt: skip
 WORKER = """
 from deltadecode.cli import main
 main(["inspect", "embedded", "--task", "chain:steps=24:distractors=8", "--max-new-tokens", "60",
-      "--removal-tokens", "8", "--device", "cpu", "--page-size", "8", "--budget-pages", "12",
+      "--loss-tokens", "8", "--device", "cpu", "--page-size", "8", "--budget-pages", "12",
       "--recent-pages", "4", "--dense-layers", "", "--delta-layers", "0,5,7,16", "-o", "{folder}"])
 """
 
