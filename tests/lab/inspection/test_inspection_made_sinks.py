@@ -89,4 +89,4 @@ def test_heads_with_a_sink_are_those_that_a_factor_moves():
     moved = {(each["heads"], each["factor"]): each["kl"] for each in full}
     for factor in (0.5, 2.0):
         assert moved["without", factor] < 0.1 * moved["with a sink", factor]
-        assert moved["with a sink", factor] == pytest.approx(moved["all", factor], rel=0.1)
+        assert moved["with a sink", factor] == pytest.approx(moved["all", factor], rel=0.3)

@@ -59,7 +59,8 @@ class RowsAttention(LayerAttention):
 
     @cached_property
     def _grouped(self) -> Tensor:
-        return self.scores.logits(self.query.transpose(0, 1)[None], self.key)
+        logits = self.scores.logits(self.query.transpose(0, 1)[None], self.key)
+        return logits if self.bias is None else logits + self.bias.permute(1, 2, 0, 3)
 
     def weights_of(self, read: Tensor | None) -> Tensor:
         """See :meth:`LayerAttention.weights_of`."""
@@ -108,15 +109,19 @@ class PolicyPass(RowsPass):
         """See :meth:`RowsPass.attend`."""
         view = self.view
         place = self.policy.layout.layers.index(layer)
-        rows = query[0].transpose(0, 1)
-        read = self.policy.select(place, RowsAttention(rows, key, scores, view), view)
+        attention = RowsAttention(query[0].transpose(0, 1), key, scores, view)
+        read = self.policy.select(place, attention, view)
+        mask = self.causal
         if read is None:
             self.reads += view.lengths
-            return masked_attention(query, key, value, self.causal, scores)
-        read = read & view.exists[:, None, None]
-        self.reads += read.any(dim=2).sum(dim=2).float().mean(dim=1)
-        # [R, Hkv or 1, G or 1, T] to [Hkv or 1, G or 1, R, T]
-        return masked_attention(query, key, value, additive(read.permute(1, 2, 0, 3)), scores)
+        else:
+            read = read & view.exists[:, None, None]
+            self.reads += read.any(dim=2).sum(dim=2).float().mean(dim=1)
+            # [R, Hkv or 1, G or 1, T] to [Hkv or 1, G or 1, R, T]
+            mask = additive(read.permute(1, 2, 0, 3))
+        if attention.bias is not None:
+            mask = mask + attention.bias.permute(1, 2, 0, 3)
+        return masked_attention(query, key, value, mask, scores)
 
 
 @dataclass(frozen=True, eq=False)
