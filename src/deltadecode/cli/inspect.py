@@ -45,24 +45,11 @@ def inspect(
     prompt_file: options.PromptFile = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Take the prompt from a task of 'deltadecode eval', such as needle."),
+        typer.Option(help="Take the text from a task of 'deltadecode eval', such as needle."),
     ] = None,
     seed: options.ProblemSeed = options.FIRST_PROBLEM,
-    text_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Take a real text: the model writes nothing, the text goes on by itself.",
-            metavar="FILE",
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of a real text before its decode steps; 4,000 at most."),
-    ] = None,
     no_chat_template: options.NoChatTemplate = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=2, help="Most tokens to write, or of a text to decode.")
-    ] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens to write.")] = 512,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
     epsilon: Annotated[
@@ -99,7 +86,7 @@ def inspect(
 
     Looks at the decode steps of one text under full attention, and writes a self-contained page
     (index.html), figures (PNG) and all numbers (report.json). The text is a prompt and what the
-    model writes behind it, or a real one: by default, of Python's own documentation.
+    model writes behind it, or a real one (--task text:...), by default of Python's documentation.
     """
     fields = options.plan_fields(
         page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers
@@ -108,7 +95,7 @@ def inspect(
         raise BadInput(f"--epsilon must be between 0 and 1, got {epsilon}")
     check_installed()
     check_report_folder(out)
-    source = _source(model, prompt, prompt_file, task, text_file)
+    source = _source(model, prompt, prompt_file, task)
     folder = loading.resolve_model(model)
     quiet_libraries()
     from deltadecode.lab.inspection.report import make_report, summary_lines
@@ -118,10 +105,11 @@ def inspect(
     config = loading.load_config(folder)
     cfg = loading.make_plan(config, plan, fields)
     tokenizer = loading.load_tokenizer(folder)
-    ids, text_name = _text(tokenizer, source, seed, use_template=not no_chat_template)
-    real = source[0] in ("text", "documentation")
-    count = _context(config, len(ids), context, max_new_tokens) if real else len(ids)
-    steps = _steps(config, count, max_new_tokens)
+    if source == ("task", ""):
+        source = "task", _documentation(config, max_new_tokens)
+    ids, count, text_name = _text(tokenizer, source, seed, use_template=not no_chat_template)
+    real = len(ids) > count
+    steps = _steps(config, count, len(ids) - count if real else max_new_tokens)
     cfg = _budget(cfg, count, steps, free=plan is None and budget_pages is None)
     loaded = loading.load_model(folder, dtype, place)
     with progress_bar("inspection", 1.0) as (bar, bar_task):
@@ -164,66 +152,44 @@ def check_installed() -> None:
 
 
 def _source(
-    model: str,
-    prompt: str | None,
-    prompt_file: Path | None,
-    task: str | None,
-    text_file: Path | None,
+    model: str, prompt: str | None, prompt_file: Path | None, task: str | None
 ) -> tuple[str, str]:
-    """What is inspected: the text of a ``prompt``, a ``task``'s name, a ``text``, or none yet."""
-    sources = {
-        "--prompt": prompt, "--prompt-file": prompt_file, "--task": task, "--text-file": text_file,
-    }  # fmt: skip
+    """What the text is taken from: ``task`` or ``prompt``, and its text; an empty task: any."""
+    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--task": task}
     names = [name for name, value in sources.items() if value is not None]
     if len(names) > 1:
-        raise BadInput(
-            f"give one of {', '.join(list(sources)[:-1])} and --text-file, got "
-            f"{' and '.join(names)}"
-        )
-    if text_file is not None:
-        return "text", read_prompt(None, text_file)
+        raise BadInput(f"give one of --prompt, --prompt-file and --task, got {' and '.join(names)}")
     if prompt is not None or prompt_file is not None:
         return "prompt", read_prompt(prompt, prompt_file)
-    if task is None and model != options.EMBEDDED:
-        return "documentation", ""
-    return "task", task or "chain"
+    return "task", task or ("chain" if model == options.EMBEDDED else "")
+
+
+def _documentation(config: Any, steps: int) -> str:
+    """The task of a model without one of its own: a real text, as long as its positions allow."""
+    positions = longest_prompt(text_config(config)) or CONTEXT + steps
+    context = min(CONTEXT, max(positions - steps, 1))
+    return f"text:stdlib-docs:context={context}:tokens={steps}"
 
 
 def _text(
     tokenizer: Any, source: tuple[str, str], seed: int, *, use_template: bool
-) -> tuple[list[int], str]:
-    """Token ids of the text, and its name in the report."""
+) -> tuple[list[int], int, str]:
+    """Token ids of the text, how many of them are the prompt, and its name in the report."""
     kind, text = source
-    if kind == "documentation":
-        from pydoc_data.topics import topics
-
-        text = "\n\n".join(topics[name] for name in sorted(topics))
-        return tokenizer(text).input_ids, "Python's documentation"
-    if kind == "text":
-        return tokenizer(text).input_ids, "a text of its user's"
     name = "a prompt of its user's"
     if kind == "task":
         from deltadecode.lab.tasks.registry import make_task
+        from deltadecode.lab.tasks.text import Text
 
         name = f"task {text}, seed {seed}"
-        sample = make_task(text).sample(
+        task = make_task(text)
+        if isinstance(task, Text):
+            return task.pieces(tokenizer, [seed])[0], task.context, name
+        text = task.sample(
             seed, lambda words: len(tokenizer(words, add_special_tokens=False).input_ids)
-        )
-        text = sample.prompt
-    return encode(tokenizer, text, None, use_template=use_template)[0].tolist(), name
-
-
-def _context(config: Any, tokens: int, context: int | None, steps: int) -> int:
-    """Tokens of a real text before its decode steps: as asked for, else as many as there can be."""
-    positions = longest_prompt(text_config(config)) or tokens
-    least = 1 if context is None else context
-    if tokens < least + steps:
-        raise BadInput(
-            f"the text must have the tokens before its decode steps and --max-new-tokens, {least} "
-            f"and {steps}, got {tokens}"
-        )
-    # The last token is never read, so it needs no position.
-    return context or max(1, min(CONTEXT, tokens - steps, positions - steps + 1))
+        ).prompt
+    ids = encode(tokenizer, text, None, use_template=use_template)[0].tolist()
+    return ids, len(ids), name
 
 
 def _steps(config: Any, count: int, max_new_tokens: int) -> int:

@@ -106,15 +106,16 @@ def test_a_real_text_goes_on_by_itself(run, model, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("mu 3 ; po 4 ; " * 40)
     arguments = [model, *QUICK, "--page-size", 4, "-o", tmp_path / "r", "--json"]
-    _, out, _ = run(*arguments, "--text-file", words, "--context", 80)
+    task = f"text:file={words}:context=80:tokens=20"
+    _, out, _ = run(*arguments, "--task", task)
     report = json.loads(out)
-    assert report["text"] == "a text of its user's"
-    assert report["tokens"]["prompt"] == 80 and report["tokens"]["new"] == 30
+    assert report["text"] == f"task {task}, seed 3000000000"
+    assert report["tokens"]["prompt"] == 80 and report["tokens"]["new"] == 21
     assert report["losses"]["removal"][0]["loss"] > 0.1  # the text's own loss, not the model's
     # Without any: Python's documentation, as much of it as the model has positions for.
     _, out, _ = run(*arguments)
     report = json.loads(out)
-    assert report["text"] == "Python's documentation"
+    assert report["text"].startswith("task text:stdlib-docs:context=482:tokens=30")
     assert report["tokens"]["prompt"] + report["tokens"]["new"] == 513
 
 
@@ -129,12 +130,10 @@ def test_a_short_text_lowers_the_budget_and_says_so(run, model, tmp_path):
     [
         (["--prompt", "a"], "needs 8 pages of 16 tokens by half of its new tokens, got 1 tokens"),
         (["--prompt", " "], "the prompt must not be empty, got ' '"),
-        (["--context", "9999999"], "tokens before its decode steps and --max-new-tokens, 9999999"),
-        (["--context", "600"], "must not be longer than the model's 512 positions, got"),
-        (["--text-file", "no/such"], "cannot read prompt file 'no/such'"),
-        (["--prompt", "a", "--task", "chain"], "give one of --prompt, --prompt-file, --task and"),
+        (["--prompt", "a", "--task", "chain"], "give one of --prompt, --prompt-file and --task"),
         (["--prompt-file", "no/such"], "cannot read prompt file 'no/such'"),
         (["--task", "chian"], "unknown task 'chian'; there are chain"),
+        (["--task", "text:stdlib-docs:context=600:tokens=9"], "longer than the model's 512"),
         ([*TASK, "--epsilon", "1.5"], "--epsilon must be between 0 and 1, got 1.5"),
         ([*TASK, "--budget-pages", "90"], "must be less than the 10 pages of the text, got 90"),
         ([*TASK, "--delta-layers", "9"], "delta_layers must be in 0..5 for a model of 6 layers"),

@@ -46,6 +46,7 @@ class Loss:
 
     treatment: Treatment
     nll: float  # negative log-probability, nats a token
+    error: float  # standard error of its difference to full attention's, paired by step
     kl: float  # of full attention's distribution to its own, nats a token
     agreement: float  # share of steps whose likeliest token is full attention's
 
@@ -245,9 +246,11 @@ def losses(
     for place, treatment in enumerate(tried):
         on_treatment(place)
         found = text.compare(text.log_probs(model, treatment.policy))
+        apart = (found.nll - found.nll_full).double()
         yield Loss(
             treatment,
             float(found.nll.double().mean()),
+            float(apart.std(correction=0)) / math.sqrt(len(apart)),
             float(found.kl.double().mean()),
             float(found.same.double().mean()),
         )

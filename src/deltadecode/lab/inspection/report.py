@@ -110,6 +110,7 @@ def _losses(inspection: Inspection) -> dict[str, Any]:
                 "name": each.treatment.name,
                 **each.treatment.tags,
                 "loss": round(each.nll, _DIGITS),
+                "error": round(each.error, _DIGITS),
                 "perplexity": round(each.perplexity, _DIGITS),
                 "kl": round(each.kl, 6),
                 "agreement": round(each.agreement, _DIGITS),

@@ -260,11 +260,11 @@ function drawFactors() {
   draw("factors", kinds.map((kind) => {
     const own = factors.filter((r) => `${r.under}, ${r.heads}` === kind);
     const { under, heads } = own[0], one = under === "DELTA" ? plain.loss : base;
-    const points = [...own.map((r) => [r.factor, r.loss - base]), [1, one - base]].sort((a, b) => a[0] - b[0]);
+    const points = [...own.map((r) => [r.factor, r.loss - base, r.error]), [1, one - base, plain.error * (under === "DELTA")]].sort((a, b) => a[0] - b[0]);
     const name = `${under}, ${heads === "all" ? "all heads" : `heads ${heads === "without" ? "without a sink" : heads}`}`;
     return { x: points.map((p) => p[0]), y: points.map((p) => p[1]), name, mode: "lines+markers",
-      line: { color: colors[heads], width: 2, dash: under === "DELTA" ? "dot" : "solid" },
-      hovertemplate: `${name}<br>× %{x}: <b>%{y:+.4f}</b> nats a token<extra></extra>` };
+      customdata: points.map((p) => p[2]), line: { color: colors[heads], width: 2, dash: under === "DELTA" ? "dot" : "solid" },
+      hovertemplate: `${name}<br>× %{x}: <b>%{y:+.4f}</b> ± %{customdata:.4f} nats a token<extra></extra>` };
   }), { xaxis: { type: "log", title: { text: "factor" }, tickvals: [0.5, 0.8, 1, 1.25, 2] },
     yaxis: { title: { text: "loss, nats a token" } } });
 }
