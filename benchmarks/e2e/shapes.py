@@ -81,7 +81,9 @@ _SHAPES = (
     ModelShape(
         name="tiny", architecture="Qwen2", layers=6, hidden=128, intermediate=128,
         heads=4, kv_heads=2, head_dim=32, vocabulary=512, positions=4096, eager=True,
-        plan=DeltaConfig(budget_pages=4, recent_pages=1, sink_pages=0, dense_layers=(0,), delta_layers=(1, 3)),
+        plan=DeltaConfig(
+            budget_pages=4, recent_pages=1, sink_pages=0, dense_layers=(0,), delta_layers=(1, 3)
+        ),
         plan_note="for tests; says nothing about speed",
     ),
 )  # fmt: skip
