@@ -21,6 +21,7 @@ from deltadecode.lab.calibration.texts import Piece
 from deltadecode.lab.policies.base import Floats
 from deltadecode.lab.rows import RowsText
 
+HEAD_ROWS = 32
 _SAMPLED = 256  # values of each weight that the fingerprint of a model takes
 
 
@@ -46,6 +47,7 @@ class Rows:
 class Losses:
     """The rows of every plan on every text.
 
+    Texts are numbers of the pieces; those of :meth:`heads` stand for the first rows of others.
     Texts are prepared when they are first needed; that takes longest. ``until``, in seconds of
     :func:`time.monotonic`, is when :meth:`rows` begins to raise :class:`OutOfTime` for what is not
     measured yet, ``reserve`` seconds before it.
@@ -78,6 +80,10 @@ class Losses:
                 self._state.add(cfg, text, rows)
         return self._known[key]
 
+    def heads(self, texts: Sequence[int]) -> list[int]:
+        """Texts of the first :data:`HEAD_ROWS` rows of some, which take less time."""
+        return [text + len(self.pieces) for text in texts]
+
     def kl(self, cfg: DeltaConfig, texts: Sequence[int]) -> float:
         """Mean KL over some texts."""
         return float(np.mean([self.rows(cfg, text).kl.mean() for text in texts]))
@@ -97,14 +103,7 @@ class Losses:
         self._texts.clear()
 
     def _measured(self, cfg: DeltaConfig, text: int) -> Rows:
-        if text not in self._texts:
-            self.progress(f"text {text + 1} of {len(self.pieces)}")
-            start = time.monotonic()
-            piece = self.pieces[text]
-            ids = torch.tensor(piece.ids)
-            self._texts[text] = RowsText.prepare(self._model, ids, piece.context)
-            self.prepare_seconds = max(self.prepare_seconds, time.monotonic() - start)
-        prepared = self._texts[text]
+        prepared = self._prepared(text)
         start = time.monotonic()
         log_probs = prepared.log_probs(self._model, self.space.policy(cfg))
         found = prepared.compare(log_probs)
@@ -113,6 +112,19 @@ class Losses:
         self.passes += 1
         self.pass_seconds += (time.monotonic() - start - self.pass_seconds) / self.passes
         return rows
+
+    def _prepared(self, text: int) -> RowsText:
+        if text not in self._texts:
+            if text >= len(self.pieces):
+                self._texts[text] = self._prepared(text - len(self.pieces)).head(HEAD_ROWS)
+            else:
+                self.progress(f"text {text + 1} of {len(self.pieces)}")
+                start = time.monotonic()
+                piece = self.pieces[text]
+                ids = torch.tensor(piece.ids)
+                self._texts[text] = RowsText.prepare(self._model, ids, piece.context)
+                self.prepare_seconds = max(self.prepare_seconds, time.monotonic() - start)
+        return self._texts[text]
 
 
 class _State:

@@ -16,6 +16,7 @@ from deltadecode.lab.plans import Places
 
 STARTS = 3  # plans that exchanges begin at
 _MEASURED_STARTS = 8
+_HEADS = 8  # texts whose first rows rank plans before exchanges
 _GAIN = 0.005  # of the KL, that an exchange must bring: less is the texts' chance
 
 
@@ -27,7 +28,7 @@ def search(
     It begins at the model's own plan, at even spreads, and at ``known`` full layers or, without
     them, those that elimination leaves. What was found is in :meth:`Losses.measured`.
     """
-    few = texts[: max(2, len(texts) // 2)]
+    few = losses.heads(texts[:_HEADS])
     default = space.default()
     begin = [*([] if default is None else [default]), *space.spreads()]
     try:
@@ -86,7 +87,9 @@ def exchange(
         for kind in (space.near, space.far):
             others = list(dict.fromkeys(kind(best)))
             for number in generator.permutation(len(others)):
-                if beats(losses, others[number], best, texts):
+                # In a new order each time: no text alone decides what goes on.
+                order = [texts[place] for place in generator.permutation(len(texts))]
+                if beats(losses, others[number], best, order):
                     best, improved = others[number], True
                     break
             if improved:

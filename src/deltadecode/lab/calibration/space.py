@@ -46,8 +46,6 @@ class Request:
                 "a KL decides what the plan reads; give neither a number of Δ-layers nor an "
                 "attended fraction with it"
             )
-        if self.kl is None and self.deltas is None and self.fraction is None:
-            raise CalibrationError("give a number of Δ-layers, an attended fraction or a KL")
         if self.kl is not None and self.kl <= 0:
             raise CalibrationError(f"the KL must be above 0, got {self.kl:g}")
         if self.fraction is not None and not 0 < self.fraction < 1:
@@ -56,6 +54,29 @@ class Request:
             )
         dense = self.dense or 0
         plans.check_size(layers, dense + (self.deltas or 1), dense)
+
+
+def asked(model: Any, request: Request, lengths: Floats) -> Request:
+    """The request; one that asks for no size, with the reads of the model's own plan."""
+    if (request.deltas, request.fraction, request.kl) != (None, None, None):
+        return request
+    policy = _policy(Layout.of(model), num_layers(text_config(model)), request.base)
+    fraction = _reads(policy, lengths)
+    if fraction >= 1:
+        raise CalibrationError(
+            f"the model's own plan reads everything at {lengths.mean():.0f} tokens; ask for an "
+            "attended fraction, or measure longer texts"
+        )
+    return replace(request, fraction=fraction)
+
+
+def _policy(layout: Layout, depth: int, cfg: DeltaConfig) -> Delta:
+    plan = cfg.layer_plan(depth, layout.layers)
+    return Delta(layout, cfg.budget_pages * cfg.page_size, cfg, plan)
+
+
+def _reads(policy: Delta, lengths: Floats) -> float:
+    return float(policy.expected(lengths, 0).sum() / lengths.sum())
 
 
 class Space:
@@ -119,12 +140,11 @@ class Space:
 
     def policy(self, cfg: DeltaConfig) -> Delta:
         """The plan as a policy."""
-        plan = cfg.layer_plan(self.depth, self.layout.layers)
-        return Delta(self.layout, cfg.budget_pages * cfg.page_size, cfg, plan)
+        return _policy(self.layout, self.depth, cfg)
 
     def reads(self, cfg: DeltaConfig) -> float:
         """Attended fraction of a plan at the lengths."""
-        return float(self.policy(cfg).expected(self.lengths, 0).sum() / self.lengths.sum())
+        return _reads(self.policy(cfg), self.lengths)
 
     def _reads_of(self, count: int, pages: int, recent: int, sink: int) -> float:
         return self.reads(self.plan(tuple(range(count)), recent, sink, pages))
