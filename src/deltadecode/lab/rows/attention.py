@@ -169,7 +169,7 @@ class DeltaPass(RowsPass):
             chosen = self._pages(source)
             key, value = (states.index_select(2, chosen.tokens) for states in (key, value))
             return masked_attention(query, key, value, chosen.mask, scores)
-        if self.plan.role(layer) == "delta":
+        if layer in self.plan.sources:
             self.page_scores[layer] = page_scores(query, key, scores, self.view, self.cfg.page_size)
         return masked_attention(query, key, value, self.causal, scores)
 

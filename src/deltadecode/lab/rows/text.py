@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,16 @@ class RowsText:
             self.full = self._pass(model, FullPass(self.view), 0, None, self._full_states)
         if self._layers and len(self._full_states) < len(self._layers):
             self._layers = None  # they give more than hidden states to each other
+
+    def head(self, rows: int) -> RowsText:
+        """The first rows as a text of its own; it shares the cache, which each pass writes anew."""
+        part = copy(self)
+        part.targets, part.full = self.targets[:rows], self.full[:rows]
+        part.view = RowsView.of(self.context, len(part.targets), self.targets.device)
+        part.lengths, part._rows = part.view.lengths, self._rows[:, :rows]
+        part._full_states = {place: state[:, :rows] for place, state in self._full_states.items()}
+        part._memory = Memory(self._memory.limit)
+        return part
 
     def log_probs(self, model: Any, policy: Policy) -> Tensor:
         """[R, V] float32 log-probabilities of the next token under a policy.
