@@ -80,6 +80,7 @@ def test_every_figure_is_drawn_without_an_error(page):
         box = page.locator(f"#{plot}").bounding_box()
         assert box["width"] > 300 and box["height"] > 200, plot
     assert page.title() == "embedded: what its attention does"
+    assert "KL of full attention's next token" in page.inner_text("#removal-about")
     # No learned sinks and no gate in this model.
     assert page.locator("#learned-box").is_hidden() and page.locator("#gate-box").is_hidden()
     wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")

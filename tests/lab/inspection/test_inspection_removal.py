@@ -123,10 +123,8 @@ def test_sparse_layers_never_read_what_is_masked_out(case, budget):
 def test_the_page_of_the_new_token_is_always_read():
     policy = FullWithout(Layout((0,), 1, 1), PAGE, range(2))
 
-    class View:
-        position, lengths = torch.arange(6)[None], torch.tensor([6])
-
-    mask = policy.select(0, None, View())
+    view = View(torch.zeros(1, dtype=torch.int64), torch.tensor([5]), 6, 0, False)
+    mask = policy.select(0, None, view)
     assert mask[0, 0, 0].tolist() == [False] * 4 + [True] * 2
 
 
