@@ -71,8 +71,8 @@ def calibrate(
     losses = Losses(model, space, pieces, state)
 
     def show(label: str) -> None:
-        over = time.monotonic() - start
-        progress(label, min(over / (end - start), 1.0), max(end - time.monotonic(), 0.0))
+        left = max(end - time.monotonic(), 0.0)
+        progress(label, 1 - left / (60 * minutes) if minutes else 1.0, left)
 
     losses.progress = show
     losses.reserve = lambda: (

@@ -89,6 +89,7 @@ class Space:
         self.layout, self.depth = Layout.of(model), num_layers(text_config(model))
         self.request, self.base, self.lengths = request, _steady(request.base), lengths
         self.layers = len(self.layout.layers)
+        self._pages: dict[tuple[int, int, int], int | None] = {}
         request.check(self.layers)
         # Places 0 to first are full: every sparse layer needs a Δ-layer before it.
         self.first = 0 if request.deltas is None else self._dense()
@@ -154,6 +155,12 @@ class Space:
 
         For an attended fraction it is the largest that reads no more.
         """
+        key = count, recent, sink
+        if key not in self._pages:
+            self._pages[key] = self._solve(count, recent, sink)
+        return self._pages[key]
+
+    def _solve(self, count: int, recent: int, sink: int) -> int | None:
         least, fraction = recent + sink + 1, self.request.fraction
         if fraction is None:
             return self.base.budget_pages if self.base.budget_pages >= least else None
