@@ -129,7 +129,7 @@ def _sinks(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
     _ticks(heads.set_xticks, report["layers"])
     _ticks(heads.set_yticks, list(range(top.shape[1])))
     heads.set(xlabel="layer", ylabel="head",
-              title=f"Largest mean attention to one token; {sinks['rate']:.1%} of heads above "
+              title=f"Most attention to one token; {sinks['rate']:.1%} of heads above "
               f"{sinks['epsilon']:g}")  # fmt: skip
     figure.colorbar(image, ax=heads)
     layers = [layer["layer"] for layer in sinks["hidden"]]
@@ -145,7 +145,8 @@ def _sinks(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
     losses = report["losses"]
     rows = [*losses["sink_pages"], *losses["removal"][1:]][::-1]
     worth.barh(
-        [row["name"] for row in rows], [row["kl"] for row in rows],
+        [row["name"].replace(", ", ",\n").replace(" (", "\n(") for row in rows],
+        [row["kl"] for row in rows],
         color=[COLORS["sparse" if row["name"].startswith("DELTA") else "dense"] for row in rows],
     )  # fmt: skip
     worth.set(xlabel="KL, nats a token", title="What the sink pages are worth")

@@ -216,8 +216,8 @@ def treatments(
         ),
     ]
     for pages in room:
-        policy = Delta(layout, budget, replace(cfg, sink_pages=pages), plan)
-        found.append(Treatment("sink_pages", f"DELTA, S = {pages}", policy, {"sink_pages": pages}))
+        delta = Delta(layout, budget, replace(cfg, sink_pages=pages), plan)
+        found.append(Treatment("sink_pages", f"DELTA, S = {pages}", delta, {"sink_pages": pages}))
     everywhere = torch.ones_like(sink_heads)
     kinds = {"all": everywhere, "with a sink": sink_heads, "without": ~sink_heads}
     for heads, where in kinds.items():

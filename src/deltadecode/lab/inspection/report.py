@@ -87,7 +87,7 @@ def first_page(inspection: Inspection, layers: list[int]) -> list[dict[str, Any]
     missed = ~pages.finds_first[over]
     rows = []
     for place, layer in enumerate(layers):
-        entry = {
+        entry: dict[str, Any] = {
             "layer": layer,
             "mass": round(float(mass[:, place].mean()), _DIGITS),
             "missed": round(float(missed[:, place].mean()), _DIGITS),
