@@ -180,7 +180,7 @@ class DeltaConfig:
     def for_model(cls, model_or_config: Any) -> DeltaConfig:
         """Calibrated profile of a known architecture, else the default plan for its depth.
 
-        The default takes the full-attention layers in order, d of them. With d ≥ 8 the first two
+        The default takes the full-attention layers in order, d of them. With d ≥ 6 the first two
         are dense, and Δ-layers are those at 2 + ⌊k d / 5⌋ for k = 0 … 3. With fewer, as in hybrid
         models, none is dense, and Δ-layers are the first and the one at ⌊d / 2⌋. A Δ-layer is left
         out when no sparse layer would lie between it and the one before it, or after it; a lone
@@ -342,8 +342,8 @@ def default_config(attention_layers: Sequence[int]) -> DeltaConfig:
         With pages of 8 tokens, and a budget of 768 tokens.
     """
     depth = len(attention_layers)
-    dense = 2 if depth >= 8 else depth == 1
-    places = [2 + k * depth // 5 for k in range(4)] if depth >= 8 else [0, depth // 2]
+    dense = 2 if depth >= 6 else depth == 1
+    places = [2 + k * depth // 5 for k in range(4)] if depth >= 6 else [0, depth // 2]
     deltas: list[int] = []
     for place in places:
         if place <= depth - 2 and (not deltas or place - deltas[-1] >= 2):

@@ -153,7 +153,9 @@ def test_chat_template_is_used_unless_told_otherwise(run, model, tmp_path):
 
 
 def test_plan_file(run, model, tmp_path):
-    cfg = DeltaConfig(page_size=4, budget_pages=9, dense_layers=(0,), delta_layers=(1,))
+    cfg = DeltaConfig(
+        page_size=4, budget_pages=9, sink_pages=0, dense_layers=(0,), delta_layers=(1,)
+    )
     cfg.save(tmp_path / "plan.json")
     arguments = ["generate", model, "Facts", "--max-new-tokens", "1", "--json"]
     found = json.loads(run(*arguments, "--plan", tmp_path / "plan.json", "--sink-pages", "0")[1])
@@ -227,8 +229,8 @@ def test_prompts_that_cannot_be_read(refused, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget-pages", "8"], "budget_pages must be greater than .* 8 <= 8 + 0"),
-        (["--budget-pages", "9", "--sink-pages", "1"], "9 <= 8 + 1"),
+        (["--budget-pages", "8"], "budget_pages must be greater than .* 8 <= 16 + 1"),
+        (["--budget-pages", "9", "--sink-pages", "2"], "9 <= 16 + 2"),
         (["--page-size", "0"], "page_size must be at least 1, got 0"),
         (["--delta-layers", "2,14,22"], "for a model of 6 layers, got 14"),
         (["--delta-layers", "4,2"], "ascend .* got 2 after 4"),
