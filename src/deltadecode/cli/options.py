@@ -39,11 +39,13 @@ def plan_fields(
     sink_pages: int | None,
     dense_layers: str | None = None,
     delta_layers: str | None = None,
+    budget_share: float | None = None,
 ) -> dict[str, Any]:
     """Fields of a DeltaConfig as they were typed; None: not typed."""
     return {
         "page_size": page_size,
         "budget_pages": budget_pages,
+        "budget_share": budget_share,
         "recent_pages": recent_pages,
         "sink_pages": sink_pages,
         "dense_layers": parse_layers("--dense-layers", dense_layers),
@@ -161,6 +163,12 @@ BudgetPages = Annotated[
     int | None,
     typer.Option(
         max=_LARGEST_COUNT, help="Pages that a sparse layer reads.", rich_help_panel=PLAN_PANEL
+    ),
+]
+BudgetShare = Annotated[
+    float | None,
+    typer.Option(
+        help="This share of a row's pages, where that is more.", rich_help_panel=PLAN_PANEL
     ),
 ]
 RecentPages = Annotated[
