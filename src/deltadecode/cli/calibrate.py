@@ -244,20 +244,21 @@ def _table(result: dict[str, Any]) -> Table:
         f"{len(result['measured'])} plans measured on all, {result['seconds']:.0f} s"
     )
     table = Table(title=title, title_justify="left")
-    for name in ("plan", "dense", "Δ", "K L S", "reads", "KL: fit", "held out", "ppl", "top-1"):
-        left = name in ("plan", "dense", "Δ")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "Δ")
+    for name in ("plan", "dense | Δ", "K L S", "reads", "KL: fit", "held out", "ppl", "top-1"):
+        table.add_column(
+            name, justify="left" if name in ("plan", "dense | Δ") else "right",
+            min_width=10 if name == "dense | Δ" else None,
+        )  # fmt: skip
     for name, plan in result["plans"].items():
         low, high = plan["kl_interval"]
-        fit = plan["kl"]["fit"]
+        fit, layers = plan["kl"]["fit"], (plan["dense_layers"], plan["delta_layers"])
         table.add_row(
             name,
-            " ".join(map(str, plan["dense_layers"])) or "–",
-            " ".join(map(str, plan["delta_layers"])),
+            " | ".join(" ".join(map(str, some)) or "–" for some in layers),
             f"{plan['budget_pages']} {plan['recent_pages']} {plan['sink_pages']}",
             f"{plan['attended_fraction']:.1%}",
             "–" if fit is None else f"{fit:.3g}",
-            f"{plan['kl']['held_out']:.3g} ({low:.2g} … {high:.2g})",
+            f"{plan['kl']['held_out']:.3g} ±{(high - low) / 2:.1g}",
             f"×{plan['perplexity_ratio']:.3f}",
             f"{plan['same_top1']:.1%}",
         )
