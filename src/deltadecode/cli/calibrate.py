@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from deltadecode.architecture import attention_layers, longest_prompt, text_config
@@ -243,11 +244,13 @@ def _table(result: dict[str, Any]) -> Table:
         f"{texts['fit']} texts to search on, {texts['held_out']} held out; "
         f"{len(result['measured'])} plans measured on all, {result['seconds']:.0f} s"
     )
-    table = Table(title=title, title_justify="left")
+    # Eight columns in 80 characters: without lines between them.
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("plan", "dense | Δ", "K L S", "reads", "KL: fit", "held out", "ppl", "top-1"):
+        layers = name == "dense | Δ"
         table.add_column(
-            name, justify="left" if name in ("plan", "dense | Δ") else "right",
-            min_width=10 if name == "dense | Δ" else None,
+            name, justify="left" if name == "plan" or layers else "right", no_wrap=not layers,
+            min_width=10 if layers else None,
         )  # fmt: skip
     for name, plan in result["plans"].items():
         low, high = plan["kl_interval"]
