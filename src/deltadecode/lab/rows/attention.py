@@ -118,6 +118,9 @@ class PolicyPass(RowsPass):
         else:
             read = read & view.exists[:, None, None]
             self.reads += read.any(dim=2).sum(dim=2).float().mean(dim=1)
+            tokens = read.flatten(0, 2).any(dim=0).nonzero()[:, 0]  # which any row reads
+            if len(tokens) < view.slots and attention.bias is None:
+                read, key, value = read[..., tokens], key[:, :, tokens], value[:, :, tokens]
             # [R, Hkv or 1, G or 1, T] to [Hkv or 1, G or 1, R, T]
             mask = additive(read.permute(1, 2, 0, 3))
         if attention.bias is not None:
