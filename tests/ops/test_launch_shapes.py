@@ -38,4 +38,6 @@ def test_pages_that_are_kept_cover_what_is_attended_to_before_the_next(width, pa
         return
     assert step >= tile and step % tile == 0
     # From any tile's first token on.
-    assert all((first + step - 1) // page - first // page < listed for first in range(0, 9999, tile))
+    assert all(
+        (first + step - 1) // page - first // page < listed for first in range(0, 9999, tile)
+    )

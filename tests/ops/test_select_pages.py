@@ -173,7 +173,8 @@ def test_rows_longer_than_a_chunk(backend, pages, budget):
 
 
 @pytest.mark.parametrize(
-    ("recent", "sinks", "share"), [(0, 0, 0.0), (3, 0, 0.0), (0, 2, 0.02), (30, 9, 0.0), (3, 1, 0.3)]
+    ("recent", "sinks", "share"),
+    [(0, 0, 0.0), (3, 0, 0.0), (0, 2, 0.02), (30, 9, 0.0), (3, 1, 0.3)],
 )
 def test_rows_of_all_lengths_in_a_wide_table(backend, recent, sinks, share):
     """A long row may be selected from in pieces; each edge of a piece, and each kind of row."""
