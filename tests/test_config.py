@@ -1,7 +1,9 @@
 """DeltaConfig and LayerPlan: rules R8 and R9 of docs/semantics.md, and the JSON form."""
 
 import json
+import math
 from dataclasses import FrozenInstanceError
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +127,34 @@ def test_rule9_counts_are_ints(field, value):
         DeltaConfig(**{field: value})
 
 
+@pytest.mark.parametrize("value", [-0.1, 1, 1.0, math.nan, math.inf, True, "0.1", None, 10**400])
+def test_rule9_a_share_is_a_number_below_one(value):
+    with refused("budget_share", "[0, 1)", repr(value)):
+        DeltaConfig(budget_share=value)
+
+
+def test_rule4_a_share_is_rounded_up_once_to_4096ths_and_once_to_pages():
+    cfg = DeltaConfig(budget_share=0.1)  # 410 / 4096
+    assert [cfg.pages_for(pages) for pages in (0, 639, 640, 4096, 4097)] == [64, 64, 65, 410, 411]
+    assert [cfg.table_width(pages) for pages in (0, 639, 640, 1300)] == [64, 64, 128, 256]
+    assert DeltaConfig(budget_pages=100).table_width(5000) == 100
+    assert DeltaConfig(budget_share=0) == DeltaConfig(budget_share=0.0) == DeltaConfig()
+    assert type(DeltaConfig(budget_share=0).budget_share) is float
+
+
+@settings(deadline=None)
+@given(
+    share=st.floats(0, 1, exclude_max=True), pages=st.integers(0, 2**31 - 1), budget=st.integers(10)
+)
+def test_rule4_the_budget_of_a_row_is_exact(share, pages, budget):
+    cfg = DeltaConfig(budget_pages=budget, budget_share=share)
+    exact = max(budget, math.ceil(Fraction(math.ceil(Fraction(share) * 4096), 4096) * pages))
+    assert cfg.pages_for(pages) == exact
+    assert exact <= max(budget, pages)
+    assert cfg.table_width(pages) >= exact
+    assert cfg.pages_for(pages) <= cfg.pages_for(pages + 1)
+
+
 @pytest.mark.parametrize("field", ["dense_layers", "delta_layers"])
 @pytest.mark.parametrize(
     ("value", "words"),
@@ -195,11 +225,17 @@ ascending = st.lists(st.integers(0, 60), unique=True, max_size=8).map(sorted)
     recent=st.integers(0, 9),
     sinks=st.integers(0, 9),
     spare=st.integers(1, 99),
+    share=st.floats(0, 1, exclude_max=True),
     layers=ascending,
     cut=st.integers(0, 8),
 )
-def test_load_gives_what_save_wrote(tmp_path_factory, page_size, recent, sinks, spare, layers, cut):
-    cfg = DeltaConfig(page_size, recent + sinks + spare, recent, sinks, layers[:cut], layers[cut:])
+def test_load_gives_what_save_wrote(
+    tmp_path_factory, page_size, recent, sinks, spare, share, layers, cut
+):
+    cfg = DeltaConfig(
+        page_size, recent + sinks + spare, recent, sinks, layers[:cut], layers[cut:],
+        budget_share=share,
+    )  # fmt: skip
     path = tmp_path_factory.getbasetemp() / "plan.json"
     cfg.save(path)
     assert DeltaConfig.load(path) == cfg
@@ -224,6 +260,8 @@ def test_a_file_may_leave_out_fields_and_hold_remarks(tmp_path):
         ('{"page_size": "16"}', ("page_size", "'16'")),
         ('{"page_size": 16.0}', ("page_size", "16.0")),
         ('{"page_size": true}', ("page_size", "True")),
+        ('{"budget_share": NaN}', ("budget_share", "nan")),
+        ('{"budget_share": 1}', ("budget_share", "got 1")),
         ('{"delta_layers": 2}', ("delta_layers", "2")),
         ('{"delta_layers": [2, null]}', ("delta_layers", "None")),
         ('{"budget_pages": 4}', ("budget_pages", "4 <= 8 + 1")),
@@ -308,7 +346,9 @@ def test_every_profile_is_a_config_that_fits_its_model():
         (2, (), (0,)),
         (3, (), (0,)),
         (4, (), (0, 2)),
-        (7, (), (0, 3)),
+        (5, (), (0, 2)),
+        (6, (0, 1), (2, 4)),
+        (7, (0, 1), (2, 4)),
         (8, (0, 1), (2, 5)),
         (12, (0, 1), (2, 4, 6, 9)),
         (24, (0, 1), (2, 6, 11, 16)),
@@ -330,7 +370,7 @@ def test_default_plan_fits_any_model(full):
     config = model(len(full), layer_types=types)
     plan = DeltaConfig.for_model(config).layer_plan(len(full), attention_layers(config))
     roles = [plan.role(i) for i in plan.attention_layers]
-    start = ["dense", "dense", "delta"] if len(roles) >= 8 else ["delta"]
+    start = ["dense", "dense", "delta"] if len(roles) >= 6 else ["delta"]
     assert roles[: len(start)] == (start if len(roles) > 1 else ["dense"])
     # A Δ-layer whose pages nobody reads would be waste.
     for delta in [i for i, role in enumerate(roles) if role == "delta"]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,8 @@ from deltadecode.errors import DeltaConfigError
 from deltadecode.profiles import find_profile
 
 Role = Literal["dense", "delta", "sparse", "own"]
+# Of budget_share: a power of two, so that the product with it is exact.
+SHARE_DEN = 4096
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class DeltaConfig:
         Tokens of a page, P ≥ 1.
     budget_pages : int
         Pages that a sparse layer may read, K; recent and sink pages included.
+    budget_share : float
+        Lets the budget grow with the context: of a row of N pages, a sparse layer may read this
+        share if that is more than K; 0 ≤ share < 1. Given by name only.
     recent_pages : int
         Last pages, always selected, L ≥ 0.
     sink_pages : int
@@ -80,6 +86,7 @@ class DeltaConfig:
 
     page_size: int = 16
     budget_pages: int = 64
+    budget_share: float = field(default=0.0, kw_only=True)
     recent_pages: int = 8
     sink_pages: int = 1
     dense_layers: Sequence[int] = (0, 1)
@@ -90,6 +97,11 @@ class DeltaConfig:
         _check_int("budget_pages", self.budget_pages, at_least=1)
         _check_int("recent_pages", self.recent_pages, at_least=0)
         _check_int("sink_pages", self.sink_pages, at_least=0)
+        share = self.budget_share
+        # bool is an int to isinstance. NaN is in no range.
+        if type(share) not in (int, float) or not 0 <= share < 1:
+            raise DeltaConfigError(f"budget_share must be a number in [0, 1), got {share!r}")
+        object.__setattr__(self, "budget_share", float(share))
         forced = self.recent_pages + self.sink_pages
         if self.budget_pages <= forced:
             raise DeltaConfigError(
@@ -106,6 +118,25 @@ class DeltaConfig:
                     f"delta_layers must come after the dense ones, got Δ-layer {first} "
                     f"and dense layer {last}"
                 )
+
+    @property
+    def share_num(self) -> int:
+        """The share in 4096ths, rounded up; 0 to 4096. Exact, as is all that is computed of it."""
+        return math.ceil(self.budget_share * SHARE_DEN)
+
+    def pages_for(self, pages: int) -> int:
+        """Most pages that a sparse layer reads of a row of N pages, K(N); see docs/semantics.md."""
+        return max(self.budget_pages, -(-self.share_num * pages // SHARE_DEN))
+
+    def table_width(self, pages: int) -> int:
+        """Columns of the page ids of rows of up to ``pages`` pages.
+
+        K without a share. With one, K(pages) rounded up to a power of two, so that the ids of a
+        cache that grows keep their shape for long.
+        """
+        if not self.share_num:
+            return self.budget_pages
+        return 1 << (self.pages_for(pages) - 1).bit_length()
 
     def layer_plan(
         self, num_layers: int, attention_layers: Sequence[int] | None = None
@@ -180,7 +211,7 @@ class DeltaConfig:
     def for_model(cls, model_or_config: Any) -> DeltaConfig:
         """Calibrated profile of a known architecture, else the default plan for its depth.
 
-        The default takes the full-attention layers in order, d of them. With d ≥ 8 the first two
+        The default takes the full-attention layers in order, d of them. With d ≥ 6 the first two
         are dense, and Δ-layers are those at 2 + ⌊k d / 5⌋ for k = 0 … 3. With fewer, as in hybrid
         models, none is dense, and Δ-layers are the first and the one at ⌊d / 2⌋. A Δ-layer is left
         out when no sparse layer would lie between it and the one before it, or after it; a lone
@@ -342,8 +373,8 @@ def default_config(attention_layers: Sequence[int]) -> DeltaConfig:
         With pages of 8 tokens, and a budget of 768 tokens.
     """
     depth = len(attention_layers)
-    dense = 2 if depth >= 8 else depth == 1
-    places = [2 + k * depth // 5 for k in range(4)] if depth >= 8 else [0, depth // 2]
+    dense = 2 if depth >= 6 else depth == 1
+    places = [2 + k * depth // 5 for k in range(4)] if depth >= 6 else [0, depth // 2]
     deltas: list[int] = []
     for place in places:
         if place <= depth - 2 and (not deltas or place - deltas[-1] >= 2):

@@ -95,6 +95,7 @@ def test_without_options_the_plugin_chooses_the_plan(line):
 
 def test_our_options_become_settings_and_are_not_passed_on(line):
     options = ["--page-size", "32", "--budget-pages", "40", "--recent-pages", "4"]
+    options += ["--budget-share", "0.1"]
     options += ["--sink-pages", "1", "--dense-layers", "0", "--delta-layers", "1,9"]
     options += ["--sync-heads", "--on-unsupported", "stock"]
     command = line(HUB, *options)
@@ -102,6 +103,7 @@ def test_our_options_become_settings_and_are_not_passed_on(line):
         "deltadecode": {
             "page_size": 32,
             "budget_pages": 40,
+            "budget_share": 0.1,
             "recent_pages": 4,
             "sink_pages": 1,
             "dense_layers": [0],
@@ -201,8 +203,9 @@ def test_without_vllm_it_says_how_to_get_it(refused, vllm):
         (["--additional-config"], "''"),
         (["--additional-config", "{}", "--additional-config", '{"a": 1}'], '{"a": 1}'),
         (["--additional-config.other", "1"], "--additional-config.other"),
-        (["--budget-pages", "8"], "8 <= 8 + 0"),
+        (["--budget-pages", "8"], "8 <= 8 + 1"),
         (["--page-size", "0"], "0"),
+        (["--budget-share", "1"], "[0, 1), got 1.0"),
         (["--page-size", "many"], "many"),
         (["--delta-layers", "9,2"], "2"),
         (["--delta-layers", "2;9"], "'2;9'"),

@@ -67,15 +67,20 @@ def main(dtype):
         q = torch.zeros(2, 12, 128, dtype=dtype)
         kv = torch.zeros(40, 16, 2, 128, dtype=cache or dtype)
         table, lens = torch.zeros(2, 20, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
-        ids, counts = torch.zeros(2, 8, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+        counts = torch.ones(2, dtype=torch.int32)
         options = {"scale": 0.1, "page_size": 16, "backend": "triton"}
         if sinks:
             options |= {"sinks": torch.zeros(12), "softcap": 3.0}
         ops.decode_attention(q, kv, kv, table, lens, **options)
         ops.decode_attention(q, kv, kv, table, lens, **options, return_page_scores=True)
-        ops.decode_attention(q, kv, kv, table, lens, **options, page_ids=ids, page_counts=counts)
+        for width in (8, 1024):
+            ids = torch.zeros(2, width, dtype=torch.int32)
+            sparse = {**options, "page_ids": ids, "page_counts": counts}
+            ops.decode_attention(q, kv, kv, table, lens, **sparse)
     for pages in (100, 9000) if dtype == torch.bfloat16 else ():
-        ops.select_pages(torch.zeros(2, pages), lens, DeltaConfig(), backend="triton")
+        for share in (0.0, 0.1):
+            cfg = DeltaConfig(budget_share=share)
+            ops.select_pages(torch.zeros(2, pages), lens, cfg, backend="triton")
     print(sum(len(k.seen) for k in (attention.attend, attention.finish, selection.select)))
 
 

@@ -6,6 +6,7 @@ Written from the rules alone: nothing of ``deltadecode`` is used here. And the b
 import importlib.util
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton for
 BACKENDS = ["reference", "torch", pytest.param("triton", marks=needs_triton)]
 
 
-def select(scores, n, page_size, budget, recent, sinks):
+def select(scores, n, page_size, budget, recent, sinks, share=0.0):
     """Pages that R3 and R4 select for one sequence of n tokens."""
     pages = (n + page_size - 1) // page_size
+    parts = math.ceil(Fraction(share) * 4096)
+    budget = max(budget, math.ceil(Fraction(parts, 4096) * pages))
     if pages <= budget:
         return list(range(pages))
     selected = set(range(sinks)) | set(range(pages - recent, pages))

@@ -103,6 +103,33 @@ def test_rule5_softmax_over_the_selected_tokens_only(backend, layout):
     close(sparse(case, pages, backend, width=7), expected, torch.float32)
 
 
+@pytest.mark.parametrize(("page_size", "splits"), [(1, True), (3, False), (4, False), (64, True)])
+def test_rule5_lists_of_pages_that_are_read_in_parts(backend, page_size, splits, monkeypatch):
+    """As the Triton backend does where a share of long rows may be selected."""
+    if dispatch.triton_backend() is not None:
+        from deltadecode.ops.triton import launch
+
+        monkeypatch.setattr(launch, "_LISTED", 4)
+        monkeypatch.setattr(launch, "_WHOLE_LIST", 4)
+        if not splits:  # a thread block then reads several parts
+            shape = launch.attention_shape.__wrapped__
+            monkeypatch.setattr(
+                dispatch.triton_backend(), "attention_shape", lambda *key: (shape(*key)[0], 1)
+            )
+    lengths = [389, 573, 2, 300]
+    case = make_case(19, lengths, page_size=page_size, dim=4)
+    cfg = DeltaConfig(page_size, 3, 1, 1, budget_share=0.8)
+    _, scores, _ = full(case, backend)
+    ids, counts = ops.select_pages(scores, case.seq_lens, cfg, backend=backend)
+    pages = [row[:count] for row, count in zip(ids.tolist(), counts.tolist(), strict=True)]
+    expected, _ = case.attend(pages)
+    poison_outside(case, pages, math.nan)
+    out = ops.decode_attention(
+        *case.arguments, **case.options, page_ids=ids, page_counts=counts, backend=backend
+    )
+    close(out, expected, torch.float32)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 3e38])
 def test_rule5_what_is_not_selected_never_reaches_an_output(backend, poison, layout):

@@ -2,7 +2,8 @@
 
 import pytest
 
-selection_shape = pytest.importorskip("deltadecode.ops.triton.launch").selection_shape
+launch = pytest.importorskip("deltadecode.ops.triton.launch")
+selection_shape = launch.selection_shape
 
 
 @pytest.mark.parametrize("budget", [1, 64, 100, 512, 4096, 9000])
@@ -24,3 +25,19 @@ def test_few_long_rows_are_selected_from_in_pieces():
         shape = selection_shape(1, width, 64)
         assert (shape.pieces, shape.piece) == (pieces, piece)
         assert selection_shape(64, width, 64).pieces == 1
+
+
+@pytest.mark.parametrize("tile", [16, 64, 128])
+@pytest.mark.parametrize("page", [1, 3, 8, 12, 16, 64, 100])
+@pytest.mark.parametrize("width", [1, 64, 512, 513, 8192])
+def test_pages_that_are_kept_cover_what_is_attended_to_before_the_next(width, page, tile):
+    listed, step = launch.page_list(width, tile, page)
+    assert listed & (listed - 1) == 0
+    if width <= 512:
+        assert step == 0 and listed >= width
+        return
+    assert step >= tile and step % tile == 0
+    # From any tile's first token on.
+    assert all(
+        (first + step - 1) // page - first // page < listed for first in range(0, 9999, tile)
+    )

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 NAN, INF = math.nan, math.inf
 
 
-def config(page_size=4, budget=5, recent=2, sinks=0):
-    return DeltaConfig(page_size, budget, recent, sinks)
+def config(page_size=4, budget=5, recent=2, sinks=0, share=0.0):
+    return DeltaConfig(page_size, budget, recent, sinks, budget_share=share)
 
 
 def run(scores, lengths, cfg, backend, dtype=torch.float32):
@@ -27,7 +27,8 @@ def run(scores, lengths, cfg, backend, dtype=torch.float32):
     ids, counts = ops.select_pages(scores, seq_lens, cfg, backend=backend)
     assert torch.equal(scores.nan_to_num(7), before.nan_to_num(7)) and seq_lens.tolist() == lengths
     assert ids.dtype == counts.dtype == torch.int32
-    assert ids.shape == (len(lengths), cfg.budget_pages) and counts.shape == (len(lengths),)
+    width = cfg.table_width(scores.shape[1])
+    assert ids.shape == (len(lengths), width) and counts.shape == (len(lengths),)
     assert all(set(row[count:]) <= {-1} for row, count in zip(ids.tolist(), counts, strict=True))
     return [row[:count] for row, count in zip(ids.tolist(), counts.tolist(), strict=True)]
 
@@ -99,6 +100,29 @@ def test_rule4_scores_past_the_last_page_play_no_part(backend):
     assert run(scores, [23], config(), backend) == [[1, 2, 3, 4, 5]]
 
 
+def test_rule4_the_budget_grows_with_the_row(backend):
+    cfg = config(page_size=1, budget=4, recent=1, sinks=1, share=0.25)
+    scores = [[0, 3, 9, 1, 8, 2, 7, 4, 6, 5, 0, 0, 0, 0, 0, 0, 0, 0, NAN, NAN]] * 4
+    # Four pages of up to 16, five of 17 to 20; among zeros the lowest.
+    assert run(scores, [4, 16, 17, 20], cfg, backend) == [
+        [0, 1, 2, 3], [0, 2, 4, 15], [0, 2, 4, 6, 16], [0, 2, 4, 6, 19],
+    ]  # fmt: skip
+    assert run(scores[:2], [17, 17], cfg, backend) == [[0, 2, 4, 6, 16]] * 2
+    # One page more in all backends as soon as the exact share is passed: 1024 of 4096 parts.
+    wide = torch.rand(3, 4200).tolist()
+    found = run(wide, [4096, 4097, 4200], cfg, backend)
+    assert [len(pages) for pages in found] == [1024, 1025, 1050]
+
+
+def test_rule3_a_share_that_covers_a_short_row(backend):
+    cfg = config(page_size=1, budget=1, recent=0, share=0.9)
+    assert run([[5, 4, 3, 2, 1, 0]] * 2, [6, 3], cfg, backend) == [[*range(6)], [0, 1, 2]]
+    scores = [[*range(12)]] * 2
+    assert run(scores, [9, 12], cfg, backend) == [[*range(9)], [*range(1, 12)]]
+    cfg = config(page_size=1, budget=1, recent=0, share=1 - 2**-40)
+    assert run([[*range(5000)]], [5000], cfg, backend) == [[*range(5000)]]
+
+
 def test_rule6_rows_are_independent(backend):
     scores = [[5, 4, 3, 2, 1, 0, 0, 0], [NAN] * 8, [0, 0, 9, 0, 9, 9, 0, 0], [INF] * 8]
     lengths = [32, 0, 25, 3]
@@ -126,12 +150,13 @@ def test_no_rows_and_no_pages(backend):
 
 def ranked(scores, pages, cfg):
     """Pages that R4 selects from one row [width] of scores, by a stable sort."""
-    if pages <= cfg.budget_pages:
+    budget = cfg.pages_for(pages)
+    if pages <= budget:
         return list(range(pages))
     forced = {*range(cfg.sink_pages), *range(pages - cfg.recent_pages, pages)}
     order = scores[:pages].nan_to_num(-1.0).sort(descending=True, stable=True).indices
     others = [page for page in order.tolist() if page not in forced]
-    return sorted({*forced, *others[: cfg.budget_pages - len(forced)]})
+    return sorted({*forced, *others[: budget - len(forced)]})
 
 
 @pytest.mark.parametrize("budget", [40, 300, 2050, 4200])
@@ -147,11 +172,14 @@ def test_rows_longer_than_a_chunk(backend, pages, budget):
     assert found == [ranked(*row, cfg) for row in zip(scores, lengths, strict=True)]
 
 
-@pytest.mark.parametrize("recent,sinks", [(0, 0), (3, 0), (0, 2), (30, 9)])
-def test_rows_of_all_lengths_in_a_wide_table(backend, recent, sinks):
+@pytest.mark.parametrize(
+    ("recent", "sinks", "share"),
+    [(0, 0, 0.0), (3, 0, 0.0), (0, 2, 0.02), (30, 9, 0.0), (3, 1, 0.3)],
+)
+def test_rows_of_all_lengths_in_a_wide_table(backend, recent, sinks, share):
     """A long row may be selected from in pieces; each edge of a piece, and each kind of row."""
     generator = torch.Generator().manual_seed(1)
-    cfg = DeltaConfig(page_size=1, budget_pages=40, recent_pages=recent, sink_pages=sinks)
+    cfg = config(page_size=1, budget=40, recent=recent, sinks=sinks, share=share)
     lengths = [0, 1, 40, 41, 512, 1024, 1025, 2047, 2048, 2049, 2050, 3072, 3073, 3111, 3112, 3113]
     lengths += [3140, 4096, 6001]
     for levels in (0, 3):
@@ -179,7 +207,12 @@ def selections(draw):
     recent, sinks = draw(st.integers(0, 3)), draw(st.integers(0, 3))
     budget = recent + sinks + draw(st.integers(1, 5))
     p, k = page_size, budget * page_size
-    edges = st.sampled_from([0, 1, p - 1, p, p + 1, k - 1, k, k + 1, k + p, k + p + 1])
+    share = draw(st.just(0.0) | st.floats(0, 1, exclude_max=True))
+    # On both sides of where the share begins to exceed the budget, too.
+    more = int(min(budget / share + 1, 4 * budget)) * p if share else k
+    edges = st.sampled_from(
+        [0, 1, p - 1, p, p + 1, k - 1, k, k + 1, k + p, k + p + 1, more - 1, more, more + 1]
+    )
     lengths = draw(st.lists(edges | st.integers(0, 3 * k + p), min_size=1, max_size=4))
     pages = max(-(-n // p) for n in lengths) + draw(st.integers(0, 3))
     # Scores with many equals, and scores without any: backends treat them differently.
@@ -189,7 +222,7 @@ def selections(draw):
     if draw(st.booleans()):
         rows[0] = draw(alike)
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-    return DeltaConfig(page_size, budget, recent, sinks), lengths, rows, dtype
+    return config(page_size, budget, recent, sinks, share), lengths, rows, dtype
 
 
 @settings(deadline=None)
@@ -203,6 +236,7 @@ def test_selection_equals_the_rules(backend, drawn):
         select(
             torch.tensor(row, dtype=dtype).tolist(),
             n, cfg.page_size, cfg.budget_pages, cfg.recent_pages, cfg.sink_pages,
+            cfg.budget_share,
         )
         for row, n in zip(rows, lengths, strict=True)
     ]  # fmt: skip

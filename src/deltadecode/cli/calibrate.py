@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from deltadecode.architecture import attention_layers, longest_prompt, text_config
@@ -243,21 +244,24 @@ def _table(result: dict[str, Any]) -> Table:
         f"{texts['fit']} texts to search on, {texts['held_out']} held out; "
         f"{len(result['measured'])} plans measured on all, {result['seconds']:.0f} s"
     )
-    table = Table(title=title, title_justify="left")
-    for name in ("plan", "dense", "Δ", "K L S", "reads", "KL: fit", "held out", "ppl", "top-1"):
-        left = name in ("plan", "dense", "Δ")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "Δ")
+    # Eight columns in 80 characters: without lines between them.
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("plan", "dense | Δ", "K L S", "reads", "KL: fit", "held out", "ppl", "top-1"):
+        layers = name == "dense | Δ"
+        table.add_column(
+            name, justify="left" if name == "plan" or layers else "right", no_wrap=not layers,
+            min_width=10 if layers else None,
+        )  # fmt: skip
     for name, plan in result["plans"].items():
         low, high = plan["kl_interval"]
-        fit = plan["kl"]["fit"]
+        fit, layers = plan["kl"]["fit"], (plan["dense_layers"], plan["delta_layers"])
         table.add_row(
             name,
-            " ".join(map(str, plan["dense_layers"])) or "–",
-            " ".join(map(str, plan["delta_layers"])),
+            " | ".join(" ".join(map(str, some)) or "–" for some in layers),
             f"{plan['budget_pages']} {plan['recent_pages']} {plan['sink_pages']}",
             f"{plan['attended_fraction']:.1%}",
             "–" if fit is None else f"{fit:.3g}",
-            f"{plan['kl']['held_out']:.3g} ({low:.2g} … {high:.2g})",
+            f"{plan['kl']['held_out']:.3g} ±{(high - low) / 2:.1g}",
             f"×{plan['perplexity_ratio']:.3f}",
             f"{plan['same_top1']:.1%}",
         )

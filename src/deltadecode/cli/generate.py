@@ -36,6 +36,7 @@ def generate(
     plan: options.PlanFile = None,
     page_size: options.PageSize = None,
     budget_pages: options.BudgetPages = None,
+    budget_share: options.BudgetShare = None,
     recent_pages: options.RecentPages = None,
     sink_pages: options.SinkPages = None,
     dense_layers: options.DenseLayers = None,
@@ -50,7 +51,7 @@ def generate(
     ('deltadecode info MODEL' shows it). The chat template is used when the tokenizer has one.
     """
     fields = options.plan_fields(
-        page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers
+        page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers, budget_share
     )
     _check_full(full, {"plan": plan, "compare": compare or None, **fields})
     if not 0.0 < top_p <= 1.0:

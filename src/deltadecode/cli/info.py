@@ -93,8 +93,11 @@ def _facts_table(facts: dict[str, Any]) -> Table:
 
 def _plan_line(model: dict[str, Any]) -> str:
     kind = "calibrated profile" if model["plan_from"] == "profile" else "default plan"
-    names = ("page_size", "budget_pages", "recent_pages", "sink_pages")
-    numbers = ", ".join(f"{name} {model['config'][name]}" for name in names)
+    names = ("page_size", "budget_pages", "budget_share", "recent_pages", "sink_pages")
+    values = {name: model["config"][name] for name in names}
+    if not values["budget_share"]:
+        del values["budget_share"]
+    numbers = ", ".join(f"{name} {value}" for name, value in values.items())
     return f"{model['class']}, {model['layers']} layers, {kind}: {numbers}"
 
 

@@ -6,6 +6,7 @@ import datetime
 import importlib.util
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +74,7 @@ def inspect(
     plan: options.PlanFile = None,
     page_size: options.PageSize = None,
     budget_pages: options.BudgetPages = None,
+    budget_share: options.BudgetShare = None,
     recent_pages: options.RecentPages = None,
     sink_pages: options.SinkPages = None,
     dense_layers: options.DenseLayers = None,
@@ -89,7 +91,7 @@ def inspect(
     model writes behind it, or a real one (--task text:...), by default of Python's documentation.
     """
     fields = options.plan_fields(
-        page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers
+        page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers, budget_share
     )
     if not 0.0 < epsilon < 1.0:
         raise BadInput(f"--epsilon must be between 0 and 1, got {epsilon}")
@@ -203,9 +205,14 @@ def _steps(config: Any, count: int, max_new_tokens: int) -> int:
 
 
 def _budget(cfg: DeltaConfig, count: int, steps: int, *, free: bool) -> DeltaConfig:
-    """A budget with something to select; only one that nobody has asked for may be changed."""
+    """A budget with something to select; only one that nobody has asked for may be changed.
+
+    A share becomes the pages that it gives when half of the new tokens are written.
+    """
     from deltadecode.lab.inspection.run import fit_config
 
+    half = -(-(count + steps // 2) // cfg.page_size)
+    cfg = replace(cfg, budget_pages=cfg.pages_for(half), budget_share=0.0)
     if free:
         fitted = fit_config(cfg, count, steps)
         if fitted != cfg:

@@ -14,7 +14,7 @@ import typer
 from deltadecode.cli.files import check_file, check_folder, picture_file
 from deltadecode.cli.output import BadInput, check_tag
 
-EMBEDDED = "embedded"
+EMBEDDED, SMOLLM2 = "embedded", "smollm2"
 LARGEST_SEED = 2**32 - 1  # of NumPy's generator, which Transformers seeds too
 FIRST_PROBLEM = 3_000_000_000  # seed of evaluations, apart from those of training and calibration
 _LARGEST_COUNT = 2**31 - 1  # page ids are int32
@@ -39,11 +39,13 @@ def plan_fields(
     sink_pages: int | None,
     dense_layers: str | None = None,
     delta_layers: str | None = None,
+    budget_share: float | None = None,
 ) -> dict[str, Any]:
     """Fields of a DeltaConfig as they were typed; None: not typed."""
     return {
         "page_size": page_size,
         "budget_pages": budget_pages,
+        "budget_share": budget_share,
         "recent_pages": recent_pages,
         "sink_pages": sink_pages,
         "dense_layers": parse_layers("--dense-layers", dense_layers),
@@ -103,7 +105,7 @@ def _folder(param: typer.CallbackParam, value: Path | None) -> Path | None:
 
 
 # What a command works on
-MODEL_HELP = f"Folder or hub name of a model, or '{EMBEDDED}'."
+MODEL_HELP = f"Folder or hub name of a model, '{EMBEDDED}' or '{SMOLLM2}'."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 OptionalModel = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
 Dtype = Annotated[
@@ -161,6 +163,12 @@ BudgetPages = Annotated[
     int | None,
     typer.Option(
         max=_LARGEST_COUNT, help="Pages that a sparse layer reads.", rich_help_panel=PLAN_PANEL
+    ),
+]
+BudgetShare = Annotated[
+    float | None,
+    typer.Option(
+        help="This share of a row's pages, where that is more.", rich_help_panel=PLAN_PANEL
     ),
 ]
 RecentPages = Annotated[

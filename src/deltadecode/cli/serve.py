@@ -47,6 +47,7 @@ def serve(
     plan: options.PlanFile = None,
     page_size: options.PageSize = None,
     budget_pages: options.BudgetPages = None,
+    budget_share: options.BudgetShare = None,
     recent_pages: options.RecentPages = None,
     sink_pages: options.SinkPages = None,
     dense_layers: options.DenseLayers = None,
@@ -80,7 +81,7 @@ def serve(
     if as_json and not dry_run:
         raise BadInput("--json needs --dry-run: the server's output is its own")
     fields = options.plan_fields(
-        page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers
+        page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers, budget_share
     )
     additional, rest = split_additional(context.args)
     folder = named_folder(model)

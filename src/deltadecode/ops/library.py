@@ -97,18 +97,32 @@ def _refuse_gradients(inputs: DecodeInputs) -> None:
         )
 
 
-def _select_pages(
-    page_scores: Tensor, seq_lens: Tensor, page: int, budget: int, recent: int, sink: int, to: str
+def select(
+    page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig, backend: str
 ) -> tuple[Tensor, Tensor]:
+    """Call ``select_pages`` as an operator, with what it needs of a configuration."""
+    page_ids, page_counts = torch.ops.deltadecode.select_pages(
+        page_scores, seq_lens, cfg.page_size, cfg.budget_pages, cfg.budget_share,
+        cfg.recent_pages, cfg.sink_pages, backend,
+    )  # fmt: skip
+    return page_ids, page_counts
+
+
+def _config(page: int, budget: int, share: float, recent: int, sink: int) -> DeltaConfig:
+    return DeltaConfig(page, budget, recent, sink, (), (), budget_share=share)
+
+
+def _select_pages(page_scores: Tensor, seq_lens: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
     check_select(page_scores, seq_lens)
-    return run_select(page_scores, seq_lens, DeltaConfig(page, budget, recent, sink), to)
+    return run_select(page_scores, seq_lens, _config(*values[:-1]), values[-1])
 
 
 def _fake_select_pages(
-    page_scores: Tensor, seq_lens: Tensor, page: int, budget: int, *_: Any
+    page_scores: Tensor, seq_lens: Tensor, *values: Any
 ) -> tuple[Tensor, Tensor]:
-    ids = page_scores.new_empty((page_scores.shape[0], budget), dtype=torch.int32)
-    return ids, torch.empty_like(seq_lens)
+    rows, pages = page_scores.shape
+    width = _config(*values[:-1]).table_width(pages)
+    return page_scores.new_empty((rows, width), dtype=torch.int32), torch.empty_like(seq_lens)
 
 
 def _register(
@@ -125,6 +139,6 @@ decode = register_decode("decode_attention")
 _register(
     "select_pages",
     ["Tensor page_scores", "Tensor seq_lens", "int page_size", "int budget_pages",
-     "int recent_pages", "int sink_pages", "str backend"],
+     "float budget_share", "int recent_pages", "int sink_pages", "str backend"],
     _select_pages, _fake_select_pages,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.dispatch import run_select
 from deltadecode.ops.inputs import DecodeInputs, check_select
-from deltadecode.ops.library import decode
+from deltadecode.ops.library import decode, select
 
 
 def select_pages(
@@ -18,9 +18,9 @@ def select_pages(
 ) -> tuple[Tensor, Tensor]:
     """Select the pages that sparse layers read (R3, R4).
 
-    With n tokens in a row and N = ⌈n / P⌉ pages: all pages if N ≤ K, else the last L, the first S,
-    and of the others the K - L - S with the largest score. Ties go to the lower page; NaN ranks
-    below every number. Scores of pages ≥ N are ignored.
+    With n tokens in a row, N = ⌈n / P⌉ pages and K(N) of :meth:`DeltaConfig.pages_for`: all pages
+    if N ≤ K(N), else the last L, the first S, and of the others the K(N) - L - S with the largest
+    score. Ties go to the lower page; NaN ranks below every number. Scores of pages ≥ N are ignored.
 
     Parameters
     ----------
@@ -29,16 +29,17 @@ def select_pages(
     seq_lens : Tensor
         [B] int32, tokens per row, the new one included.
     cfg : DeltaConfig
-        Gives P, K, L and S; its layers play no part.
+        Gives P, K, its share, L and S; its layers play no part.
     backend : str
         ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Returns
     -------
     page_ids : Tensor
-        [B, K] int32, ascending, padded with -1.
+        [B, :meth:`DeltaConfig.table_width` (pages)] int32, ascending, padded with -1; K columns
+        without a share.
     page_counts : Tensor
-        [B] int32, min(N, K).
+        [B] int32, min(N, K(N)).
 
     Raises
     ------
@@ -47,11 +48,7 @@ def select_pages(
     """
     check_select(page_scores, seq_lens)
     if torch.compiler.is_compiling():
-        ids_and_counts: tuple[Tensor, Tensor] = torch.ops.deltadecode.select_pages(
-            page_scores, seq_lens, cfg.page_size, cfg.budget_pages, cfg.recent_pages,
-            cfg.sink_pages, backend,
-        )  # fmt: skip
-        return ids_and_counts
+        return select(page_scores, seq_lens, cfg, backend)
     return run_select(page_scores, seq_lens, cfg, backend)
 
 
@@ -98,8 +95,8 @@ def decode_attention(
     page_size : int
         Tokens of a page, P.
     page_ids : Tensor, optional
-        [B, K] int32, the selected pages, ascending and below ⌈n / P⌉, as :func:`select_pages` gives
-        them; only the first ``page_counts`` of a row count.
+        [B, any] int32, the selected pages, ascending and below ⌈n / P⌉, as :func:`select_pages`
+        gives them; only the first ``page_counts`` of a row count.
     page_counts : Tensor, optional
         [B] int32; with ``page_ids`` only, and required with them. A row with -1 attends to all its
         tokens, whatever its page ids: a sparse layer's batch can hold the end of a prompt.

@@ -15,9 +15,9 @@ from deltadecode.ops.inputs import DecodeInputs
 
 def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:
     """Select pages (R3, R4); see :func:`deltadecode.ops.select_pages`."""
-    pages = page_scores.shape[1]
-    budget = cfg.budget_pages
+    pages, width = page_scores.shape[1], cfg.table_width(page_scores.shape[1])
     used = (seq_lens.long() + cfg.page_size - 1) // cfg.page_size
+    counts = used.new_tensor([min(row, cfg.pages_for(row)) for row in used.tolist()])
     page = torch.arange(pages, device=page_scores.device)
     exists = page < used[:, None]
     forced = exists & ((page >= used[:, None] - cfg.recent_pages) | (page < cfg.sink_pages))
@@ -30,12 +30,11 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     qualifies = qualifies.masked_fill(forced, 3).gather(1, order)
     order = order.gather(1, qualifies.sort(dim=1, descending=True, stable=True).indices)
 
-    counts = used.clamp(max=budget)
-    chosen = order[:, :budget]
+    chosen = order[:, :width]
     rank = torch.arange(chosen.shape[1], device=page_scores.device)
     # Unused places sort to the end, behind every page, and then become -1.
     chosen = chosen.masked_fill(rank >= counts[:, None], pages).sort(dim=1).values
-    page_ids = page_scores.new_full((page_scores.shape[0], budget), -1, dtype=torch.int32)
+    page_ids = page_scores.new_full((page_scores.shape[0], width), -1, dtype=torch.int32)
     page_ids[:, : chosen.shape[1]] = chosen.masked_fill(chosen == pages, -1).int()
     return page_ids, counts.int()
 

@@ -28,15 +28,23 @@ _UPCAST_ELEMENTS = 1 << 18
 
 def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:
     """Select pages (R3, R4); see :func:`deltadecode.ops.select_pages`."""
-    budget, recent, sinks = cfg.budget_pages, cfg.recent_pages, cfg.sink_pages
+    recent, sinks, width = cfg.recent_pages, cfg.sink_pages, cfg.table_width(page_scores.shape[1])
     used = (seq_lens + (cfg.page_size - 1)).div_(cfg.page_size, rounding_mode="floor")
-    counts = used.clamp(max=budget)
     pages: list[int] = used.tolist()
+    budgets = {cfg.pages_for(row) for row in pages}
+    if len(budgets) > 1:
+        each = [
+            select_pages(page_scores[row : row + 1], seq_lens[row : row + 1], cfg)
+            for row in range(len(pages))
+        ]
+        return torch.cat([ids for ids, _ in each]), torch.cat([counts for _, counts in each])
+    budget = budgets.pop() if budgets else cfg.budget_pages
+    counts = used.clamp(max=budget)
     most = max(pages, default=0)
     page = torch.arange(most, dtype=torch.int32, device=page_scores.device)
     if most <= budget:
         page_ids = page.where(page < counts[:, None], -1)
-        return F.pad(page_ids, (0, budget - most), value=-1), counts
+        return F.pad(page_ids, (0, width - most), value=-1), counts
 
     end = used[:, None]
     forced = (page < sinks) | (page >= end - recent)
@@ -54,6 +62,8 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     if min(pages) <= budget:
         place = page[:budget]
         page_ids = page_ids.where(end > budget, place.where(place < end, -1))
+    if budget < width:
+        page_ids = F.pad(page_ids, (0, width - budget), value=-1)
     return page_ids, counts
 
 

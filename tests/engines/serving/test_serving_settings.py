@@ -48,8 +48,8 @@ def test_without_settings_it_is_the_plan_of_the_model():
 
 
 def test_settings_replace_fields_of_the_model_s_plan():
-    settings = resolve({"budget_pages": 32, "sync_heads": True}, Model())
-    assert settings.config.budget_pages == 32
+    settings = resolve({"budget_pages": 32, "budget_share": 0.2, "sync_heads": True}, Model())
+    assert (settings.config.budget_pages, settings.config.budget_share) == (32, 0.2)
     assert settings.config.delta_layers == DeltaConfig.for_model(Model()).delta_layers
     assert settings.sync_heads
 

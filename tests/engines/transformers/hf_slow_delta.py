@@ -8,9 +8,11 @@ weights at the same position select.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ class Rules:
     steps: Sequence[int] = ()  # positions that were decode steps
     chosen: dict[int, list[set[int]]] = field(default_factory=dict)  # Δ-layer -> pages by position
     tokens_read: dict[int, int] = field(default_factory=dict)  # sparse layer -> over decode steps
+    share: Fraction = Fraction(0)  # of the pages, where that is more than the budget
 
 
 _rules: Rules | None = None
@@ -42,14 +45,15 @@ def select(weights: list[list[float]], rules: Rules) -> set[int]:
     """Pages that a decode step selects; weights [heads][n] of its Δ-layer."""
     n = len(weights[0])
     pages = (n + rules.page - 1) // rules.page
-    if pages <= rules.budget:
+    budget = max(rules.budget, math.ceil(rules.share * pages))
+    if pages <= budget:
         return set(range(pages))
     score = [0.0] * pages
     for token in range(n):
         score[token // rules.page] += max(head[token] for head in weights)
     chosen = set(range(pages - rules.recent, pages)) | set(range(rules.sink))
     rest = sorted(set(range(pages)) - chosen, key=lambda page: (-score[page], page))
-    return chosen | set(rest[: rules.budget - len(chosen)])
+    return chosen | set(rest[: budget - len(chosen)])
 
 
 def _visible(layer: int, length: int, rules: Rules) -> Tensor:

@@ -1,5 +1,8 @@
 """Every family: full attention where the budget covers all pages, DELTA's definition elsewhere."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hf_slow_delta import NAME, Rules, slow_logits
@@ -56,6 +59,26 @@ def test_a_small_budget_gives_what_the_slow_delta_of_the_tests_gives(
     assert read == rules.tokens_read
     full = generate(make_model(family, stock_name(family), seed).double(), prompt, STEPS)
     assert (torch.cat(full.logits) - expected).abs().max() > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+def test_rule4_a_budget_that_grows_with_the_context(family: str, share: float) -> None:
+    """From 6 pages, where K or the whole context is more, to 12."""
+    model = make_model(family, stock_name(family)).double()
+    dd.enable(model, small_config(family, budget_pages=4, budget_share=share))
+    got = generate(model, make_prompt(PROMPT), STEPS)
+    parts = Fraction(math.ceil(Fraction(share) * 4096), 4096)
+    rules = Rules(page=4, budget=4, recent=2, sink=1, sparse=sources(family), share=parts)
+    slow = make_model(family, NAME).double()
+    text = got.sequences[:, :-1]
+    expected = slow_logits(slow, text, range(PROMPT, text.shape[1]), rules)[PROMPT - 1 :]
+    torch.testing.assert_close(torch.cat(got.logits), expected.float(), atol=1e-4, rtol=0)
+    read = {r.layer: r.attended_tokens for r in dd.stats(model).per_layer if r.role == "sparse"}
+    assert read == rules.tokens_read
+    fewer = Rules(page=4, budget=4, recent=2, sink=1, sparse=sources(family))
+    other = slow_logits(slow, text, range(PROMPT, text.shape[1]), fewer)[PROMPT - 1 :]
+    assert (other - expected).abs().max() > 1
 
 
 @pytest.mark.parametrize("family", HYBRID)

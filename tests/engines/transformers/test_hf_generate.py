@@ -62,6 +62,15 @@ def test_rule6_each_row_of_a_left_padded_batch_equals_running_alone(family: str)
         close(torch.stack(batch.logits)[:, row], torch.cat(alone.logits))
 
 
+def test_rule6_rows_of_a_batch_have_budgets_of_their_own() -> None:
+    model = enabled(budget_pages=4, budget_share=0.6)
+    tokens, mask = left_padded(LENGTHS)
+    batch = generate(model, tokens, STEPS, attention_mask=mask)
+    for row, length in enumerate(LENGTHS):
+        alone = generate(model, tokens[row : row + 1, -length:], STEPS)
+        close(torch.stack(batch.logits)[:, row], torch.cat(alone.logits))
+
+
 def test_a_batch_without_padding_equals_running_alone() -> None:
     model = enabled()
     prompts = make_prompt(PROMPT, rows=3)

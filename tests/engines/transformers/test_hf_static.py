@@ -62,6 +62,22 @@ def test_a_left_padded_batch_equals_the_dynamic_cache(family: str) -> None:
     assert (dd.stats(model).per_layer, dd.stats(model).steps) == counts
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_budget_that_grows_with_each_row(compiled: bool) -> None:
+    """Rows of a batch on both sides of where the share is more than K."""
+    model = enabled(budget_pages=4, budget_share=0.6)
+    tokens, mask = left_padded()
+    expected = generate(model, tokens, STEPS, attention_mask=mask)
+    counts = dd.stats(model).per_layer, dd.stats(model).steps
+    dd.stats(model).reset()
+    options: dict[str, Any] = {"compile_config": compiling()} if compiled else {}
+    got = generate(
+        model, tokens, STEPS, attention_mask=mask, cache_implementation="static", **options
+    )
+    close(got, expected)
+    assert (dd.stats(model).per_layer, dd.stats(model).steps) == counts
+
+
 @pytest.mark.parametrize(
     ("family", "recent"), [("llama", 0), ("llama", 2), ("gemma2", 2), ("gpt_oss", 2)]
 )

@@ -50,6 +50,15 @@ def test_numbers_worked_out_by_hand() -> None:
     assert "attended_fraction=0.9273" in repr(counts)
 
 
+def test_rule11_a_budget_that_grows_counts_what_it_gives() -> None:
+    model = enabled(budget_pages=4, budget_share=0.625)  # five pages of eight, six of nine
+    generate(model, make_prompt(31), 5)
+    full = 32 + 33 + 34 + 35
+    sparse = 20 + 21 + 22 + 23
+    assert dd.stats(model).full_tokens == 6 * full
+    assert dd.stats(model).attended_tokens == 3 * full + 3 * sparse
+
+
 def test_only_planned_layers_count() -> None:
     model = enabled("gemma3")
     generate(model, make_prompt(30), 3)

@@ -27,6 +27,15 @@ def test_greedy_output_equals_the_transformers_integration(work, delta):
     assert tokens(delta) == expected["rounds"][0]
 
 
+def test_rule4_a_budget_that_grows_with_the_context(work):
+    """Three quarters are more than 40 pages from the 54th on, which all sequences reach."""
+    config = {**CONFIG, "budget_pages": 40, "budget_share": 0.75}
+    job = {"config": config, "rounds": [REQUESTS[:6]]}
+    expected = work({**job, "side": "transformers"})
+    assert 0.6 < expected["attended_fraction"] < 0.95
+    assert tokens(work({**job, "side": "vllm"})["rounds"][0]) == tokens(expected["rounds"][0])
+
+
 def test_the_answers_are_right(delta):
     right = [
         is_correct(problem, request["completions"][0]["text"])

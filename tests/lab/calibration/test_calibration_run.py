@@ -53,7 +53,7 @@ def test_the_plan_is_of_the_request_and_the_report_says_what_it_costs(model):
     found = tiny(model)
     said = report(found)
     ours = said["plans"][CALIBRATED]
-    assert list(said["plans"])[0] == CALIBRATED and {DEFAULT, EVEN} <= set(said["plans"])
+    assert next(iter(said["plans"])) == CALIBRATED and {DEFAULT, EVEN} <= set(said["plans"])
     assert ours["attended_fraction"] <= 0.6
     assert ours["kl"]["held_out"] == min(p["kl"]["held_out"] for p in said["plans"].values())
     best = min(kl for _, kl in said["measured"])
@@ -105,7 +105,9 @@ def test_it_is_never_behind_the_default_on_held_out_texts(monkeypatch, seed):
 def test_without_time_it_judges_the_default_and_an_even_spread(monkeypatch):
     losses = MadeLosses(space())
     made(monkeypatch, losses)
-    found = calibrate(config(), losses.pieces, Request(BASE, fraction=0.4), space().lengths, minutes=0)
+    found = calibrate(
+        config(), losses.pieces, Request(BASE, fraction=0.4), space().lengths, minutes=0
+    )
     assert {text for _, text in losses.seen} == {2, 5}
     assert set(found.plans) == {CALIBRATED, DEFAULT, EVEN}
 

@@ -1,6 +1,7 @@
 """Data files, their mistakes, and where the rows of a text begin."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -91,17 +92,17 @@ def test_a_short_reference_has_fewer_rows_and_none_is_continued_by_the_model(tok
 
 
 def test_pieces_of_long_texts_take_turns_and_do_not_meet(tokenizer, tmp_path):
-    file = tmp_path / "long.txt"
-    file.write_text(" ".join(str(n % 10) for n in range(2000)))
-    texts = [Text(source="stdlib-docs", context=50, tokens=9),
-             Text(file=str(file), context=50, tokens=9)]  # fmt: skip
+    texts = []
+    for digit in (1, 3):
+        file = tmp_path / str(digit)
+        file.write_text(" ".join(random.Random(digit).choices("0123456789", k=2000)))
+        texts.append(Text(file=str(file), context=50, tokens=9))
     pieces = cut(tokenizer, texts, 5)
     assert [piece.context for piece in pieces] == [50] * 5
     assert [piece.rows for piece in pieces] == [9] * 5
     every = texts[1].pieces(tokenizer, range(FIRST_SEED, FIRST_SEED + 3))
     assert [piece.ids for piece in pieces[1::2]] == every[:2]
-    with pytest.raises(CalibrationError, match="no room for 400 pieces of 60 tokens"):
-        cut(tokenizer, texts[1:], 400)
+    assert len({tuple(piece.ids) for piece in pieces}) == 5
     with pytest.raises(EvaluationError, match="tokens, and context"):
         cut(tokenizer, [Text(file=str(file), context=9000, tokens=9)], 2)
 

@@ -84,8 +84,8 @@ def test_an_ablation_runs_by_name(run, model, tmp_path):
     policies = [(row["policy"], row["budget"]) for row in json.loads(out)["rows"]]
     assert code == 0
     assert policies == [
-        ("full", 0), ("delta", 512), ("delta", 1024),
-        ("delta:sink_pages=1", 512), ("delta:sink_pages=1", 1024),
+        ("full", 0), ("delta", 384), ("delta", 768),
+        ("delta:sink_pages=0", 384), ("delta:sink_pages=0", 768),
     ]  # fmt: skip
 
 

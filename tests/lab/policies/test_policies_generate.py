@@ -273,7 +273,7 @@ def test_sinks_and_soft_caps_enter_the_softmax():
         ("streaming", 4, "it needs more than its 4 sinks"),
         ("snapkv", 32, "it needs more than its observation window of 32"),
         ("h2o", 3, "cannot keep to 3 tokens"),
-        ("delta:page_size=16:recent_pages=8", 64, "it needs 9 pages of 16 tokens, 144"),
+        ("delta:page_size=16:recent_pages=8", 64, "it needs 10 pages of 16 tokens, 160"),
         ("delta:dense_layers=0+:delta_layers=1+9", 256, "delta_layers must be in 0..5"),
         ("tidal:layers=2+9", 64, "must be full-attention layers, got 9"),
         ("delta-variant:heads=min", 256, "must be max or mean, got 'min'"),

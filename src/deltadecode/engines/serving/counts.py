@@ -16,10 +16,11 @@ def attended_tokens(settings: ServingSettings, tokens: int) -> tuple[int, int]:
     """
     config = settings.config
     page = config.page_size
-    selected = tokens
-    if -(-tokens // page) > config.budget_pages:
+    pages, selected = -(-tokens // page), tokens
+    budget = config.pages_for(pages)
+    if pages > budget:
         last = (tokens - 1) % page + 1 if config.recent_pages else page
-        selected = (config.budget_pages - 1) * page + last
+        selected = (budget - 1) * page + last
     sparse, planned = settings.layer_counts
     return (planned - sparse) * tokens + sparse * selected, planned * tokens
 
@@ -62,6 +63,8 @@ def describe(settings: ServingSettings, longest: int) -> str:
     config = settings.config
     attended, full = attended_tokens(settings, longest)
     pages = f"{config.recent_pages} recent, {config.sink_pages} sink"
+    if config.budget_share:
+        pages = f"{config.budget_share:.4g} of all, if more; {pages}"
     sync = ", selection over the heads of all ranks" if settings.sync_heads else ""
     return (
         f"dense layers {layer_numbers(config.dense_layers) or 'none'}, "

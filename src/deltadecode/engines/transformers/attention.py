@@ -238,8 +238,9 @@ def _attend_group(
     cfg, group = role.state.cfg, rows.groups[place]
     keys, values = group.blocks(key, cfg.page_size), group.blocks(value, cfg.page_size)
     inputs = query, keys, values, group.block_table, group.seq_lens
+    pages = -(-group.length // cfg.page_size)
     out: Tensor
-    if group.length <= cfg.budget_pages * cfg.page_size:
+    if pages <= cfg.pages_for(pages):
         out = decode_attention(*inputs, **options)
     elif role.source is not None:
         ids, counts = step.selections[role.source][place]
@@ -249,7 +250,6 @@ def _attend_group(
         out, scores = decode_attention(*inputs, return_page_scores=True, **options)
         ids, counts = select_pages(scores, group.seq_lens, cfg)
         step.selections[role.layer][place] = ids, counts
-        pages = -(-group.length // cfg.page_size)
         missing = pages * cfg.page_size - group.length
         if missing and not cfg.recent_pages:
             role.state.stats.add_unread(role.layer, (ids == pages - 1).sum() * missing)

@@ -49,13 +49,14 @@ class Rows:
     @classmethod
     def of(cls, cfg: DeltaConfig, key: Tensor, mask: Tensor | None) -> Rows:
         """Read them from a layer's keys [B, Hkv, slots, D] and its mask."""
-        page, budget, recent = cfg.page_size, cfg.budget_pages, cfg.recent_pages
+        page = cfg.page_size
         groups = group_rows(mask, key)
         full = sparse = 0
         every_page = True
         for group in groups:
             rows, tokens = len(group.members), group.length
             pages = -(-tokens // page)
+            budget = cfg.pages_for(pages)
             full += rows * tokens
             if pages <= budget:
                 sparse += rows * tokens
@@ -63,7 +64,7 @@ class Rows:
             every_page = False
             # The last page is partial and, if any recent page is forced, selected. Otherwise the
             # Δ-layer's selection says, and corrects the count.
-            missing = pages * page - tokens if recent else 0
+            missing = pages * page - tokens if cfg.recent_pages else 0
             sparse += rows * (budget * page - missing)
         return cls(groups, key.device, mask, every_page, full, sparse)
 

@@ -65,6 +65,7 @@ def install(settings: ServingSettings, model_name: str) -> None:
         model_name=model_name,
         page_size=config.page_size,
         budget_pages=config.budget_pages,
+        budget_share=config.budget_share,
         recent_pages=config.recent_pages,
         sink_pages=config.sink_pages,
         dense_layers=layer_numbers(config.dense_layers),
@@ -110,7 +111,7 @@ def _counters() -> tuple[Any, Any]:
 def _plan_info() -> Any:
     from prometheus_client import Gauge
 
-    labels = ("page_size", "budget_pages", "recent_pages", "sink_pages")
+    labels = ("page_size", "budget_pages", "budget_share", "recent_pages", "sink_pages")
     return Gauge(
         "deltadecode_plan",
         "The active plan; always 1.",

@@ -112,4 +112,5 @@ def plan_file(
         },
         "plans": report["plans"],
     }
-    return DeltaConfig.from_dict({key: ours[key] for key in DeltaConfig().to_dict()}), meta
+    fields = [key for key in DeltaConfig().to_dict() if key in ours]
+    return DeltaConfig.from_dict({key: ours[key] for key in fields}), meta

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from deltadecode.architecture import num_layers, text_config
 from deltadecode.config import DeltaConfig
-from deltadecode.errors import CalibrationError, PolicyError
+from deltadecode.errors import CalibrationError
 from deltadecode.lab import plans
 from deltadecode.lab.plans import Places
 from deltadecode.lab.policies.base import Floats, Layout
@@ -95,9 +93,7 @@ class Space:
         self.first = 0 if request.deltas is None else self._dense()
         size, base = self.base.page_size, self.base
         recents = {base.recent_pages, *(max(tokens // size, 1) for tokens in RECENT_TOKENS)}
-        self.recents = (
-            [base.recent_pages] if "recent_pages" in request.fixed else sorted(recents)
-        )
+        self.recents = [base.recent_pages] if "recent_pages" in request.fixed else sorted(recents)
         self.sinks = [base.sink_pages] if "sink_pages" in request.fixed else list(SINK_PAGES)
         wished = range(1, self.layers)
         if request.deltas is not None:

@@ -138,16 +138,10 @@ def _check_length(model: Any, number: int, tokens: int) -> None:
 def cut(tokenizer: Any, texts: Sequence[Text], count: int) -> list[Piece]:
     """``count`` pieces of some long texts, taken from them in turns.
 
-    Raises CalibrationError where the texts have room for fewer, and EvaluationError for none.
+    Raises EvaluationError where a text is too short for one.
     """
     each = range(FIRST_SEED, FIRST_SEED - (-count // len(texts)))
     turns = zip(*(text.pieces(tokenizer, each) for text in texts), strict=True)
-    pieces = [
+    return [
         Piece(ids, text.context) for turn in turns for text, ids in zip(texts, turn, strict=True)
     ][:count]
-    if len({tuple(piece.ids[piece.context :]) for piece in pieces}) < count:
-        raise CalibrationError(
-            f"the text has no room for {count} pieces of {texts[0].needed} tokens; ask for fewer "
-            "samples or less context"
-        )
-    return pieces

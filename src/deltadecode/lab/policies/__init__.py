@@ -67,7 +67,9 @@ POLICIES: dict[str, tuple[type[Policy], dict[str, Any]]] = {
     "random": (RandomPages, {}),
     "delta-variant": (DeltaVariant, {}),
 }
-_PLAN_FIELDS = ("page_size", "recent_pages", "sink_pages", "dense_layers", "delta_layers")
+_PLAN_FIELDS = (
+    "page_size", "budget_share", "recent_pages", "sink_pages", "dense_layers", "delta_layers",
+)  # fmt: skip
 
 
 def policy_class(name: str) -> type[Policy]:

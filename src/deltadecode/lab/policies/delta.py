@@ -18,7 +18,7 @@ from deltadecode.lab.policies.base import Counts, Floats, Layout, Policy, pages_
 class Delta(Policy):
     """DELTA: :func:`deltadecode.enable`, no second implementation.
 
-    Δ- and dense layers read everything, sparse layers K pages. A last page that is partly filled
+    Δ- and dense layers read everything, sparse layers K(N) pages. A last page that is partly filled
     counts as it is if recent pages are selected, and as full if L = 0. The budget is K · P tokens
     and replaces that of ``cfg``.
     """
@@ -33,8 +33,11 @@ class Delta(Policy):
 
     @classmethod
     def make(cls, model: Any, layout: Layout, budget: int, **fields: Any) -> Delta:
-        """The model's own plan, with some fields of it replaced; see :class:`DeltaConfig`."""
-        base = DeltaConfig.for_model(model)
+        """The model's own plan, with some fields of it replaced; see :class:`DeltaConfig`.
+
+        Its share is left out unless it is named: the budget is what policies are compared at.
+        """
+        base = replace(DeltaConfig.for_model(model), budget_share=0.0)
         # The budget is checked by the constructor, whose message names it in tokens.
         room = fields.get("recent_pages", base.recent_pages)
         room += fields.get("sink_pages", base.sink_pages)
@@ -53,10 +56,16 @@ class Delta(Policy):
         lengths = np.asarray(prompts)[None] + np.arange(1.0, steps + 1)[:, None]
         return Counts(self.expected(lengths, 0), lengths, np.zeros_like(lengths))
 
+    def pages_for(self, lengths: Floats) -> Floats:
+        """Most pages that a sparse layer reads of rows of so many tokens, K(N)."""
+        held = np.ceil(lengths / self.cfg.page_size).astype(np.int64)
+        pages: Floats = np.vectorize(self.cfg.pages_for, otypes=[float])(held)
+        return pages
+
     def expected(self, lengths: Floats, prompt: int) -> Floats:
         """Full layers read n, sparse layers their pages; see :meth:`Policy.expected`."""
         del prompt
-        page, pages = self.cfg.page_size, self.cfg.budget_pages
+        page, pages = self.cfg.page_size, self.pages_for(lengths)
         held = np.ceil(lengths / page)
         missing = held * page - lengths if self.cfg.recent_pages else 0.0
         sparse = np.where(held <= pages, lengths, pages * page - missing)

@@ -13,7 +13,8 @@ from deltadecode.errors import PolicyError
 from deltadecode.lab.policies.base import Floats, Layout, View
 from deltadecode.lab.policies.delta import Delta
 from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
-from deltadecode.lab.policies.pages import choose_pages, page_sums, page_tokens
+from deltadecode.lab.policies.pages import page_mask, page_sums, page_tokens
+from deltadecode.ops import select_pages
 
 
 class DeltaVariant(MaskedPolicy):
@@ -82,9 +83,8 @@ class DeltaVariant(MaskedPolicy):
         token_scores = weights.amax(dim=1) if self.heads == "max" else weights.mean(dim=1)
         cfg = self.cfg
         page_scores = page_sums(token_scores, view, cfg.page_size)
-        return choose_pages(
-            page_scores, view, cfg.page_size, cfg.budget_pages, cfg.recent_pages, cfg.sink_pages
-        )
+        ids, _ = select_pages(page_scores, view.lengths.int(), cfg)
+        return page_mask(ids, page_scores.shape[1])
 
     def _extended(self, chosen: Tensor, view: View) -> Tensor:
         """An older choice, with the recent pages of now; the newest page has come since."""
@@ -99,7 +99,7 @@ class DeltaVariant(MaskedPolicy):
     def expected(self, lengths: Floats, prompt: int) -> Floats:
         """As DELTA at a step that chooses, else the budget; see :meth:`Policy.expected`."""
         fresh = self._exact.expected(lengths, prompt)
-        between = np.minimum(lengths, self.cfg.budget_pages * self.cfg.page_size)
+        between = np.minimum(lengths, self._exact.pages_for(lengths) * self.cfg.page_size)
         dense = sum(self.plan.role(layer) == "dense" for layer in self.layout.layers)
         dense_share = dense / len(self.layout.layers)
         between = dense_share * lengths + (1 - dense_share) * between

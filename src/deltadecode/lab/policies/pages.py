@@ -68,6 +68,14 @@ def choose_pages(
     return largest(ranked, pages) & exists
 
 
+def page_mask(page_ids: Tensor, count: int) -> Tensor:
+    """Mask [B, count] of page ids [B, any] as :func:`deltadecode.ops.select_pages` gives them."""
+    ids = page_ids.long()
+    # One place more, for the -1 of unused places.
+    mask = torch.zeros((len(ids), count + 1), dtype=torch.bool, device=ids.device)
+    return mask.scatter_(1, ids.masked_fill(ids < 0, count), True)[:, :count]
+
+
 def page_tokens(chosen: Tensor, view: View, page_size: int) -> Tensor:
     """Mask of the tokens on chosen pages; [B, ..., N] to [B, ..., slots]."""
     page = page_numbers(view, page_size)

@@ -17,6 +17,7 @@ from deltadecode.engines.transformers.full import blockwise_attention, full_atte
 from deltadecode.lab.policies.base import Scores, View
 from deltadecode.lab.policies.delta import Delta
 from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
+from deltadecode.lab.policies.pages import page_mask
 from deltadecode.ops import select_pages
 
 NAME = "deltadecode_rows"
@@ -117,6 +118,9 @@ class PolicyPass(RowsPass):
         else:
             read = read & view.exists[:, None, None]
             self.reads += read.any(dim=2).sum(dim=2).float().mean(dim=1)
+            tokens = read.flatten(0, 2).any(dim=0).nonzero()[:, 0]  # which any row reads
+            if len(tokens) < view.slots and attention.bias is None:
+                read, key, value = read[..., tokens], key[:, :, tokens], value[:, :, tokens]
             # [R, Hkv or 1, G or 1, T] to [Hkv or 1, G or 1, R, T]
             mask = additive(read.permute(1, 2, 0, 3))
         if attention.bias is not None:
@@ -135,12 +139,10 @@ class Chosen:
     def of(cls, page_ids: Tensor, page_size: int, view: View) -> Chosen:
         """Read it from page ids [R, K] as :func:`deltadecode.ops.select_pages` gives them."""
         count = -(-view.slots // page_size)
-        ids = page_ids.long()
-        ids = ids.masked_fill(ids < 0, count)
-        pages = torch.zeros((len(ids), count + 1), dtype=torch.bool, device=ids.device)
-        pages = pages.scatter_(1, ids, True)[:, :count]
+        pages = page_mask(page_ids, count)
         used = pages.any(dim=0).nonzero()[:, 0]
-        tokens = (used[:, None] * page_size + torch.arange(page_size, device=ids.device)).flatten()
+        offset = torch.arange(page_size, device=page_ids.device)
+        tokens = (used[:, None] * page_size + offset).flatten()
         tokens = tokens[tokens < view.slots]
         read = pages[:, used].repeat_interleave(page_size, dim=1)[:, : len(tokens)]
         read = read & (tokens < view.lengths[:, None])

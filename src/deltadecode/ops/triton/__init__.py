@@ -22,6 +22,7 @@ from deltadecode.ops.triton.launch import (
     attention_shape,
     finish_shape,
     hardware,
+    page_list,
     selection_shape,
 )
 
@@ -81,20 +82,21 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     rows, width = page_scores.shape
     if width and page_scores.stride(1) != 1:
         page_scores = page_scores.contiguous()
-    budget = cfg.budget_pages
-    page_ids = page_scores.new_empty((rows, budget), dtype=torch.int32)
+    most, columns = cfg.pages_for(width), cfg.table_width(width)
+    page_ids = page_scores.new_empty((rows, columns), dtype=torch.int32)
     page_counts = torch.empty_like(seq_lens)
     if rows == 0:
         return page_ids, page_counts
-    shape = selection_shape(rows, width, budget)
+    shape = selection_shape(rows, width, most)
     launches, candidates = 1, page_ids
     if shape.pieces > 1:
-        launches, candidates = 2, page_ids.new_empty((rows, shape.pieces * budget))
+        launches, candidates = 2, page_ids.new_empty((rows, shape.pieces * most))
     for last in range(launches):
         selection.select[(1 if last else shape.pieces, rows)](
             page_scores, seq_lens, page_ids, page_counts, candidates,
             page_scores.stride(0), candidates.stride(0), width, cfg.recent_pages, cfg.sink_pages,
-            last, BUDGET=budget, BUDGET_PAD=triton.next_power_of_2(budget), PAGE=cfg.page_size,
+            last, BUDGET=cfg.budget_pages, SHARE=cfg.share_num,
+            WIDTH=columns, WIDTH_PAD=triton.next_power_of_2(columns), PAGE=cfg.page_size,
             LEAST=shape.least, SIZES=shape.sizes, PIECE=shape.piece, num_warps=shape.warps,
         )  # fmt: skip
     return page_ids, page_counts
@@ -150,6 +152,7 @@ def _launch(inputs: DecodeInputs, out: Tensor, scores: Tensor) -> None:
     shape, parts = attention_shape(
         dim_pad, k_cache.element_size(), rows * kv_heads, attended, sparse, q.device
     )
+    listed, step = page_list(0 if page_ids is None else page_ids.shape[1], shape.tokens, page_size)
     # A pointer that a launch never follows is that of q.
     part = _floats(q, rows, heads, parts, dim) if parts > 1 else q
     lse = _floats(q, rows, heads, parts) if parts > 1 or scored else q
@@ -173,8 +176,7 @@ def _launch(inputs: DecodeInputs, out: Tensor, scores: Tensor) -> None:
         reach, inputs.scale * inputs.k_scale, softcap or 1.0, v_scale,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         BLOCK=block_size if table.shape[1] > 1 else _WHOLE_ROW, TILE=shape.tokens,
-        BUDGET=ids.shape[1] if sparse else 0,
-        BUDGET_PAD=triton.next_power_of_2(max(ids.shape[1], 16)) if sparse else 16,
+        WIDTH=ids.shape[1] if sparse else 0, LISTED=listed, STEP=step,
         SPARSE=sparse, SOFTCAP=softcap is not None, OPERAND=_operand(q), DIM_PAD=dim_pad,
         num_warps=shape.warps, num_stages=shape.stages, **common,
     )  # fmt: skip

@@ -14,16 +14,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _selected_blocks(table_ptr, ids_ptr, count, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-                     BUDGET: tl.constexpr, BUDGET_PAD: tl.constexpr):  # fmt: skip
-    """Selected pages [BUDGET_PAD] of a row and the blocks they lie in.
+def _selected_blocks(table_ptr, ids_ptr, count, width, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+                     LISTED: tl.constexpr):  # fmt: skip
+    """The first LISTED of a row's selected pages, and the blocks they lie in.
 
-    Both are loaded once, before the loop over tokens: two loads, one behind the other, would have
-    to come before every tile of keys, which then could not be fetched so far ahead.
+    Both are loaded before the loop over tokens: two loads, one behind the other, would have to come
+    before every tile of keys, which then could not be fetched so far ahead.
     """
-    place = tl.arange(0, BUDGET_PAD)
+    place = tl.arange(0, LISTED)
     # Does not wait for the count; what lies beyond it is no page.
-    page = tl.load(ids_ptr + place, mask=place < BUDGET, other=0)
+    page = tl.load(ids_ptr + place, mask=place < width, other=0)
     page = tl.where(place < count, page, 0)
     block = tl.load(table_ptr + page * PAGE // BLOCK, mask=place < count, other=0)
     return page, block
@@ -41,18 +41,21 @@ def _logits(scores, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _tiles(
-    q, highest, total, acc, first, last, length, n, pages, blocks, table_ptr, k_ptr, v_ptr,
+    q, highest, total, acc, first, last, length, n, pages, blocks, page_0, table_ptr, k_ptr, v_ptr,
     logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head, real, dim, in_head,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr,
-    SCORES: tl.constexpr, SOFTCAP: tl.constexpr, OPERAND: tl.constexpr, BUDGET_PAD: tl.constexpr,
+    SCORES: tl.constexpr, SOFTCAP: tl.constexpr, OPERAND: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the tokens ``first`` to ``last``, of a row or of its selected pages."""
+    """Attend to the tokens ``first`` to ``last``, of a row or of its selected pages.
+
+    ``pages`` and ``blocks`` [LISTED] are of the selected pages from the ``page_0``-th on.
+    """
     for start in range(first, last, TILE):
         index = start + tl.arange(0, TILE)
         valid = index < length
         token = index
         if SPARSE:
-            place = tl.minimum(index // PAGE, BUDGET_PAD - 1)
+            place = tl.minimum(index // PAGE - page_0, LISTED - 1)
             token = tl.gather(pages, place, 0) * PAGE + index % PAGE
             valid = valid & (token < n)
             block = tl.gather(blocks, place, 0).to(tl.int64)
@@ -92,10 +95,13 @@ def attend(
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, SCORES: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, BUDGET: tl.constexpr,
-    BUDGET_PAD: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, WIDTH: tl.constexpr,
+    LISTED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B)."""
+    """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B).
+
+    Of a row's WIDTH page ids, LISTED are kept at a time, for STEP tokens; all, where STEP is 0.
+    """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -106,9 +112,9 @@ def attend(
         count = tl.load(counts_ptr + row)
         # Fewer than no pages stands for all of them.
         length = tl.where(count < 0, n, count * PAGE)
-        pages, blocks = _selected_blocks(
-            table_ptr, ids_ptr + row * ids_row, count, PAGE, BLOCK, BUDGET, BUDGET_PAD
-        )
+        ids_ptr += row * ids_row
+        if STEP == 0:
+            pages, blocks = _selected_blocks(table_ptr, ids_ptr, count, WIDTH, PAGE, BLOCK, LISTED)
     k_ptr += kv_head.to(tl.int64) * k_head
     v_ptr += kv_head.to(tl.int64) * v_head
 
@@ -133,22 +139,37 @@ def attend(
     logits_ptr += row * HEADS * width
     if SPARSE:
         if count >= 0:
-            highest, total, acc = _tiles(
-                q, highest, total, acc, first, last, length, n, pages, blocks, table_ptr, k_ptr,
-                v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head,
-                real, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, BUDGET_PAD,
-            )  # fmt: skip
+            if STEP == 0:
+                highest, total, acc = _tiles(
+                    q, highest, total, acc, first, last, length, n, pages, blocks, 0, table_ptr,
+                    k_ptr, v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale,
+                    softcap, head, real, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
+                    OPERAND, LISTED,
+                )  # fmt: skip
+            else:
+                for start in range(first, last, STEP):
+                    page_0 = start // PAGE
+                    pages, blocks = _selected_blocks(
+                        table_ptr, ids_ptr + page_0, count - page_0, WIDTH - page_0, PAGE, BLOCK,
+                        LISTED,
+                    )  # fmt: skip
+                    highest, total, acc = _tiles(
+                        q, highest, total, acc, start, tl.minimum(start + STEP, last), length, n,
+                        pages, blocks, page_0, table_ptr, k_ptr, v_ptr, logits_ptr, k_block,
+                        k_slot, v_block, v_slot, width, scale, softcap, head, real, dim, in_head,
+                        PAGE, BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED,
+                    )  # fmt: skip
         else:
             highest, total, acc = _tiles(
-                q, highest, total, acc, first, last, length, n, 0, 0, table_ptr, k_ptr,
+                q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
                 v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head,
-                real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, BUDGET_PAD,
+                real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED,
             )  # fmt: skip
     else:
         highest, total, acc = _tiles(
-            q, highest, total, acc, first, last, length, n, 0, 0, table_ptr, k_ptr,
+            q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
             v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head,
-            real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, BUDGET_PAD,
+            real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED,
         )  # fmt: skip
 
     if SPLITS > 1 or SCORES:

@@ -36,6 +36,8 @@ _PIECES = (1024, 2048, 4096, 8192)
 # Pages for which a thread block has 8 warps. Beyond, twice as many: their code is half as long, and
 # comes from a cache that the attention before has just swept.
 _FEW_PAGES = 2048
+# Selected pages that a thread block keeps at a time, where a row can have more than so many.
+_LISTED, _WHOLE_LIST = 128, 512
 # What a split costs, as a part of a row's time: it is written, and read once more.
 _SPLIT = 0.02
 
@@ -114,6 +116,20 @@ def attention_shape(
         parts = 1 << max(1, 2 * sms // programs).bit_length() - 1
         return _by_bytes(_SPARSE_SPLIT, key_bytes), min(most, parts)
     return _quickest(_by_bytes(_FULL, key_bytes), programs, most, sms)
+
+
+def page_list(width: int, tile: int, page_size: int) -> tuple[int, int]:
+    """How a thread block reads a row's list of up to ``width`` selected pages.
+
+    Returns the pages that it keeps at a time, a power of two, and the tokens that it attends to
+    before it fetches the next ones, whole tiles; 0 where it keeps the whole list.
+    """
+    if width <= _WHOLE_LIST:
+        return triton.next_power_of_2(max(width, 16)), 0
+    listed = max(_LISTED, triton.next_power_of_2(2 * math.ceil(tile / page_size)))
+    # Where tiles begin inside of pages, the last page may be needed again.
+    whole = listed if tile % page_size == 0 else listed - 1
+    return listed, whole * page_size // tile * tile
 
 
 def _by_bytes(tiles: tuple[tuple[int, T], ...], key_bytes: int) -> T:

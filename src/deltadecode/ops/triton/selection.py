@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deltadecode.config import SHARE_DEN
+
+_SHARE_DEN = tl.constexpr(SHARE_DEN)
 _HIGHEST = tl.constexpr(0xFFFFFFFF)
 # How far below the largest key the search looks first: 1/32 and 1/2 of a power of two, and eight.
 # Powers of 4, since every further question quarters the range.
@@ -42,10 +45,8 @@ def _count(key, exists, first, second, third, BITS: tl.constexpr):
 
 
 @triton.jit
-def _narrow(
-    fields, low, first, second, third, above, reaching, BUDGET: tl.constexpr, BITS: tl.constexpr
-):
-    """Range of the BUDGET-th largest key, of the four that three numbers make of one.
+def _narrow(fields, low, first, second, third, above, reaching, budget, BITS: tl.constexpr):
+    """Range of the budget-th largest key, of the four that three numbers make of one.
 
     Returns its lower end, how many keys lie above it, how many reach it, and its number.
     """
@@ -53,8 +54,8 @@ def _narrow(
     reach_1 = (fields & mask).to(tl.int32)
     reach_2 = ((fields >> BITS) & mask).to(tl.int32)
     reach_3 = ((fields >> (2 * BITS)) & mask).to(tl.int32)
-    number = (reach_1 >= BUDGET).to(tl.int32) + (reach_2 >= BUDGET).to(tl.int32)
-    number += (reach_3 >= BUDGET).to(tl.int32)
+    number = (reach_1 >= budget).to(tl.int32) + (reach_2 >= budget).to(tl.int32)
+    number += (reach_3 >= budget).to(tl.int32)
     low = _one_of(number, low, first, second, third)
     above = _one_of(number, reach_1, reach_2, reach_3, above)
     reaching = _one_of(number, reaching, reach_1, reach_2, reach_3)
@@ -78,17 +79,17 @@ def _start(highest):
 
 
 @triton.jit
-def _first_step(number, reaching, BUDGET: tl.constexpr):
-    """Quarter of the range that the first question has found; 0 where BUDGET keys reach it."""
+def _first_step(number, reaching, budget):
+    """Quarter of the range that the first question has found; 0 where it holds the budget."""
     step = _one_of(number, 1 << 30, _FAR >> 2, _MIDDLE >> 2, _NEAR >> 2).to(tl.uint32)
-    return tl.where(reaching == BUDGET, 0, step)
+    return tl.where(reaching == budget, 0, step)
 
 
 @triton.jit
-def _ties(low, above, reaching, BUDGET: tl.constexpr):
+def _ties(low, above, reaching, budget):
     """Threshold above which every key is selected, and how many equal to it are, the first ones."""
-    whole = reaching == BUDGET  # low is above 0: more than BUDGET keys reach 0
-    return tl.where(whole, low - 1, low), tl.where(whole, 0, BUDGET - above)
+    whole = reaching == budget  # low is above 0: more keys than the budget reach 0
+    return tl.where(whole, low - 1, low), tl.where(whole, 0, budget - above)
 
 
 @triton.jit
@@ -111,12 +112,12 @@ def _place(key, exists, page, threshold, ties, above_before, equal_before, ids_p
 
 @triton.jit
 def _select_at_once(
-    scores_ptr, ids_ptr, page, exists, pages, recent_from, sinks, forced, BUDGET: tl.constexpr,
+    scores_ptr, ids_ptr, page, exists, pages, recent_from, sinks, forced, budget,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Select from ``pages`` of CHUNK ascending pages, ``forced`` of them in any case.
 
-    There are more of them than BUDGET, and no more than CHUNK: their keys stay in registers.
+    There are more of them than the budget, and no more than CHUNK: their keys stay in registers.
     """
     bits: tl.constexpr = 10 if CHUNK < 1024 else 21
     key = _keys(scores_ptr, page, exists, recent_from, sinks)
@@ -124,17 +125,17 @@ def _select_at_once(
     first, second, third = _start(tl.max(tl.where(exists & (key != _HIGHEST), key, 0), 0))
     fields = _count(key, exists, first, second, third, bits)
     low, above, reaching, number = _narrow(
-        fields, low, first, second, third, forced, pages, BUDGET, bits
+        fields, low, first, second, third, forced, pages, budget, bits
     )
-    step = _first_step(number, reaching, BUDGET)
+    step = _first_step(number, reaching, budget)
     while step > 0:
         first, second, third = low + step, low + 2 * step, low + 3 * step
         fields = _count(key, exists, first, second, third, bits)
         low, above, reaching, number = _narrow(
-            fields, low, first, second, third, above, reaching, BUDGET, bits
+            fields, low, first, second, third, above, reaching, budget, bits
         )
-        step = tl.where(reaching == BUDGET, 0, step >> 2)
-    threshold, ties = _ties(low, above, reaching, BUDGET)
+        step = tl.where(reaching == budget, 0, step >> 2)
+    threshold, ties = _ties(low, above, reaching, budget)
     _place(key, exists, page, threshold, ties, 0, 0, ids_ptr)
 
 
@@ -154,7 +155,7 @@ def _count_chunks(
 
 @triton.jit
 def _select_by_chunks(
-    scores_ptr, ids_ptr, pages, recent, sinks, BUDGET: tl.constexpr, CHUNK: tl.constexpr
+    scores_ptr, ids_ptr, pages, recent, sinks, budget, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Select from a row of any length, which is read again for every question."""
     recent_from = pages - recent
@@ -169,17 +170,17 @@ def _select_by_chunks(
     first, second, third = _start(highest)
     fields = _count_chunks(scores_ptr, pages, recent_from, sinks, first, second, third, CHUNK)
     low, above, reaching, number = _narrow(
-        fields, low, first, second, third, recent + sinks, pages, BUDGET, 21
+        fields, low, first, second, third, recent + sinks, pages, budget, 21
     )
-    step = _first_step(number, reaching, BUDGET)
+    step = _first_step(number, reaching, budget)
     while step > 0:
         first, second, third = low + step, low + 2 * step, low + 3 * step
         fields = _count_chunks(scores_ptr, pages, recent_from, sinks, first, second, third, CHUNK)
         low, above, reaching, number = _narrow(
-            fields, low, first, second, third, above, reaching, BUDGET, 21
+            fields, low, first, second, third, above, reaching, budget, 21
         )
-        step = tl.where(reaching == BUDGET, 0, step >> 2)
-    threshold, ties = _ties(low, above, reaching, BUDGET)
+        step = tl.where(reaching == budget, 0, step >> 2)
+    threshold, ties = _ties(low, above, reaching, budget)
     above_before = tl.zeros([], tl.int32)
     equal_before = tl.zeros([], tl.int32)
     for start in range(0, pages, CHUNK):
@@ -193,19 +194,19 @@ def _select_by_chunks(
 
 @triton.jit
 def _select_row(
-    scores_ptr, ids_ptr, pages, recent, sinks, BUDGET: tl.constexpr, BUDGET_PAD: tl.constexpr,
-    LEAST: tl.constexpr, SIZES: tl.constexpr,
+    scores_ptr, ids_ptr, pages, recent, sinks, budget, WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, LEAST: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
     """Select from a whole row.
 
     Rows of up to LEAST pages, twice as many, and so on for SIZES sizes have code of their own: what
     a short row costs does not hang on how long a row may become.
     """
-    if pages <= BUDGET:
-        slot = tl.arange(0, BUDGET_PAD)
-        tl.store(ids_ptr + slot, tl.where(slot < pages, slot, -1), mask=slot < BUDGET)
+    if pages <= budget:
+        slot = tl.arange(0, WIDTH_PAD)
+        tl.store(ids_ptr + slot, tl.where(slot < pages, slot, -1), mask=slot < WIDTH)
     elif pages > LEAST << (SIZES - 1):
-        _select_by_chunks(scores_ptr, ids_ptr, pages, recent, sinks, BUDGET, LEAST << (SIZES - 1))
+        _select_by_chunks(scores_ptr, ids_ptr, pages, recent, sinks, budget, LEAST << (SIZES - 1))
     else:
         for size in tl.static_range(SIZES):
             fits = pages <= LEAST << size
@@ -215,18 +216,18 @@ def _select_row(
                 page = tl.arange(0, LEAST << size)
                 _select_at_once(
                     scores_ptr, ids_ptr, page, page < pages, pages, pages - recent, sinks,
-                    recent + sinks, BUDGET, LEAST << size,
+                    recent + sinks, budget, LEAST << size,
                 )  # fmt: skip
 
 
 @triton.jit
 def _select_piece(
-    scores_ptr, ids_ptr, candidates_ptr, piece, pages, recent, sinks, last, BUDGET: tl.constexpr,
-    BUDGET_PAD: tl.constexpr, PIECE: tl.constexpr,
+    scores_ptr, ids_ptr, candidates_ptr, piece, pages, recent, sinks, last, budget,
+    WIDTH_PAD: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Select from PIECE pages of a row; with ``last``, from the candidates of all pieces.
 
-    A page that is not among the BUDGET best of its piece is not among those of its row, and what
+    A page that is not among the budget's best of its piece is not among those of its row, and what
     the pieces select, one behind the other, ascends. One code for both: when the second launch
     needs it, it has just been fetched.
     """
@@ -235,7 +236,7 @@ def _select_piece(
     start = piece * PIECE
     end = tl.minimum(start + PIECE, pages)
     if last:
-        count = pages // PIECE * BUDGET + tl.minimum(pages % PIECE, BUDGET)
+        count = pages // PIECE * budget + tl.minimum(pages % PIECE, budget)
         page = tl.load(candidates_ptr + place, mask=place < count, other=0)
         forced = recent + sinks
     else:
@@ -243,15 +244,15 @@ def _select_piece(
         page = start + place
         forced = tl.maximum(0, end - tl.maximum(start, recent_from))
         forced += tl.maximum(0, tl.minimum(sinks, end) - start)
-        ids_ptr = candidates_ptr + piece * BUDGET
-    if count > BUDGET:
+        ids_ptr = candidates_ptr + piece * budget
+    if count > budget:
         _select_at_once(
-            scores_ptr, ids_ptr, page, place < count, count, recent_from, sinks, forced, BUDGET,
+            scores_ptr, ids_ptr, page, place < count, count, recent_from, sinks, forced, budget,
             PIECE,
         )  # fmt: skip
     else:
-        # The end of a row. Never the last launch: it has more than BUDGET to select from.
-        slot = tl.arange(0, BUDGET_PAD)
+        # The end of a row. Never the last launch: it has more than the budget to select from.
+        slot = tl.arange(0, WIDTH_PAD)
         tl.store(ids_ptr + slot, start + slot, mask=slot < count)
 
 
@@ -259,15 +260,22 @@ def _select_piece(
 def select(
     scores_ptr, lens_ptr, ids_ptr, counts_ptr, candidates_ptr, scores_row, candidates_row, width,
     recent, sinks, last,
-    BUDGET: tl.constexpr, BUDGET_PAD: tl.constexpr, PAGE: tl.constexpr, LEAST: tl.constexpr,
-    SIZES: tl.constexpr, PIECE: tl.constexpr,
+    BUDGET: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    PAGE: tl.constexpr, LEAST: tl.constexpr, SIZES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Select the pages of a row (R3, R4); grid (pieces, B), and (1, B) with ``last``."""
+    """Select the pages of a row (R3, R4); grid (pieces, B), and (1, B) with ``last``.
+
+    A row has WIDTH places for them; without a SHARE these are BUDGET, which is what it selects.
+    """
     piece = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     scores_ptr += row * scores_row
-    ids_ptr += row * BUDGET
+    ids_ptr += row * WIDTH
     pages = tl.minimum(tl.cdiv(tl.load(lens_ptr + row), PAGE), width)
+    budget = BUDGET
+    if SHARE > 0:
+        share = tl.cdiv(pages.to(tl.int64) * SHARE, _SHARE_DEN).to(tl.int32)
+        budget = tl.maximum(share, BUDGET)
     in_pieces = False
     if PIECE > 0:
         in_pieces = pages > LEAST << (SIZES - 1)
@@ -275,9 +283,16 @@ def select(
         if PIECE > 0:
             _select_piece(
                 scores_ptr, ids_ptr, candidates_ptr + row * candidates_row, piece, pages, recent,
-                sinks, last, BUDGET, BUDGET_PAD, PIECE,
+                sinks, last, budget, WIDTH_PAD, PIECE,
             )  # fmt: skip
     elif (piece == 0) & (last == 0):
-        _select_row(scores_ptr, ids_ptr, pages, recent, sinks, BUDGET, BUDGET_PAD, LEAST, SIZES)
+        _select_row(
+            scores_ptr, ids_ptr, pages, recent, sinks, budget, WIDTH, WIDTH_PAD, LEAST, SIZES
+        )
     if (piece == 0) & (last == 0):
-        tl.store(counts_ptr + row, tl.minimum(pages, BUDGET))
+        tl.store(counts_ptr + row, tl.minimum(pages, budget))
+        if SHARE > 0:
+            # Behind what the row selects; nobody else writes there.
+            slot = tl.arange(0, WIDTH_PAD)
+            unused = (slot >= tl.minimum(pages, budget)) & (slot < WIDTH)
+            tl.store(ids_ptr + slot, -1, mask=unused)
