@@ -121,21 +121,21 @@ def test_a_real_text_goes_on_by_itself(run, model, tmp_path):
 
 def test_a_short_text_lowers_the_budget_and_says_so(run, model, tmp_path):
     code, out, err = run(model, *TASK, *QUICK, "--page-size", 4, "-o", tmp_path / "r", "--json")
-    assert code == 0 and "short for the plan's budget of 64 pages" in err
+    assert code == 0 and "short for the plan's budget of 96 pages" in err
     assert f"budget of {json.loads(out)['plan']['budget_pages']}" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a"], "needs 8 pages of 16 tokens by half of its new tokens, got 1 tokens"),
+        (["--prompt", "a"], "needs 8 pages of 8 tokens by half of its new tokens, got 1 tokens"),
         (["--prompt", " "], "the prompt must not be empty, got ' '"),
         (["--prompt", "a", "--task", "chain"], "give one of --prompt, --prompt-file and --task"),
         (["--prompt-file", "no/such"], "cannot read prompt file 'no/such'"),
         (["--task", "chian"], "unknown task 'chian'; there are chain"),
         (["--task", "text:stdlib-docs:context=600:tokens=9"], "longer than the model's 512"),
         ([*TASK, "--epsilon", "1.5"], "--epsilon must be between 0 and 1, got 1.5"),
-        ([*TASK, "--budget-pages", "90"], "must be less than the 10 pages of the text, got 90"),
+        ([*TASK, "--budget-pages", "90"], "must be less than the 20 pages of the text, got 90"),
         ([*TASK, "--delta-layers", "9"], "delta_layers must be in 0..5 for a model of 6 layers"),
         ([*TASK, "--tag", "a/b"], "tag must be letters"),
         (["--task", "chain:steps=90:distractors=30"], "must not be longer than the model's 512"),

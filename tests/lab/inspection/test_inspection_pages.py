@@ -169,7 +169,7 @@ def test_a_budget_that_covers_the_text_is_refused():
 
 
 def test_a_short_text_gets_a_budget_that_leaves_something_to_select():
-    plan = DeltaConfig(page_size=16, budget_pages=64, recent_pages=8)
+    plan = DeltaConfig(page_size=16, budget_pages=64, recent_pages=8, sink_pages=0)
     assert fit_config(plan, 1000, 200) == plan
     fitted = fit_config(plan, 200, 112)  # 16 pages by half of its new tokens
     assert (fitted.budget_pages, fitted.recent_pages, fitted.sink_pages) == (4, 2, 0)
