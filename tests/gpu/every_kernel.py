@@ -21,12 +21,15 @@ def main():
             out, scores = case.run(return_page_scores=True)
             ids, counts = ops.select_pages(scores, case.arguments[4], cfg, backend="triton")
             sparse = case.run(page_ids=ids, page_counts=counts)
-            assert all(t.isfinite().all() for t in (out, scores, sparse, case.run()))
+            ids = torch.nn.functional.pad(ids, (0, 1024 - ids.shape[1]), value=-1)
+            parts = case.run(page_ids=ids, page_counts=counts)
+            assert all(t.isfinite().all() for t in (out, scores, sparse, parts, case.run()))
     # Rows in pieces, and rows that one thread block reads in turns.
     scores = torch.rand(3, 9000, device="cuda")
     lens = torch.tensor([144000, 79000, 16400], dtype=torch.int32, device="cuda")
-    for budget in (12, 4200):
-        ops.select_pages(scores, lens, DeltaConfig(budget_pages=budget), backend="triton")
+    for budget, share in ((12, 0.0), (4200, 0.0), (12, 0.01), (12, 0.3)):
+        cfg = DeltaConfig(budget_pages=budget, budget_share=share)
+        ops.select_pages(scores, lens, cfg, backend="triton")
     torch.cuda.synchronize()
 
 

@@ -28,6 +28,16 @@ def check(case, dtype):
     same = ops.select_pages(scores, case.arguments[4], cfg, backend="reference")
     assert torch.equal(ids, same[0]) and torch.equal(counts, same[1])
     counts[1::4] = -1  # every page
+    _check_sparse(case, dtype, ids, counts)
+    # A share of the long rows, K pages of the short ones; lists of more than 512 pages in parts.
+    cfg = DeltaConfig(page_size=case.page_size, budget_pages=9, budget_share=0.4)
+    ids, counts = ops.select_pages(scores, case.arguments[4], cfg, backend="triton")
+    same = ops.select_pages(scores, case.arguments[4], cfg, backend="reference")
+    assert torch.equal(ids, same[0]) and torch.equal(counts, same[1])
+    _check_sparse(case, dtype, ids, counts)
+
+
+def _check_sparse(case, dtype, ids, counts):
     poison_allocator()
     sparse = case.run(page_ids=ids, page_counts=counts)
     assert error(sparse, case.exact(page_ids=ids, page_counts=counts)) < TOLERANCE[dtype]
@@ -104,16 +114,20 @@ def test_selection_is_exact(pages):
     scores[5, 7] = math.inf
     lens = torch.randint(1, pages * 16, (16,), dtype=torch.int32, device="cuda")
     lens[:6] = pages * 16
-    for cfg in (DeltaConfig(), DeltaConfig(sink_pages=1), DeltaConfig(budget_pages=9)):
+    plans = [{}, {"sink_pages": 1}, {"budget_pages": 9}]
+    plans += [{"budget_share": share} for share in (0.01, 0.1, 0.6)]
+    for cfg in (DeltaConfig(**plan) for plan in plans):
         got = ops.select_pages(scores, lens, cfg, backend="triton")
         want = ops.select_pages(scores, lens, cfg, backend="reference")
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-def test_a_cuda_graph_follows_lengths_and_pages():
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("longest", [5000, 40000])
+def test_a_cuda_graph_follows_lengths_and_pages(longest, share):
     """One capture, replayed across the budget: nothing of a step is frozen into it."""
-    case = make_gpu_case([5000, 5000])
-    cfg = DeltaConfig()
+    case = make_gpu_case([longest, longest])
+    cfg = DeltaConfig(budget_share=share)
     lens = case.arguments[4]
 
     def step():
@@ -125,7 +139,7 @@ def test_a_cuda_graph_follows_lengths_and_pages():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for lengths in ([1, 1024], [1025, 5000], [4999, 17]):
+    for lengths in ([1, 1024], [1025, longest], [longest - 1, 17], [2561, 2560]):
         lens.copy_(torch.tensor(lengths, dtype=torch.int32))
         graph.replay()
         again = [tensor.clone() for tensor in captured]

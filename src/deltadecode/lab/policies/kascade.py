@@ -62,7 +62,7 @@ class Kascade(MaskedPolicy):
             places = places_of(self.name, layout, layers, [])
             self.fit = KascadeFit(tuple(sorted({0, *places})), (same,) * depth)
         self._chosen: Tensor | None = None
-        self._development: Development | None = None
+        self.development: Development | None = None
 
     @contextmanager
     def decoding(self, model: Any) -> Iterator[None]:
@@ -71,18 +71,18 @@ class Kascade(MaskedPolicy):
             with super().decoding(model):
                 yield
             return
-        self._development = Development(model, self.layout.layers, self.budget)
-        with super().decoding(model), self._development.watching():
+        self.development = Development(model, self.layout.layers, self.budget)
+        with super().decoding(model), self.development.watching():
             yield
 
     def prefill(self, layer: int, query: Tensor, key: Tensor, scores: Scores, view: View) -> None:
         """Fit anchors and head map, if there are none."""
-        if self.fit is not None or self._development is None:
+        if self.fit is not None or self.development is None:
             return
         start = int(view.start[0])
-        self._development.see(layer, query[:1, :, start:], key[:1, :, start:], scores)
+        self.development.see(layer, query[:1, :, start:], key[:1, :, start:], scores)
         if layer == len(self.layout.layers) - 1:
-            self.fit = self._development.fit(self.count)
+            self.fit = self.development.fit(self.count)
 
     def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor | None:
         """Choose at an anchor, else reuse."""

@@ -38,6 +38,8 @@ _WHOLE_ROW = 1 << 30
 # Logits of a Δ-layer that may exist at a time. Engines capture batches of hundreds of rows, each as
 # long as the model allows: those go some rows at a time.
 _LOGITS_BYTES = 2**29
+# Page ids that the selection writes at a time, where it need not rank them; pieces select no more.
+_FILL = 4096
 
 
 def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
@@ -96,7 +98,7 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
             page_scores, seq_lens, page_ids, page_counts, candidates,
             page_scores.stride(0), candidates.stride(0), width, cfg.recent_pages, cfg.sink_pages,
             last, BUDGET=cfg.budget_pages, SHARE=cfg.share_num,
-            WIDTH=columns, WIDTH_PAD=triton.next_power_of_2(columns), PAGE=cfg.page_size,
+            WIDTH=columns, FILL=min(triton.next_power_of_2(columns), _FILL), PAGE=cfg.page_size,
             LEAST=shape.least, SIZES=shape.sizes, PIECE=shape.piece, num_warps=shape.warps,
         )  # fmt: skip
     return page_ids, page_counts

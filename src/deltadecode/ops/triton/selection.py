@@ -195,7 +195,7 @@ def _select_by_chunks(
 @triton.jit
 def _select_row(
     scores_ptr, ids_ptr, pages, recent, sinks, budget, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, LEAST: tl.constexpr, SIZES: tl.constexpr,
+    FILL: tl.constexpr, LEAST: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
     """Select from a whole row.
 
@@ -203,8 +203,9 @@ def _select_row(
     a short row costs does not hang on how long a row may become.
     """
     if pages <= budget:
-        slot = tl.arange(0, WIDTH_PAD)
-        tl.store(ids_ptr + slot, tl.where(slot < pages, slot, -1), mask=slot < WIDTH)
+        for start in range(0, WIDTH, FILL):
+            slot = start + tl.arange(0, FILL)
+            tl.store(ids_ptr + slot, tl.where(slot < pages, slot, -1), mask=slot < WIDTH)
     elif pages > LEAST << (SIZES - 1):
         _select_by_chunks(scores_ptr, ids_ptr, pages, recent, sinks, budget, LEAST << (SIZES - 1))
     else:
@@ -223,7 +224,7 @@ def _select_row(
 @triton.jit
 def _select_piece(
     scores_ptr, ids_ptr, candidates_ptr, piece, pages, recent, sinks, last, budget,
-    WIDTH_PAD: tl.constexpr, PIECE: tl.constexpr,
+    FILL: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Select from PIECE pages of a row; with ``last``, from the candidates of all pieces.
 
@@ -252,7 +253,7 @@ def _select_piece(
         )  # fmt: skip
     else:
         # The end of a row. Never the last launch: it has more than the budget to select from.
-        slot = tl.arange(0, WIDTH_PAD)
+        slot = tl.arange(0, FILL)
         tl.store(ids_ptr + slot, start + slot, mask=slot < count)
 
 
@@ -260,7 +261,7 @@ def _select_piece(
 def select(
     scores_ptr, lens_ptr, ids_ptr, counts_ptr, candidates_ptr, scores_row, candidates_row, width,
     recent, sinks, last,
-    BUDGET: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    BUDGET: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, FILL: tl.constexpr,
     PAGE: tl.constexpr, LEAST: tl.constexpr, SIZES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Select the pages of a row (R3, R4); grid (pieces, B), and (1, B) with ``last``.
@@ -283,16 +284,14 @@ def select(
         if PIECE > 0:
             _select_piece(
                 scores_ptr, ids_ptr, candidates_ptr + row * candidates_row, piece, pages, recent,
-                sinks, last, budget, WIDTH_PAD, PIECE,
+                sinks, last, budget, FILL, PIECE,
             )  # fmt: skip
     elif (piece == 0) & (last == 0):
-        _select_row(
-            scores_ptr, ids_ptr, pages, recent, sinks, budget, WIDTH, WIDTH_PAD, LEAST, SIZES
-        )
+        _select_row(scores_ptr, ids_ptr, pages, recent, sinks, budget, WIDTH, FILL, LEAST, SIZES)
     if (piece == 0) & (last == 0):
         tl.store(counts_ptr + row, tl.minimum(pages, budget))
         if SHARE > 0:
             # Behind what the row selects; nobody else writes there.
-            slot = tl.arange(0, WIDTH_PAD)
-            unused = (slot >= tl.minimum(pages, budget)) & (slot < WIDTH)
-            tl.store(ids_ptr + slot, -1, mask=unused)
+            for start in range(0, WIDTH, FILL):
+                slot = start + tl.arange(0, FILL)
+                tl.store(ids_ptr + slot, -1, mask=(slot >= budget) & (slot < WIDTH))
