@@ -192,7 +192,7 @@ def test_treatments_take_the_first_pages_and_a_control():
     heads[1, 2] = True
     more = treatments(layout, cfg, cfg.layer_plan(3), 80, heads)
     assert len(more) == len(tried) + len(FACTORS)
-    tight = DeltaConfig(page_size=4, budget_pages=3, recent_pages=2, dense_layers=(),
+    tight = DeltaConfig(page_size=4, budget_pages=3, recent_pages=2, sink_pages=0, dense_layers=(),
                         delta_layers=(0,))  # fmt: skip
     forced = treatments(layout, tight, tight.layer_plan(3), 80, heads)
     assert [each.tags["sink_pages"] for each in forced if each.group == "sink_pages"] == [0]
