@@ -189,7 +189,8 @@ def _record(folder: Path) -> None:
 def _is_intact(folder: Path) -> bool:
     try:
         recorded = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        return all(_sha256(folder / name) == found for name, found in recorded.items())
+        sums = recorded.items()
+        return bool(sums) and all(_sha256(folder / name) == found for name, found in sums)
     except (OSError, ValueError, AttributeError):
         return False
 
