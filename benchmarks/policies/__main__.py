@@ -76,18 +76,20 @@ def policies(
             make_plan,
             resolve_model,
         )
+        from deltadecode.cli.output import note
 
         folder, where = resolve_model(model), find_device(device)
+        given = None if plan is None else make_plan(load_config(folder), plan, {})
         comparison = Comparison(
             lambda dtype: load_model(folder, dtype, where), load_tokenizer(folder), samples,
             dtype=dtype or ("float32" if where.type == "cpu" else "bfloat16"), budget=budget,
-            plan=plan and make_plan(load_config(folder), plan, {}), samples=problems, pieces=pieces,
-            batch=batch, chat=chat, wanted=policy or (), shard=numbers, contexts=contexts,
-            tasks=tasks, deadline=None if minutes is None else start + 60 * minutes,
+            plan=given, samples=problems, pieces=pieces, batch=batch, chat=chat,
+            wanted=policy or (), shard=numbers, contexts=contexts, tasks=tasks,
+            deadline=None if minutes is None else start + 60 * minutes,
         )  # fmt: skip
         with cli.progress() as show:
             done = comparison.run(show)
-        cli.output.note("all done" if done else "time is over; the same command goes on")
+        note("all done" if done else "time is over; the same command goes on")
         return
     command = cli.command_line("policies", model=model, budget=budget, problems=problems,
                                pieces=pieces, chat=chat)  # fmt: skip

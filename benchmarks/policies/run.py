@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Comparison:
         work = list(self._work())
         try:
             for number, (context, task) in enumerate(work):
-                self._run_task(task, context, lambda text, n=number: say(text, n / len(work)))
+                self._run_task(task, context, partial(_say_at, say, number / len(work)))
         except OutOfTime:
             return False
         return True
@@ -119,3 +119,7 @@ class Comparison:
             say(f"{task} at {context:,}: {label}")
 
         evaluation.run(cells, self.folder, told)
+
+
+def _say_at(say: Say, share: float, text: str) -> None:
+    say(text, share)
