@@ -254,10 +254,10 @@ def _table(result: dict[str, Any]) -> Table:
         )  # fmt: skip
     for name, plan in result["plans"].items():
         low, high = plan["kl_interval"]
-        fit, layers = plan["kl"]["fit"], (plan["dense_layers"], plan["delta_layers"])
+        fit, kinds = plan["kl"]["fit"], (plan["dense_layers"], plan["delta_layers"])
         table.add_row(
             name,
-            " | ".join(" ".join(map(str, some)) or "–" for some in layers),
+            " | ".join(" ".join(map(str, some)) or "–" for some in kinds),
             f"{plan['budget_pages']} {plan['recent_pages']} {plan['sink_pages']}",
             f"{plan['attended_fraction']:.1%}",
             "–" if fit is None else f"{fit:.3g}",

@@ -18,6 +18,7 @@ STARTS = 3  # plans that exchanges begin at
 _MEASURED_STARTS = 8
 _HEADS = 8  # texts whose first rows rank plans before exchanges
 _GAIN = 0.005  # of the KL, that an exchange must bring: less is the texts' chance
+_ROUNDING = 1e-6  # nats; what float32 makes of no difference
 
 
 def search(
@@ -109,7 +110,7 @@ def beats(losses: Losses, new: DeltaConfig, old: DeltaConfig, texts: Sequence[in
         if values.mean() > values.std() / np.sqrt(len(values)):
             return False
     gain = -np.mean([part.mean() for part in parts])
-    return bool(gain > _GAIN * losses.kl(old, texts))
+    return bool(gain > _GAIN * losses.kl(old, texts) + _ROUNDING)
 
 
 def _without(full: Places, place: int) -> Places:

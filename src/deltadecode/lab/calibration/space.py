@@ -233,4 +233,5 @@ def _moved(full: Places, old: int, new: int) -> Places:
 
 def _steady(base: DeltaConfig) -> DeltaConfig:
     """Without a budget that grows: K is what is chosen."""
-    return replace(base, budget_share=0.0) if hasattr(base, "budget_share") else base
+    fields: dict[str, Any] = {"budget_share": 0.0} if hasattr(base, "budget_share") else {}
+    return replace(base, **fields)
