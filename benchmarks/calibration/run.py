@@ -136,7 +136,9 @@ def _measured(
                 progress(name, done / total, taken / done * (total - done))
     return {
         name: {
-            plan: Measured(*(torch.cat(one).double().cpu().numpy() for one in zip(*some)))
+            plan: Measured(
+                *(torch.cat(one).double().cpu().numpy() for one in zip(*some, strict=True))
+            )
             for plan, some in by_plan.items()
         }
         for name, by_plan in parts.items()

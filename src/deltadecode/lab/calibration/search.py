@@ -18,7 +18,7 @@ STARTS = 3  # plans that exchanges begin at
 _MEASURED_STARTS = 8
 _HEADS = 8  # texts whose first rows rank plans before exchanges
 _GAIN = 0.005  # of the KL, that an exchange must bring: less is the texts' chance
-_ROUNDING = 1e-6  # nats; what float32 makes of no difference
+_ROUNDING = 1e-8  # nats; what float32 makes of no difference
 
 
 def search(
