@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_delta_over_full_attention(model):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_it_is_never_behind_the_default_on_held_out_texts(monkeypatch, seed):
-    """Held-out texts that turn the searched ones upside down: the default must be returned."""
+    """Held-out texts on which every other plan is a little behind: the default must be returned."""
     found = space()
     losses = MadeLosses(found)
     by_rule = losses._measured
@@ -90,7 +90,7 @@ def test_it_is_never_behind_the_default_on_held_out_texts(monkeypatch, seed):
     def turned(cfg, text):
         rows = by_rule(cfg, text)
         if text % 3 == 2 and cfg != default:
-            rows = type(rows)(rows.kl + 1.0 + seed, rows.lost, rows.same)
+            rows = type(rows)(by_rule(default, text).kl + 1e-4, rows.lost, rows.same)
         return rows
 
     losses._measured = turned
