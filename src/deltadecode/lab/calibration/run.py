@@ -175,7 +175,7 @@ def _judge(calibration: Calibration) -> None:
     judged: dict[str, DeltaConfig] = {}
     try:
         for name, cfg in calibration.plans.items():
-            losses.progress(f"judging {name}")
+            losses.say(f"judging {name}")
             losses.kl(cfg, held_out)
             judged[name] = cfg
             if len(judged) > 1:

@@ -65,7 +65,7 @@ def eliminate(losses: Losses, space: Space, texts: Sequence[int]) -> dict[int, P
     cost = dict.fromkeys(full[space.first + 1 :], 0.0)
     found: dict[int, Places] = {}
     while len(full) > min(space.counts):
-        losses.progress(f"{len(full)} full layers")
+        losses.say(f"{len(full)} full layers")
         checked: set[int] = set()
         while (place := min(cost, key=lambda place: cost[place])) not in checked:
             cost[place] = kl(_without(full, place)) - now
@@ -83,7 +83,7 @@ def exchange(
     """Take the first exchange that helps, again and again; small ones before large ones."""
     improved = True
     while improved:
-        losses.progress(f"KL {losses.kl(best, texts):.4f}")
+        losses.say(f"KL {losses.kl(best, texts):.4f}")
         improved = False
         for kind in (space.near, space.far):
             others = list(dict.fromkeys(kind(best)))
