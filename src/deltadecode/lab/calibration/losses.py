@@ -78,12 +78,16 @@ class Losses:
         """A plan on one text."""
         key = cfg, text
         if key not in self._known:
-            if time.monotonic() > self.until - self.reserve():
+            if self.left() < 0:
                 raise OutOfTime
             self._known[key] = rows = self._measured(cfg, text)
             if self._state is not None:
                 self._state.add(cfg, text, rows)
         return self._known[key]
+
+    def left(self) -> float:
+        """Seconds until :class:`OutOfTime`."""
+        return self.until - self.reserve() - time.monotonic()
 
     def heads(self, texts: Sequence[int]) -> list[int]:
         """Texts of the first :data:`HEAD_ROWS` rows of some, which take less time."""

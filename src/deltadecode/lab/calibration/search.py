@@ -33,7 +33,9 @@ def search(
     default = space.default()
     begin = [*([] if default is None else [default]), *space.spreads()]
     try:
-        places = list(known) or list(eliminate(losses, space, few).values())
+        for cfg in begin:
+            losses.kl(cfg, few)
+        places = list(known) or _eliminated(losses, space, few)
         solved = (space.solved(full, space.base.recent_pages, _sink(space)) for full in places)
         begin += [cfg for cfg in solved if cfg is not None]
         starts = sorted(dict.fromkeys(begin), key=lambda cfg: losses.kl(cfg, few))
@@ -45,12 +47,25 @@ def search(
         return
 
 
+def _eliminated(losses: Losses, space: Space, texts: Sequence[int]) -> list[Places]:
+    """What elimination leaves in half of the time that is left; nothing if that is too short."""
+    until = losses.until
+    losses.until -= losses.left() / 2
+    try:
+        return list(eliminate(losses, space, texts).values())
+    except OutOfTime:
+        return []
+    finally:
+        losses.until = until
+
+
 def eliminate(losses: Losses, space: Space, texts: Sequence[int]) -> dict[int, Places]:
     """Full layers by how many are left, when the one that costs least leaves each time.
 
     It begins with every layer full. What the leaving of a layer cost before is taken as a bound of
-    what it costs now, so that few are measured anew (lazy greedy). Only numbers of full layers that
-    the space has are returned. K is that of the middle number.
+    what it costs now, so that few are measured anew (lazy greedy). When time is over, what is known
+    decides, if every layer was measured once. Only numbers of full layers that the space has are
+    returned. K is that of the middle number.
     """
     recent, sink = space.base.recent_pages, _sink(space)
     middle = space.counts[len(space.counts) // 2 :] + space.counts[::-1]
@@ -62,14 +77,18 @@ def eliminate(losses: Losses, space: Space, texts: Sequence[int]) -> dict[int, P
         return losses.kl(space.plan(full, recent, sink, pages), texts)
 
     full, now = tuple(range(space.layers)), 0.0
-    cost = dict.fromkeys(full[space.first + 1 :], 0.0)
+    cost = dict.fromkeys(full[space.first + 1 :], -1.0)
     found: dict[int, Places] = {}
     while len(full) > min(space.counts):
         losses.say(f"{len(full)} full layers")
         checked: set[int] = set()
-        while (place := min(cost, key=lambda place: cost[place])) not in checked:
-            cost[place] = kl(_without(full, place)) - now
-            checked.add(place)
+        try:
+            while (place := min(cost, key=lambda place: cost[place])) not in checked:
+                cost[place] = kl(_without(full, place)) - now
+                checked.add(place)
+        except OutOfTime:
+            if min(cost.values()) == -1.0:
+                raise
         full, now = _without(full, place), now + cost.pop(place)
         if len(full) in space.counts:
             found[len(full)] = full
