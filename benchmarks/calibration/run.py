@@ -28,7 +28,7 @@ from deltadecode.lab.tasks.text import SOURCES, Text
 
 Progress = Callable[..., None]
 # A plan for a model of 30 layers that needs no measurement, only a look at others' plans.
-GUESSED = {
+GUESSED: dict[str, Any] = {
     "page_size": 16, "budget_pages": 32, "recent_pages": 8, "sink_pages": 1,
     "dense_layers": (0, 1), "delta_layers": (2, 7, 12, 17, 23),
 }  # fmt: skip
@@ -119,7 +119,7 @@ def _measured(
     progress: Progress,
 ) -> dict[str, dict[str, Measured]]:  # fmt: skip
     """By text and plan."""
-    size = {"context": task.context, "tokens": task.rows}
+    size: dict[str, Any] = {"context": task.context, "tokens": task.rows}
     texts = {name: Text(source=name, **size) for name in SOURCES}
     texts.update({path.stem: Text(file=str(path), **size) for path in task.texts})
     start = time.monotonic()

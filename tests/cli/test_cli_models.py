@@ -12,7 +12,7 @@ TASK = ["--task", "chain:steps=1:distractors=1", "--device", "cpu"]
 COMMANDS = [
     ["info", "NAME"],
     ["generate", "NAME", "Facts bada", "--max-new-tokens", "1"],
-    ["calibrate", "NAME", *TASK, "--samples", "2", "--delta-layers", "2", "--new-tokens", "4",
+    ["calibrate", "NAME", *TASK, "--samples", "2", "--delta-layers", "2", "--rows", "4",
      "--page-size", "2", "--budget-pages", "6", "--recent-pages", "2"],
     ["eval", "NAME", *TASK, "--samples", "1", "--policies", "full"],
     ["inspect", "NAME", *TASK, "--max-new-tokens", "30", "--loss-tokens", "0", "--page-size",

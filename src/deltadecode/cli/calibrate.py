@@ -27,6 +27,8 @@ from deltadecode.cli.output import (
 
 _CONTEXT = 6000
 _LONG_TEXTS, _SAMPLES = 6, 16
+# One wrong digit in a thousand spoils a chain, so that the rare rows must be seen.
+_ROWS, _OWN_ROWS = 128, 512
 
 
 def calibrate(
@@ -61,8 +63,13 @@ def calibrate(
         ),
     ] = None,
     rows: Annotated[
-        int, typer.Option(min=1, help="Decode steps that are measured in each text.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Decode steps that are measured in each text; default: {_ROWS}, of the embedded "
+            f"model's own task {_OWN_ROWS}.",
+        ),
+    ] = None,
     attended_fraction: Annotated[
         float | None,
         typer.Option(
@@ -117,8 +124,8 @@ def calibrate(
     fields = options.plan_fields(page_size, budget_pages, recent_pages, sink_pages)
     request = _request(config, fields, dense_layers, delta_layers, attended_fraction, kl)
     if data is None and task is None and model == options.EMBEDDED:
-        task = "chain"
-    source = _source(config, data, task, samples, context, rows, chat)
+        task, rows = "chain", rows or _OWN_ROWS
+    source = _source(config, data, task, samples, context, rows or _ROWS, chat)
     tokenizer = loading.load_tokenizer(folder)
     loaded = loading.load_model(folder, dtype, loading.find_device(device))
 
@@ -254,10 +261,10 @@ def _table(result: dict[str, Any]) -> Table:
         )  # fmt: skip
     for name, plan in result["plans"].items():
         low, high = plan["kl_interval"]
-        fit, layers = plan["kl"]["fit"], (plan["dense_layers"], plan["delta_layers"])
+        fit, kinds = plan["kl"]["fit"], (plan["dense_layers"], plan["delta_layers"])
         table.add_row(
             name,
-            " | ".join(" ".join(map(str, some)) or "–" for some in layers),
+            " | ".join(" ".join(map(str, some)) or "–" for some in kinds),
             f"{plan['budget_pages']} {plan['recent_pages']} {plan['sink_pages']}",
             f"{plan['attended_fraction']:.1%}",
             "–" if fit is None else f"{fit:.3g}",

@@ -1,4 +1,4 @@
-"""Losses that a rule makes up, in place of a model's: to see whether a search finds what is best."""
+"""Losses that a rule makes up, in place of a model's: does a search find what is best?"""
 
 from itertools import pairwise
 

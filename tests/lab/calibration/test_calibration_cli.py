@@ -99,7 +99,7 @@ def test_the_embedded_model_is_calibrated_on_its_own_task(run, monkeypatch):
     _, pieces, request, lengths = seen
     assert request.fraction == pytest.approx(0.25, abs=0.02) and request.base.page_size == 4
     assert len(pieces) == 2 and pieces[0].context < 3000 < pieces[1].context
-    assert len(lengths) == 256
+    assert len(lengths) == 1024
 
 
 def test_a_state_stays_when_a_run_is_killed_and_where_it_was_asked_for(

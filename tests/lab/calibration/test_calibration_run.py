@@ -55,7 +55,7 @@ def test_the_plan_is_of_the_request_and_the_report_says_what_it_costs(model):
     ours = said["plans"][CALIBRATED]
     assert next(iter(said["plans"])) == CALIBRATED and {DEFAULT, EVEN} <= set(said["plans"])
     assert ours["attended_fraction"] <= 0.6
-    assert ours["kl"]["held_out"] == min(p["kl"]["held_out"] for p in said["plans"].values())
+    assert ours["kl"]["held_out"] <= said["plans"][DEFAULT]["kl"]["held_out"]
     best = min(kl for _, kl in said["measured"])
     assert best == said["measured"][0][1]
     assert ours["over_default_interval"][0] <= ours["over_default"] <= 0
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_delta_over_full_attention(model):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_it_is_never_behind_the_default_on_held_out_texts(monkeypatch, seed):
-    """Held-out texts that turn the searched ones upside down: the default must be returned."""
+    """Held-out texts on which every other plan is a little behind: the default must be returned."""
     found = space()
     losses = MadeLosses(found)
     by_rule = losses._measured
@@ -90,7 +90,7 @@ def test_it_is_never_behind_the_default_on_held_out_texts(monkeypatch, seed):
     def turned(cfg, text):
         rows = by_rule(cfg, text)
         if text % 3 == 2 and cfg != default:
-            rows = type(rows)(rows.kl + 1.0 + seed, rows.lost, rows.same)
+            rows = type(rows)(by_rule(default, text).kl + 1e-4, rows.lost, rows.same)
         return rows
 
     losses._measured = turned
@@ -98,8 +98,18 @@ def test_it_is_never_behind_the_default_on_held_out_texts(monkeypatch, seed):
     result = calibrate(config(), losses.pieces, Request(BASE, fraction=0.4), found.lengths,
                        minutes=1, seed=seed)  # fmt: skip
     assert result.chosen == default == result.plans[DEFAULT]
-    kl = {name: losses.kl(cfg, result.held_out) for name, cfg in result.plans.items()}
-    assert kl[CALIBRATED] <= min(kl.values())
+
+
+def test_of_those_not_behind_the_default_all_texts_choose(monkeypatch):
+    """A found plan that is lucky on the held-out texts must not win for that."""
+    losses = MadeLosses(space(), noise=0.2)
+    made(monkeypatch, losses)
+    found = calibrate(config(), losses.pieces, Request(BASE, fraction=0.4), space().lengths,
+                      minutes=1)  # fmt: skip
+    every = [*found.fit, *found.held_out]
+    bar = losses.kl(found.plans[DEFAULT], found.held_out)
+    allowed = [cfg for cfg in found.plans.values() if losses.kl(cfg, found.held_out) <= bar]
+    assert losses.kl(found.chosen, every) == min(losses.kl(cfg, every) for cfg in allowed)
 
 
 def test_without_time_it_judges_the_default_and_an_even_spread(monkeypatch):
@@ -108,7 +118,7 @@ def test_without_time_it_judges_the_default_and_an_even_spread(monkeypatch):
     found = calibrate(
         config(), losses.pieces, Request(BASE, fraction=0.4), space().lengths, minutes=0
     )
-    assert {text for _, text in losses.seen} == {2, 5}
+    assert {text for _, text in losses.seen} == {2, 5}  # those held out
     assert set(found.plans) == {CALIBRATED, DEFAULT, EVEN}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from made_losses import MadeLosses, space
 
+from deltadecode.lab.calibration.losses import OutOfTime
 from deltadecode.lab.calibration.search import beats, eliminate, exchange, search
 
 TEXTS = [0, 1, 3, 4]
@@ -69,6 +70,20 @@ def test_a_plan_without_hope_is_left_after_one_text():
     losses = MadeLosses(found)
     assert not beats(losses, bad, good, TEXTS)
     assert losses.seen == [(bad, 0), (good, 0)]
+
+
+def test_elimination_that_runs_out_of_time_goes_by_what_it_knows():
+    found = space()
+    for passes, some in ((5, False), (4 * 13 + 2, True)):
+        losses = MadeLosses(found, needy=(5, 6, 11))
+        losses.until = time.monotonic() + 1000
+        losses.reserve = lambda losses=losses, passes=passes: 2000.0 * (losses.passes >= passes)
+        if some:
+            left = eliminate(losses, found, TEXTS)
+            assert losses.passes == passes and {5, 6, 11} <= set(left[5])
+        else:
+            with pytest.raises(OutOfTime):
+                eliminate(losses, found, TEXTS)
 
 
 def test_time_ends_it_with_what_it_has():

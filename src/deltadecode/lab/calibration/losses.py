@@ -62,23 +62,32 @@ class Losses:
         self.progress: Callable[[str], None] = lambda label: None
         self.prepare_seconds = self.pass_seconds = 0.0  # the longest text, the mean of passes
         self.passes = 0
-        self._model = model
+        self._model, self._label = model, ""
         self._texts: dict[int, RowsText] = {}
         self._known: dict[tuple[DeltaConfig, int], Rows] = {}
         self._state = None if state is None else _State(state, fingerprint(model, pieces))
         if self._state is not None:
             self._known.update(self._state.read())
 
+    def say(self, label: str) -> None:
+        """Name what runs now; the progress tells it, then and after every pass."""
+        self._label = label
+        self.progress(label)
+
     def rows(self, cfg: DeltaConfig, text: int) -> Rows:
         """A plan on one text."""
         key = cfg, text
         if key not in self._known:
-            if time.monotonic() > self.until - self.reserve():
+            if self.left() < 0:
                 raise OutOfTime
             self._known[key] = rows = self._measured(cfg, text)
             if self._state is not None:
                 self._state.add(cfg, text, rows)
         return self._known[key]
+
+    def left(self) -> float:
+        """Seconds until :class:`OutOfTime`."""
+        return self.until - self.reserve() - time.monotonic()
 
     def heads(self, texts: Sequence[int]) -> list[int]:
         """Texts of the first :data:`HEAD_ROWS` rows of some, which take less time."""
@@ -111,6 +120,7 @@ class Losses:
         rows = Rows(*(value.double().cpu().numpy() for value in values))
         self.passes += 1
         self.pass_seconds += (time.monotonic() - start - self.pass_seconds) / self.passes
+        self.progress(self._label)
         return rows
 
     def _prepared(self, text: int) -> RowsText:
@@ -118,7 +128,7 @@ class Losses:
             if text >= len(self.pieces):
                 self._texts[text] = self._prepared(text - len(self.pieces)).head(HEAD_ROWS)
             else:
-                self.progress(f"text {text + 1} of {len(self.pieces)}")
+                self.progress(f"preparing text {text + 1} of {len(self.pieces)}")
                 start = time.monotonic()
                 piece = self.pieces[text]
                 ids = torch.tensor(piece.ids)

@@ -84,6 +84,8 @@ def calibrate(
         found = [Calibration(losses, space, fit, held_out)]
     else:
         found = _spaces(model, losses, request, lengths, fit, held_out, seed)
+    for calibration in found:
+        _name(calibration)
     losses.release()
     losses.reserve = lambda: 0.0
     for calibration in found:
@@ -143,36 +145,50 @@ def _fits(space: Space, cfg: DeltaConfig) -> bool:
     return len(full) in space.counts and space.solved(full, cfg.recent_pages, cfg.sink_pages) == cfg
 
 
-def _judge(calibration: Calibration) -> None:
-    """Name the best plans that were found, the model's own and an even spread; choose among them.
-
-    The one with the least KL on the held-out texts is chosen. The model's own plan and the best
-    that was found are judged whatever the time.
-    """
-    losses, space = calibration.losses, calibration.space
-    ranked = [cfg for cfg in losses.measured(calibration.fit) if _fits(space, cfg)]
+def _name(calibration: Calibration) -> None:
+    """Name the plans to judge: the model's own, the best that were found, and an even spread."""
+    losses, space, fit = calibration.losses, calibration.space, calibration.fit
     spreads = space.spreads()
+    ranked = [cfg for cfg in losses.measured(fit) if _fits(space, cfg)]
     even = next((cfg for cfg in ranked if cfg in spreads), None)
-    default = space.default()
     if even is None and spreads:
         even = spreads[len(spreads) // 2]
-    wanted = {DEFAULT: default, "found 1": next(iter(ranked), None), EVEN: even}
+    wanted = {DEFAULT: space.default(), "found 1": next(iter(ranked), None), EVEN: even}
     wanted.update({f"found {n}": cfg for n, cfg in enumerate(ranked[:FOUND], 1)})
+    calibration.plans = {name: cfg for name, cfg in wanted.items() if cfg is not None}
+    if not calibration.plans:
+        raise CalibrationError("no plan is what was asked for")
+    try:
+        for cfg in calibration.plans.values():
+            losses.kl(cfg, fit)
+    except OutOfTime:
+        return
+
+
+def _judge(calibration: Calibration) -> None:
+    """Choose the plan of least KL on all texts; on those held out it may not be behind the default.
+
+    Two plans are judged whatever the time.
+    """
+    losses, held_out = calibration.losses, calibration.held_out
     until, losses.until = losses.until, float("inf")
     judged: dict[str, DeltaConfig] = {}
     try:
-        for name, cfg in wanted.items():
-            if cfg is None:
-                continue
-            losses.progress(f"judging {name}")
-            losses.kl(cfg, calibration.held_out)
+        for name, cfg in calibration.plans.items():
+            losses.say(f"judging {name}")
+            losses.kl(cfg, held_out)
             judged[name] = cfg
             if len(judged) > 1:
                 losses.until = until
     except OutOfTime:
         pass
-    if not judged:
-        raise CalibrationError("no plan is what was asked for")
-    chosen = min(judged.values(), key=lambda cfg: losses.kl(cfg, calibration.held_out))
+    losses.until = until
+    everything = losses.measured([*calibration.fit, *held_out])
+    bar = losses.kl(judged[DEFAULT], held_out) if DEFAULT in judged else float("inf")
+    known = [
+        cfg for cfg in everything if cfg in judged.values() and losses.kl(cfg, held_out) <= bar
+    ]
+    # Without time for the fitted texts, those held out must do.
+    chosen = known[0] if known else min(judged.values(), key=lambda cfg: losses.kl(cfg, held_out))
     others = {name: cfg for name, cfg in judged.items() if name in (DEFAULT, EVEN) or cfg != chosen}
     calibration.plans = {CALIBRATED: chosen, **others}

@@ -18,6 +18,7 @@ STARTS = 3  # plans that exchanges begin at
 _MEASURED_STARTS = 8
 _HEADS = 8  # texts whose first rows rank plans before exchanges
 _GAIN = 0.005  # of the KL, that an exchange must bring: less is the texts' chance
+_ROUNDING = 1e-8  # nats; what float32 makes of no difference
 
 
 def search(
@@ -32,7 +33,9 @@ def search(
     default = space.default()
     begin = [*([] if default is None else [default]), *space.spreads()]
     try:
-        places = list(known) or list(eliminate(losses, space, few).values())
+        for cfg in begin:
+            losses.kl(cfg, few)
+        places = list(known) or _eliminated(losses, space, few)
         solved = (space.solved(full, space.base.recent_pages, _sink(space)) for full in places)
         begin += [cfg for cfg in solved if cfg is not None]
         starts = sorted(dict.fromkeys(begin), key=lambda cfg: losses.kl(cfg, few))
@@ -44,12 +47,25 @@ def search(
         return
 
 
+def _eliminated(losses: Losses, space: Space, texts: Sequence[int]) -> list[Places]:
+    """What elimination leaves in half of the time that is left; nothing if that is too short."""
+    until = losses.until
+    losses.until -= losses.left() / 2
+    try:
+        return list(eliminate(losses, space, texts).values())
+    except OutOfTime:
+        return []
+    finally:
+        losses.until = until
+
+
 def eliminate(losses: Losses, space: Space, texts: Sequence[int]) -> dict[int, Places]:
     """Full layers by how many are left, when the one that costs least leaves each time.
 
     It begins with every layer full. What the leaving of a layer cost before is taken as a bound of
-    what it costs now, so that few are measured anew (lazy greedy). Only numbers of full layers that
-    the space has are returned. K is that of the middle number.
+    what it costs now, so that few are measured anew (lazy greedy). When time is over, what is known
+    decides, if every layer was measured once. Only numbers of full layers that the space has are
+    returned. K is that of the middle number.
     """
     recent, sink = space.base.recent_pages, _sink(space)
     middle = space.counts[len(space.counts) // 2 :] + space.counts[::-1]
@@ -61,14 +77,18 @@ def eliminate(losses: Losses, space: Space, texts: Sequence[int]) -> dict[int, P
         return losses.kl(space.plan(full, recent, sink, pages), texts)
 
     full, now = tuple(range(space.layers)), 0.0
-    cost = dict.fromkeys(full[space.first + 1 :], 0.0)
+    cost = dict.fromkeys(full[space.first + 1 :], -1.0)
     found: dict[int, Places] = {}
     while len(full) > min(space.counts):
-        losses.progress(f"{len(full)} full layers")
+        losses.say(f"{len(full)} full layers")
         checked: set[int] = set()
-        while (place := min(cost, key=lambda place: cost[place])) not in checked:
-            cost[place] = kl(_without(full, place)) - now
-            checked.add(place)
+        try:
+            while (place := min(cost, key=lambda place: cost[place])) not in checked:
+                cost[place] = kl(_without(full, place)) - now
+                checked.add(place)
+        except OutOfTime:
+            if min(cost.values()) == -1.0:
+                raise
         full, now = _without(full, place), now + cost.pop(place)
         if len(full) in space.counts:
             found[len(full)] = full
@@ -82,7 +102,7 @@ def exchange(
     """Take the first exchange that helps, again and again; small ones before large ones."""
     improved = True
     while improved:
-        losses.progress(f"KL {losses.kl(best, texts):.4f}")
+        losses.say(f"KL {losses.kl(best, texts):.4f}")
         improved = False
         for kind in (space.near, space.far):
             others = list(dict.fromkeys(kind(best)))
@@ -109,7 +129,7 @@ def beats(losses: Losses, new: DeltaConfig, old: DeltaConfig, texts: Sequence[in
         if values.mean() > values.std() / np.sqrt(len(values)):
             return False
     gain = -np.mean([part.mean() for part in parts])
-    return bool(gain > _GAIN * losses.kl(old, texts))
+    return bool(gain > _GAIN * losses.kl(old, texts) + _ROUNDING)
 
 
 def _without(full: Places, place: int) -> Places:

@@ -85,7 +85,9 @@ class Space:
 
     def __init__(self, model: Any, request: Request, lengths: Floats) -> None:
         self.layout, self.depth = Layout.of(model), num_layers(text_config(model))
-        self.request, self.base, self.lengths = request, _steady(request.base), lengths
+        # Without a budget that grows: K is what is chosen.
+        self.base = replace(request.base, budget_share=0.0)
+        self.request, self.lengths = request, lengths
         self.layers = len(self.layout.layers)
         self._pages: dict[tuple[int, int, int], int | None] = {}
         request.check(self.layers)
@@ -229,8 +231,3 @@ class Space:
 
 def _moved(full: Places, old: int, new: int) -> Places:
     return tuple(sorted((*(place for place in full if place != old), new)))
-
-
-def _steady(base: DeltaConfig) -> DeltaConfig:
-    """Without a budget that grows: K is what is chosen."""
-    return replace(base, budget_share=0.0) if hasattr(base, "budget_share") else base
