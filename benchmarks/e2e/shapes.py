@@ -69,19 +69,21 @@ _SHAPES = (
     ModelShape(
         name="r1-1.5b", architecture="Qwen2", layers=28, hidden=1536, intermediate=8960,
         heads=12, kv_heads=2, head_dim=128, vocabulary=151936, positions=131072,
-        plan=DeltaConfig(delta_layers=(2, 14, 22)),
+        plan=DeltaConfig(sink_pages=0, delta_layers=(2, 14, 22)),
         plan_note="the plan of arXiv 2510.09883 for DeepSeek-R1-Distill-Qwen-1.5B",
     ),
     ModelShape(
         name="qwen3-8b", architecture="Qwen3", layers=36, hidden=4096, intermediate=12288,
         heads=32, kv_heads=8, head_dim=128, vocabulary=151936, positions=40960,
-        plan=DeltaConfig(delta_layers=(2, 18, 28)),
+        plan=DeltaConfig(sink_pages=0, delta_layers=(2, 18, 28)),
         plan_note="the proportions of the plan for 28 layers; not calibrated",
     ),
     ModelShape(
         name="tiny", architecture="Qwen2", layers=6, hidden=128, intermediate=128,
         heads=4, kv_heads=2, head_dim=32, vocabulary=512, positions=4096, eager=True,
-        plan=DeltaConfig(budget_pages=4, recent_pages=1, dense_layers=(0,), delta_layers=(1, 3)),
+        plan=DeltaConfig(
+            budget_pages=4, recent_pages=1, sink_pages=0, dense_layers=(0,), delta_layers=(1, 3)
+        ),
         plan_note="for tests; says nothing about speed",
     ),
 )  # fmt: skip

@@ -87,7 +87,7 @@ class DeltaConfig:
     budget_pages: int = 64
     budget_share: float = field(default=0.0, kw_only=True)
     recent_pages: int = 8
-    sink_pages: int = 0
+    sink_pages: int = 1
     dense_layers: Sequence[int] = (0, 1)
     delta_layers: Sequence[int] = (2, 14, 22)
 
@@ -210,10 +210,11 @@ class DeltaConfig:
     def for_model(cls, model_or_config: Any) -> DeltaConfig:
         """Calibrated profile of a known architecture, else the default plan for its depth.
 
-        The default takes the full-attention layers in order, d of them: the first two are dense;
-        Δ-layers are the third, the one at ⌊d/2⌋ and the one at ⌊22d/28⌋ (the fractions of 2, 14,
-        22 in 28 layers that arXiv 2510.09883 uses). In shallow models a later Δ-layer is dropped
-        when no sparse layer would lie between it and the one before it, or after it.
+        The default takes the full-attention layers in order, d of them. With d ≥ 6 the first two
+        are dense, and Δ-layers are those at 2 + ⌊k d / 5⌋ for k = 0 … 3. With fewer, as in hybrid
+        models, none is dense, and Δ-layers are the first and the one at ⌊d / 2⌋. A Δ-layer is left
+        out when no sparse layer would lie between it and the one before it, or after it; a lone
+        layer is dense. Pages have 8 tokens; K = 96, L = 16, S = 1 (docs/accuracy.md says why).
 
         Parameters
         ----------
@@ -368,15 +369,20 @@ def default_config(attention_layers: Sequence[int]) -> DeltaConfig:
     Returns
     -------
     DeltaConfig
-        With the default page size and budget.
+        With pages of 8 tokens, and a budget of 768 tokens.
     """
     depth = len(attention_layers)
-    deltas = [2] if depth > 2 else []
-    for place in (depth // 2, depth * 22 // 28):
-        if deltas and place - deltas[-1] >= 2 and place <= depth - 2:
+    dense = 2 if depth >= 6 else depth == 1
+    places = [2 + k * depth // 5 for k in range(4)] if depth >= 6 else [0, depth // 2]
+    deltas: list[int] = []
+    for place in places:
+        if place <= depth - 2 and (not deltas or place - deltas[-1] >= 2):
             deltas.append(place)
     return DeltaConfig(
-        dense_layers=tuple(attention_layers[:2]),
+        page_size=8,
+        budget_pages=96,
+        recent_pages=16,
+        dense_layers=tuple(attention_layers[:dense]),
         delta_layers=tuple(attention_layers[place] for place in deltas),
     )
 

@@ -8,7 +8,7 @@ import pytest
 from cli_models import LAYERS, make_model
 from rich.console import Console
 
-from deltadecode.cli import demo_workers
+from deltadecode.cli import demo_workers, loading
 from deltadecode.cli.demo import summary
 from deltadecode.lab.tasks import make_problem, model_path
 from deltadecode.lab.tasks.tokenizer import build_tokenizer
@@ -18,7 +18,7 @@ from deltadecode.lab.tasks.tokenizer import build_tokenizer
 def small_demo(monkeypatch, tmp_path, tiny_shape):
     """The demo on small random models; what the first one writes is no answer."""
     folder = make_model(tmp_path / "solver", positions=2048)
-    monkeypatch.setattr("deltadecode.cli.demo.model_path", lambda: folder)
+    monkeypatch.setitem(loading.NAMED_MODELS, "embedded", lambda: folder)
     larger = {"context": 2000, "shape": tiny_shape.to_dict(), "pairs": 3}
     monkeypatch.setattr("deltadecode.cli.demo.LARGER", larger)
     return folder
@@ -47,7 +47,7 @@ def test_demo_json_is_one_object(run, small_demo):
 
 
 def test_both_sides_are_counted_and_a_step_is_timed(small_demo, tiny_shape):
-    task = {"model": str(small_demo), "seed": 7, "steps": 6}
+    task = {"kind": "problem", "model": str(small_demo), "seed": 7, "steps": 6}
     larger = {"context": 2000, "shape": tiny_shape.to_dict(), "pairs": 3}
     full, delta, step = demo_workers.run(task, larger, Console(stderr=True))
     problem, tokenizer = make_problem(7, steps=6), build_tokenizer(2048)
@@ -65,7 +65,7 @@ def test_both_sides_are_counted_and_a_step_is_timed(small_demo, tiny_shape):
 
 
 def test_demo_solves_a_short_problem_with_the_shipped_model(run, monkeypatch, small_demo):
-    monkeypatch.setattr("deltadecode.cli.demo.model_path", model_path)
+    monkeypatch.setitem(loading.NAMED_MODELS, "embedded", model_path)
     code, out, _ = run("demo", "--seed", "1", "--steps", "15", "--json")
     assert code == 0
     found = json.loads(out)

@@ -11,11 +11,11 @@ from deltadecode.cli.files import PICTURES
 
 TASK = ["--task", "chain:steps=1:distractors=1"]
 CALIBRATE = [
-    "calibrate", "MODEL", *TASK, "--samples", "2", "--delta-layers", "2", "--new-tokens", "4",
+    "calibrate", "MODEL", *TASK, "--samples", "2", "--delta-layers", "2", "--rows", "4",
     "--page-size", "2", "--budget-pages", "6", "--recent-pages", "2", "--device", "cpu",
 ]  # fmt: skip
 EVAL = ["eval", "MODEL", *TASK, "--samples", "1", "--policies", "full", "--device", "cpu"]
-INSPECT = ["inspect", "MODEL", *TASK, "--max-new-tokens", "30", "--removal-tokens", "0",
+INSPECT = ["inspect", "MODEL", *TASK, "--max-new-tokens", "30", "--loss-tokens", "0",
            "--page-size", "2", "--device", "cpu"]  # fmt: skip
 FILES = [
     (CALIBRATE, "--out"),
@@ -100,7 +100,7 @@ def test_the_harness_writes_no_result_file(refused, of, nothing_loads):
 
 
 def test_a_plan_that_cannot_be_written_is_still_printed(run, of):
-    command = [*of(CALIBRATE), "-o", "/dev/full", "--figure", "picture.png"]
+    command = [*of(CALIBRATE), "-o", "/dev/full", "--figure", "picture.png", "--resume", "state"]
     code, out, err = run(*command, "--json")
     assert code == 1 and json.loads(out)["plans"]["calibrated"]["delta_layers"]
     assert err.splitlines()[-1] == (
@@ -108,7 +108,7 @@ def test_a_plan_that_cannot_be_written_is_still_printed(run, of):
     )
     assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
     code, out, _ = run(*command)
-    assert code == 1 and "cosine-shift" in out
+    assert code == 1 and "even spread" in out
 
 
 def test_an_inspection_that_cannot_be_written_is_still_printed(run, of, monkeypatch):

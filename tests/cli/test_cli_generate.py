@@ -87,6 +87,7 @@ def test_compare_says_where_the_texts_part(run, model):
     # Full attention in one layer only and one recent token: some text of 100 tokens must differ.
     arguments = ["generate", model, "Facts bada leads to zale", "--max-new-tokens", "100"]
     plan = ["--page-size", "1", "--budget-pages", "2", "--recent-pages", "1"]
+    plan += ["--sink-pages", "0"]
     plan += ["--dense-layers", "", "--delta-layers", "0", "--compare"]
     found = json.loads(run(*arguments, *plan, "--json")[1])
     at = found["compare"]["first_difference"]
@@ -154,7 +155,9 @@ def test_chat_template_is_used_unless_told_otherwise(run, model, tmp_path):
 
 
 def test_plan_file(run, model, tmp_path):
-    cfg = DeltaConfig(page_size=4, budget_pages=9, dense_layers=(0,), delta_layers=(1,))
+    cfg = DeltaConfig(
+        page_size=4, budget_pages=9, sink_pages=0, dense_layers=(0,), delta_layers=(1,)
+    )
     cfg.save(tmp_path / "plan.json")
     arguments = ["generate", model, "Facts", "--max-new-tokens", "1", "--json"]
     found = json.loads(run(*arguments, "--plan", tmp_path / "plan.json", "--sink-pages", "0")[1])
@@ -228,8 +231,8 @@ def test_prompts_that_cannot_be_read(refused, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget-pages", "8"], "budget_pages must be greater than .* 8 <= 8 + 0"),
-        (["--budget-pages", "9", "--sink-pages", "1"], "9 <= 8 + 1"),
+        (["--budget-pages", "8"], "budget_pages must be greater than .* 8 <= 16 + 1"),
+        (["--budget-pages", "9", "--sink-pages", "2"], "9 <= 16 + 2"),
         (["--page-size", "0"], "page_size must be at least 1, got 0"),
         (["--budget-share", "nan"], r"budget_share must be a number in \[0, 1\), got nan"),
         (["--delta-layers", "2,14,22"], "for a model of 6 layers, got 14"),

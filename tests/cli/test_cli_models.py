@@ -12,10 +12,10 @@ TASK = ["--task", "chain:steps=1:distractors=1", "--device", "cpu"]
 COMMANDS = [
     ["info", "NAME"],
     ["generate", "NAME", "Facts bada", "--max-new-tokens", "1"],
-    ["calibrate", "NAME", *TASK, "--samples", "2", "--delta-layers", "2", "--new-tokens", "4",
+    ["calibrate", "NAME", *TASK, "--samples", "2", "--delta-layers", "2", "--rows", "4",
      "--page-size", "2", "--budget-pages", "6", "--recent-pages", "2"],
     ["eval", "NAME", *TASK, "--samples", "1", "--policies", "full"],
-    ["inspect", "NAME", *TASK, "--max-new-tokens", "30", "--removal-tokens", "0", "--page-size",
+    ["inspect", "NAME", *TASK, "--max-new-tokens", "30", "--loss-tokens", "0", "--page-size",
      "2"],
     ["serve", "NAME", "--dry-run"],
 ]  # fmt: skip

@@ -203,7 +203,7 @@ def test_without_vllm_it_says_how_to_get_it(refused, vllm):
         (["--additional-config"], "''"),
         (["--additional-config", "{}", "--additional-config", '{"a": 1}'], '{"a": 1}'),
         (["--additional-config.other", "1"], "--additional-config.other"),
-        (["--budget-pages", "8"], "8 <= 8 + 0"),
+        (["--budget-pages", "8"], "8 <= 8 + 1"),
         (["--page-size", "0"], "0"),
         (["--budget-share", "1"], "[0, 1), got 1.0"),
         (["--page-size", "many"], "many"),

@@ -53,11 +53,11 @@ def test_data_with_a_byte_order_mark_is_read(run, model, tmp_path):
     line = json.dumps({"prompt": "Facts bada leads to zale and adds 3 : 2 + 3 = 5"}).encode()
     file.write_bytes(MARK + line + b"\n" + line + b"\n")
     code, out, err = run(
-        "calibrate", model, "--data", file, "--delta-layers", "2", "--new-tokens", "4",
+        "calibrate", model, "--data", file, "--delta-layers", "2", "--rows", "4",
         "--page-size", "2", "--budget-pages", "4", "--recent-pages", "1", "--json",
     )  # fmt: skip
     assert code == 0, err
-    assert json.loads(out)["texts"] == 2
+    assert json.loads(out)["texts"]["fit"] == 1
 
 
 @pytest.mark.parametrize("key", ["prompt", "completion"])

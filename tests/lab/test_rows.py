@@ -57,6 +57,9 @@ SPECS = [
     "random:page_size=4",
     "tidal:layers=2+5",
     "tidal-kv:layers=2+5:recent=2:sinks=1",
+    "kascade:layers=2+5",
+    "omnikv:layers=2+5:wait=0",
+    "lessismore:layers=2+5",
 ]
 ROWS = 11  # more than two pages
 
@@ -201,7 +204,7 @@ def test_the_model_is_as_before(model):
 def test_what_needs_the_steps_before_is_refused():
     model = make_model("llama")
     text = RowsText.prepare(model, text_of(41), 41)
-    for spec in ("h2o", f"delta-variant:{PLAN}:refresh=2"):
+    for spec in ("h2o", f"delta-variant:{PLAN}:refresh=2", "kascade:anchors=3"):
         policy = make_policy(spec, model, BUDGET)
         assert "step by step" in refusal(model, policy)
         with pytest.raises(PolicyError, match="needs the decode steps before"):

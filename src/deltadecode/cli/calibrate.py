@@ -1,4 +1,4 @@
-"""``deltadecode calibrate``: the layer plan of a model, from what its attention does."""
+"""``deltadecode calibrate``: the layer plan of a model that loses least on some texts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from deltadecode.architecture import attention_layers
+from deltadecode.architecture import attention_layers, longest_prompt, text_config
 from deltadecode.cli import loading, options
 from deltadecode.cli.files import write_each
 from deltadecode.cli.output import (
@@ -24,40 +25,84 @@ from deltadecode.cli.output import (
     stdout,
 )
 
-_SAMPLES = 16
+_CONTEXT = 6000
+_LONG_TEXTS, _SAMPLES = 6, 16
+# One wrong digit in a thousand spoils a chain, so that the rare rows must be seen.
+_ROWS, _OWN_ROWS = 128, 512
 
 
 def calibrate(
     model: options.Model,
     data: Annotated[
         Path | None,
-        typer.Option(help='JSONL file: {"prompt": "...", "completion": "..."} a line.'),
+        typer.Option(
+            help='A long text; or, as .jsonl, {"prompt": "...", "completion": "..."} a line.'
+        ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="Take prompts of a task instead, as deltadecode eval does.")
+        str | None,
+        typer.Option(
+            help="Take samples of a task, as deltadecode eval does. Without task and data: texts "
+            "and code that Python brings along; for the embedded model, task chain."
+        ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=2, help=f"Texts; default: all of a file, {_SAMPLES} of a task."),
+        typer.Option(
+            min=2,
+            help=f"Texts; default: all of a .jsonl file, {_SAMPLES} of a task, {_LONG_TEXTS} "
+            "pieces of long texts.",
+        ),
     ] = None,
-    delta_layers: Annotated[int | None, typer.Option(min=1, help="How many Δ-layers.")] = None,
-    dense_layers: Annotated[
-        int | None, typer.Option(min=0, help="How many dense layers; default: as the model's plan.")
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens before the rows of a long text, and those that the attended fraction is "
+            f"of; default: {_CONTEXT}, or what a task or .jsonl file has.",
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Decode steps that are measured in each text; default: {_ROWS}, of the embedded "
+            f"model's own task {_OWN_ROWS}.",
+        ),
     ] = None,
     attended_fraction: Annotated[
         float | None,
-        typer.Option(help="Solve the budget for this share of full attention's reads."),
+        typer.Option(
+            help="Choose everything, the budget too, for this share of full attention's reads; "
+            "default: that of the model's own plan."
+        ),
     ] = None,
-    recall: Annotated[
-        float | None, typer.Option(help="Fewest Δ-layers that keep this share of the attention.")
+    delta_layers: Annotated[
+        int | None, typer.Option(min=1, help="How many Δ-layers; K is as given.")
+    ] = None,
+    dense_layers: Annotated[
+        int | None,
+        typer.Option(min=0, help="How many dense layers before them; default: as the model's plan"),
+    ] = None,
+    kl: Annotated[
+        float | None, typer.Option(help="The fewest reads that keep this KL, in nats a token.")
     ] = None,
     page_size: options.PageSize = None,
     budget_pages: options.BudgetPages = None,
     recent_pages: options.RecentPages = None,
     sink_pages: options.SinkPages = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each text.")] = 192,
-    stride: Annotated[int, typer.Option(min=1, help="Look at every n-th decode step.")] = 7,
-    batch: options.Batch = 1,
+    minutes: Annotated[
+        float, typer.Option(min=0.0, help="The search ends then; the best so far is the result.")
+    ] = 8.0,
+    seed: options.SamplingSeed = 0,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep measurements in this file, and go on from it; default: PLAN.state beside "
+            "--out, removed at the end.",
+            metavar="FILE",
+        ),
+    ] = None,
     chat: options.Chat = False,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
@@ -65,53 +110,50 @@ def calibrate(
     figure: options.Picture = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure a model's attention, and choose its dense and Δ-layers.
+    """Choose dense and Δ-layers, K, L and S of a model by their loss on texts.
 
-    The model continues each text with full attention. Two plans are fitted on half of the texts:
-    the one that keeps most of the attention that layers need, and the paper's (peaks of the shift
-    between layers); both are judged on the other half. With --attended-fraction alone, the numbers
-    of dense and Δ-layers and of pages are chosen too.
+    Every plan that is tried decodes the same tokens of some texts; its loss is the KL of full
+    attention to it. Other texts judge the best ones, an even spread and the model's own plan.
     """
-    if (data is None) == (task is None):
+    if data is not None and task is not None:
         raise BadInput("give either --data FILE or --task NAME")
     _check_outputs(out, figure)
     folder = loading.resolve_model(model)
     quiet_libraries()
     config = loading.load_config(folder)
     fields = options.plan_fields(page_size, budget_pages, recent_pages, sink_pages)
-    wish = _wish(config, fields, dense_layers, delta_layers, attended_fraction, recall)
-    from deltadecode.lab.calibration.fit import Measurement
-    from deltadecode.lab.calibration.report import report
-    from deltadecode.lab.calibration.texts import make_prompts, read_texts, task_texts
-    from deltadecode.lab.tasks.registry import make_task
-
-    texts = None if data is None else read_texts(data, samples)
-    text_task = None if task is None else make_task(task)
+    request = _request(config, fields, dense_layers, delta_layers, attended_fraction, kl)
+    if data is None and task is None and model == options.EMBEDDED:
+        task, rows = "chain", rows or _OWN_ROWS
+    source = _source(config, data, task, samples, context, rows or _ROWS, chat)
     tokenizer = loading.load_tokenizer(folder)
     loaded = loading.load_model(folder, dtype, loading.find_device(device))
-    if text_task is not None:
-        texts = task_texts(text_task, tokenizer, samples or _SAMPLES)
-    assert texts is not None
-    prompts = make_prompts(loaded, tokenizer, texts, new_tokens, chat=chat)
-    measurement = Measurement(loaded, prompts, wish, new_tokens)
+
+    from deltadecode.lab.calibration.report import report
+    from deltadecode.lab.calibration.run import calibrate
+    from deltadecode.lab.calibration.space import asked
+
+    pieces, lengths = source(loaded, tokenizer)
+    state = resume or (None if out is None else out.with_name(out.name + ".state"))
     with progress_bar("calibration", 1.0) as (bar, bar_task):
-        show = progress_reporter(bar, bar_task)
-        measurement.run(
-            loaded, tokenizer, lambda done, left: show("calibration", done, left),
-            stride=stride, batch=batch,
+        found = calibrate(
+            loaded, pieces, asked(loaded, request, lengths), lengths, minutes=minutes, seed=seed,
+            state=state, progress=progress_reporter(bar, bar_task),
         )  # fmt: skip
-    result = report(measurement)
+    result = report(found)
     if as_json:
         print_json({"model": model, **result})
     else:
         stdout().print(_table(result))
     outputs: list[tuple[Path, Callable[[], str]]] = []
     if out is not None:
-        source = str(task) if data is None else data.name
-        outputs.append((out, lambda: _save(out, result, loaded, model, source)))
+        name = task or ("stdlib-docs and stdlib-code" if data is None else data.name)
+        outputs.append((out, lambda: _save(out, result, loaded, model, name)))
     if figure is not None:
         outputs.append((figure, lambda: _draw(figure, result)))
     write_each(*outputs)
+    if state is not None and resume is None:
+        state.unlink(missing_ok=True)
 
 
 def _check_outputs(out: Path | None, figure: Path | None) -> None:
@@ -139,41 +181,95 @@ def _draw(path: Path, result: dict[str, Any]) -> str:
     return f"wrote {path}"
 
 
-def _wish(
+def _request(
     config: Any, fields: dict[str, Any], dense: int | None, deltas: int | None,
-    fraction: float | None, recall: float | None,
+    fraction: float | None, kl: float | None,
 ) -> Any:  # fmt: skip
-    from deltadecode.lab.calibration.fit import PlanRequest
+    from deltadecode.lab.calibration.space import Request
 
     base = loading.make_plan(config, None, fields)
-    dense_count = len(base.dense_layers) if dense is None else dense
-    wish = PlanRequest(base, dense_count, deltas, fraction, recall)
-    if fraction is not None and deltas is None and dense is not None:
-        raise BadInput("--attended-fraction alone chooses dense layers; leave --dense-layers out")
-    wish.check(len(attention_layers(config)))
-    return wish
+    if dense is not None and deltas is None:
+        raise BadInput("--dense-layers goes with --delta-layers; else their number is chosen")
+    if fields["budget_pages"] is not None and (deltas is None or fraction is not None):
+        raise BadInput("--budget-pages goes with --delta-layers alone; else K is chosen")
+    fixed = frozenset(name for name, value in fields.items() if value is not None)
+    request = Request(base, deltas, dense, fraction, kl, fixed)
+    request.check(len(attention_layers(config)))
+    return request
+
+
+def _source(
+    config: Any, data: Path | None, task: str | None, samples: int | None, context: int | None,
+    rows: int, chat: bool,
+) -> Callable[[Any, Any], Any]:  # fmt: skip
+    """A function of model and tokenizer that gives the texts, and n for the attended fraction."""
+    import numpy as np
+
+    from deltadecode.lab.calibration import texts
+    from deltadecode.lab.tasks.registry import make_task
+    from deltadecode.lab.tasks.text import SOURCES, Text
+
+    sampled = None if task is None else make_task(task)
+    if isinstance(sampled, Text):
+        raise BadInput("--task text is what --data FILE and no --task do; leave it out")
+    if sampled is None and (data is None or data.suffix != ".jsonl"):
+        tokens = _checked_context(config, context, rows)
+        names = [{"source": name} for name in SOURCES] if data is None else [{"file": str(data)}]
+        long = [Text(**name, context=tokens, tokens=rows) for name in names]
+        return lambda model, tokenizer: (
+            texts.cut(tokenizer, long, samples or _LONG_TEXTS),
+            np.array([float(tokens)]),
+        )
+    prompts = None if data is None else texts.read_texts(data, samples)
+
+    def short(model: Any, tokenizer: Any) -> Any:
+        some = prompts
+        if sampled is not None:
+            some = texts.task_texts(sampled, tokenizer, samples or _SAMPLES)
+        assert some is not None
+        pieces = texts.make_pieces(model, tokenizer, some, rows, chat=chat)
+        steps = [one.context + 1.0 + np.arange(one.rows) for one in pieces]
+        return pieces, np.concatenate(steps) if context is None else np.array([float(context)])
+
+    return short
+
+
+def _checked_context(config: Any, context: int | None, rows: int) -> int:
+    longest = longest_prompt(text_config(config))
+    if context is None:
+        return _CONTEXT if longest is None else max(min(_CONTEXT, longest - rows), 1)
+    if longest is not None and context + rows > longest:
+        raise BadInput(
+            f"--context and --rows need {context + rows} positions, and the model has {longest}"
+        )
+    return context
 
 
 def _table(result: dict[str, Any]) -> Table:
-    title = f"{result['texts']} texts, {result['observed_steps']} steps"
-    table = Table(title=title, title_justify="left")
-    for name in ("plan", "dense", "Δ", "K L S", "kept: fit", "held out", "reads"):
-        left = name in ("plan", "dense", "Δ")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "Δ")
+    texts = result["texts"]
+    title = (
+        f"{texts['fit']} texts to search on, {texts['held_out']} held out; "
+        f"{len(result['measured'])} plans measured on all, {result['seconds']:.0f} s"
+    )
+    # Eight columns in 80 characters: without lines between them.
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("plan", "dense | Δ", "K L S", "reads", "KL: fit", "held out", "ppl", "top-1"):
+        layers = name == "dense | Δ"
+        table.add_column(
+            name, justify="left" if name == "plan" or layers else "right", no_wrap=not layers,
+            min_width=10 if layers else None,
+        )  # fmt: skip
     for name, plan in result["plans"].items():
-        table.add_row(name, *_cells(plan))
-    best = result["offers"][0] if result["offers"] else None
-    if best and best["kept"]["fit"] > result["plans"]["calibrated"]["kept"]["fit"]:
-        table.add_row("with other L, S", *_cells(best))
+        low, high = plan["kl_interval"]
+        fit, kinds = plan["kl"]["fit"], (plan["dense_layers"], plan["delta_layers"])
+        table.add_row(
+            name,
+            " | ".join(" ".join(map(str, some)) or "–" for some in kinds),
+            f"{plan['budget_pages']} {plan['recent_pages']} {plan['sink_pages']}",
+            f"{plan['attended_fraction']:.1%}",
+            "–" if fit is None else f"{fit:.3g}",
+            f"{plan['kl']['held_out']:.3g} ±{(high - low) / 2:.1g}",
+            f"×{plan['perplexity_ratio']:.3f}",
+            f"{plan['same_top1']:.1%}",
+        )
     return table
-
-
-def _cells(plan: dict[str, Any]) -> list[str]:
-    return [
-        " ".join(map(str, plan["dense_layers"])) or "–",
-        " ".join(map(str, plan["delta_layers"])),
-        f"{plan['budget_pages']} {plan['recent_pages']} {plan['sink_pages']}",
-        f"{plan['kept']['fit']:.4f}",
-        f"{plan['kept']['held_out']:.4f}",
-        f"{plan['attended_fraction']:.1%}",
-    ]

@@ -20,9 +20,12 @@ _TAIL = 200
 
 
 def main() -> None:
-    """Do the task of the command line."""
+    """Do the task of the command line; its ``kind`` is ``problem`` or ``text``."""
     task = json.loads(sys.argv[1])
     try:
+        if task["kind"] == "text":
+            _say(done=_read(task["model"], task["delta"]))
+            return
         _say(done=_decode(task["model"], task["delta"], task["seed"], task["steps"]))
         if task["larger"] is not None:
             _say(step=_time_step(**task["larger"]))
@@ -75,6 +78,33 @@ def _decode(model: str, delta: bool, seed: int, steps: int | None) -> dict[str, 
         "attended_tokens": decoded.attended_tokens if delta else read,
         "full_tokens": decoded.full_tokens if delta else read,
     }
+
+
+def _read(model: str, delta: bool) -> dict[str, Any]:
+    quiet_libraries()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from deltadecode.cli.demo_text import solve
+    from deltadecode.config import DeltaConfig
+
+    # One thread a side, as for the problem.
+    torch.set_num_threads(1)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    reports = _Reports()
+
+    def on_ready(steps: int) -> None:
+        _say(ready=steps)
+        sys.stdin.readline()
+
+    return solve(
+        loaded,
+        AutoTokenizer.from_pretrained(model),
+        DeltaConfig.for_model(loaded) if delta else None,
+        on_ready=on_ready,
+        on_token=reports.on_token,
+        on_text=reports.on_text,
+    )
 
 
 def _time_step(context: int, shape: dict[str, Any] | None, pairs: int) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def run(
     Parameters
     ----------
     task : dict
-        ``model`` (folder), and ``seed`` and ``steps`` of the problem.
+        Of :mod:`deltadecode.cli.demo_worker`: ``kind``, ``model`` (folder), and ``seed`` and
+        ``steps`` of a problem.
     larger : dict or None
         ``context`` and ``shape`` of the model to time, and how many ``pairs`` of steps.
     console : rich.console.Console
@@ -126,7 +127,8 @@ def run(
             )
             for is_delta in (False, True)
         ]
-        with console.status("loading the model"):
+        reads = " and reading the text" if task.get("kind") == "text" else ""
+        with console.status(f"loading the model{reads}"):
             while _going(workers, "ready"):
                 time.sleep(_REFRESH)
         _results(workers, "ready")

@@ -69,7 +69,9 @@ def eval_command(
     model: options.OptionalModel = None,
     task: Annotated[
         str,
-        typer.Option(help="chain, needle, tracking or perplexity, with options: chain:steps=96."),
+        typer.Option(
+            help="chain, needle, tracking, text or perplexity, with options: chain:steps=96."
+        ),
     ] = "chain",
     policies: Annotated[
         str, typer.Option(help="Names with commas between, with options: delta:recent_pages=4.")

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deltadecode.architecture import longest_prompt, text_config
 from deltadecode.cli import loading, options
 from deltadecode.cli.files import write_each
 from deltadecode.cli.output import (
@@ -34,7 +35,9 @@ from deltadecode.lab.inspection.folder import (
     write_report,
 )
 
+CONTEXT = 4000
 _SINKS = "Attention sinks"
+_WRITE = 0.4  # about the share of the work that writing is, where the model writes
 
 
 def inspect(
@@ -43,7 +46,7 @@ def inspect(
     prompt_file: options.PromptFile = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Take the prompt from a task of 'deltadecode eval', such as needle."),
+        typer.Option(help="Take the text from a task of 'deltadecode eval', such as needle."),
     ] = None,
     seed: options.ProblemSeed = options.FIRST_PROBLEM,
     no_chat_template: options.NoChatTemplate = False,
@@ -60,14 +63,14 @@ def inspect(
             min=1, help="Queries that must see a token that counts.", rich_help_panel=_SINKS
         ),
     ] = 64,
-    removal_tokens: Annotated[
+    loss_tokens: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Tokens for the perplexity without sinks; 0: leave it out.",
+            help="Decode steps for the losses with the sinks treated; 0: leave them out.",
             rich_help_panel=_SINKS,
         ),
-    ] = 192,
+    ] = 256,
     plan: options.PlanFile = None,
     page_size: options.PageSize = None,
     budget_pages: options.BudgetPages = None,
@@ -83,8 +86,9 @@ def inspect(
 ) -> None:
     """Show what a model's attention does: layers, pages, heads, attention sinks.
 
-    Continues one prompt with full attention, watches it, and writes a self-contained page
-    (index.html), figures (PNG) and all numbers (report.json).
+    Looks at the decode steps of one text under full attention, and writes a self-contained page
+    (index.html), figures (PNG) and all numbers (report.json). The text is a prompt and what the
+    model writes behind it, or a real one (--task text:...), by default of Python's documentation.
     """
     fields = options.plan_fields(
         page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers, budget_share
@@ -97,21 +101,35 @@ def inspect(
     folder = loading.resolve_model(model)
     quiet_libraries()
     from deltadecode.lab.inspection.report import make_report, summary_lines
-    from deltadecode.lab.inspection.run import inspect_text
+    from deltadecode.lab.inspection.run import continue_prompt, inspect_text
 
     place = loading.find_device(device)
     config = loading.load_config(folder)
     cfg = loading.make_plan(config, plan, fields)
     tokenizer = loading.load_tokenizer(folder)
-    ids, text_name = _text(tokenizer, source, seed, use_template=not no_chat_template)
-    steps = _steps(config, ids.shape[1], max_new_tokens)
-    cfg = _budget(cfg, ids.shape[1], steps, free=plan is None and budget_pages is None)
+    if source == ("task", ""):
+        source = "task", _documentation(config, max_new_tokens)
+    ids, count, text_name = _text(tokenizer, source, seed, use_template=not no_chat_template)
+    real = len(ids) > count
+    steps = _steps(config, count, len(ids) - count if real else max_new_tokens)
+    cfg = _budget(cfg, count, steps, free=plan is None and budget_pages is None)
     loaded = loading.load_model(folder, dtype, place)
     with progress_bar("inspection", 1.0) as (bar, bar_task):
         show = progress_reporter(bar, bar_task)
+        if real:
+            written, ids = 0.0, ids[: count + steps]
+        else:
+            written = _WRITE
+            ids = continue_prompt(
+                loaded,
+                tokenizer,
+                ids,
+                steps,
+                lambda step: show("full attention writes", written * step / steps, None),
+            )
         inspection = inspect_text(
-            loaded, tokenizer, ids[0].tolist(), cfg, steps=steps, removal_steps=removal_tokens,
-            progress=lambda part, done: show(part, done, None),
+            loaded, ids, count, cfg, loss_steps=loss_tokens, epsilon=epsilon,
+            progress=lambda part, done: show(part, written + (1 - written) * done, None),
         )  # fmt: skip
     made_by = _made_by(model, loaded, text_name)
     report = make_report(
@@ -138,33 +156,42 @@ def check_installed() -> None:
 def _source(
     model: str, prompt: str | None, prompt_file: Path | None, task: str | None
 ) -> tuple[str, str]:
-    """What the prompt is taken from: ``task`` or ``prompt``, and its text."""
+    """What the text is taken from: ``task`` or ``prompt``, and its text; an empty task: any."""
     sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--task": task}
     names = [name for name, value in sources.items() if value is not None]
     if len(names) > 1:
         raise BadInput(f"give one of --prompt, --prompt-file and --task, got {' and '.join(names)}")
     if prompt is not None or prompt_file is not None:
         return "prompt", read_prompt(prompt, prompt_file)
-    if task is None and model != options.EMBEDDED:
-        raise BadInput("give a text to inspect: --prompt, --prompt-file or --task; got none")
-    return "task", task or "chain"
+    return "task", task or ("chain" if model == options.EMBEDDED else "")
+
+
+def _documentation(config: Any, steps: int) -> str:
+    """The task of a model without one of its own: a real text, as long as its positions allow."""
+    positions = longest_prompt(text_config(config)) or CONTEXT + steps
+    context = min(CONTEXT, max(positions - steps, 1))
+    return f"text:stdlib-docs:context={context}:tokens={steps}"
 
 
 def _text(
     tokenizer: Any, source: tuple[str, str], seed: int, *, use_template: bool
-) -> tuple[Any, str]:
-    """Token ids of the text, and its name in the report."""
+) -> tuple[list[int], int, str]:
+    """Token ids of the text, how many of them are the prompt, and its name in the report."""
     kind, text = source
     name = "a prompt of its user's"
     if kind == "task":
         from deltadecode.lab.tasks.registry import make_task
+        from deltadecode.lab.tasks.text import Text
 
         name = f"task {text}, seed {seed}"
-        sample = make_task(text).sample(
+        task = make_task(text)
+        if isinstance(task, Text):
+            return task.pieces(tokenizer, [seed])[0], task.context, name
+        text = task.sample(
             seed, lambda words: len(tokenizer(words, add_special_tokens=False).input_ids)
-        )
-        text = sample.prompt
-    return encode(tokenizer, text, None, use_template=use_template), name
+        ).prompt
+    ids = encode(tokenizer, text, None, use_template=use_template)[0].tolist()
+    return ids, len(ids), name
 
 
 def _steps(config: Any, count: int, max_new_tokens: int) -> int:

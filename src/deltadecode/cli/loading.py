@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rich.console import Console
+
 from deltadecode.architecture import attention_layers, config_hash, num_layers, text_config
-from deltadecode.cli.options import EMBEDDED
-from deltadecode.cli.output import BadInput, note, one_line, stderr
+from deltadecode.cli.options import EMBEDDED, SMOLLM2
+from deltadecode.cli.output import BadInput, note, one_line, quiet_libraries, stderr
 from deltadecode.config import DeltaConfig, load_meta
 from deltadecode.errors import DeltaConfigError
 
@@ -27,8 +30,25 @@ def _embedded() -> Path:
     return model_path()
 
 
+def _smollm2() -> Path:
+    from deltadecode.lab.smollm2 import SMOLLM2
+
+    # On the terminal itself: what goes to sys.stderr meanwhile is the libraries' and is dropped.
+    status = Console(file=sys.stderr).status("unpacking, half a minute")
+
+    def on_unpack(line: str) -> None:
+        note(line)
+        quiet_libraries()
+        status.start()
+
+    try:
+        return SMOLLM2.folder(on_unpack)
+    finally:
+        status.stop()
+
+
 # Names that stand for a folder, and what finds it. A further name is one row.
-NAMED_MODELS: dict[str, Callable[[], Path]] = {EMBEDDED: _embedded}
+NAMED_MODELS: dict[str, Callable[[], Path]] = {EMBEDDED: _embedded, SMOLLM2: _smollm2}
 
 
 def named_folder(model: str) -> str:

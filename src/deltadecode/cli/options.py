@@ -14,7 +14,7 @@ import typer
 from deltadecode.cli.files import check_file, check_folder, picture_file
 from deltadecode.cli.output import BadInput, check_tag
 
-EMBEDDED = "embedded"
+EMBEDDED, SMOLLM2 = "embedded", "smollm2"
 LARGEST_SEED = 2**32 - 1  # of NumPy's generator, which Transformers seeds too
 FIRST_PROBLEM = 3_000_000_000  # seed of evaluations, apart from those of training and calibration
 _LARGEST_COUNT = 2**31 - 1  # page ids are int32
@@ -105,7 +105,7 @@ def _folder(param: typer.CallbackParam, value: Path | None) -> Path | None:
 
 
 # What a command works on
-MODEL_HELP = f"Folder or hub name of a model, or '{EMBEDDED}'."
+MODEL_HELP = f"Folder or hub name of a model, '{EMBEDDED}' or '{SMOLLM2}'."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 OptionalModel = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
 Dtype = Annotated[

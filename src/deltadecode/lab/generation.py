@@ -109,16 +109,20 @@ class _Ticker(StoppingCriteria):
 
 
 class _TeacherForcing(LogitsProcessor):
-    """Makes generation write given tokens, and notes what the model thinks of them."""
+    """Makes generation write given tokens, and notes what the model thinks of them.
 
-    def __init__(self, targets: Tensor) -> None:
-        self.targets = targets  # [B, steps]
+    Or, with ``whole``, what it thinks of all tokens.
+    """
+
+    def __init__(self, targets: Tensor, *, whole: bool = False) -> None:
+        self.targets, self.whole = targets, whole  # [B, steps]
         self.log_probs: list[Tensor] = []
         self.best: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         target = self.targets[:, len(self.best), None]
-        self.log_probs.append(scores.float().log_softmax(dim=1).gather(1, target)[:, 0])
+        log_probs = scores.float().log_softmax(dim=1)
+        self.log_probs.append(log_probs if self.whole else log_probs.gather(1, target)[:, 0])
         self.best.append(scores.argmax(dim=1))
         return torch.full_like(scores, -torch.inf).scatter_(1, target, 0.0)
 
@@ -231,6 +235,27 @@ def teacher_forced_batch(
             }
         )
     return records
+
+
+def forced_log_probs(
+    model: Any, tokenizer: Any, policy: Policy, ids: Sequence[int], context: int, on_step: OnStep
+) -> Tensor:
+    """Log-probabilities [R, V] float32 of a text's decode steps, one step after the other.
+
+    As :class:`deltadecode.lab.rows.RowsText` gives them at once: ``context`` tokens are the prompt,
+    and the R behind them are decoded; the last of ``ids`` [context + R + 1] is only predicted.
+    Raises EvaluationError where the text holds the token that ends one.
+    """
+    forcing = _TeacherForcing(torch.tensor([ids[context:]], device=model.device), whole=True)
+    steps = len(ids) - context
+    prompt = [unchecked(ids[:context], steps)]
+    new_tokens(model, tokenizer, policy, prompt, steps, on_step, forcing)
+    if len(forcing.log_probs) < steps:
+        raise EvaluationError(
+            f"the text holds the token that ends a text, {len(forcing.log_probs)} tokens behind "
+            f"its context of {context}, and policy {policy.name!r} cannot decode past it"
+        )
+    return torch.cat(forcing.log_probs[1:])
 
 
 def reads(counts: Any, row: int, prompt: int, steps: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from deltadecode import DeltaCache, DeltaConfig, enable
 
 # The plan of the CPU benchmark: arXiv 2510.09883's fractions of depth, in 24 layers.
-PLAN = DeltaConfig(dense_layers=(0, 1), delta_layers=(2, 12, 18))
+PLAN = DeltaConfig(sink_pages=0, dense_layers=(0, 1), delta_layers=(2, 12, 18))
 # Which token is decoded does not change the work.
 _TOKEN = 1
 

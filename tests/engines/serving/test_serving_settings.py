@@ -60,7 +60,7 @@ def test_settings_replace_fields_of_a_file(tmp_path):
     path = tmp_path / "plan.json"
     DeltaConfig(budget_pages=20, dense_layers=(0,), delta_layers=(1, 5)).save(path)
     settings = resolve({"plan": str(path), "recent_pages": 2}, Model())
-    assert settings.config == DeltaConfig(16, 20, 2, 0, (0,), (1, 5))
+    assert settings.config == DeltaConfig(16, 20, 2, 1, (0,), (1, 5))
 
 
 def test_resolved_settings_resolve_to_themselves():

@@ -9,11 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from deltadecode import DeltaConfig
 from deltadecode.architecture import config_hash
 from deltadecode.config import load_meta
+from deltadecode.errors import CalibrationError
 from deltadecode.lab.tasks.tokenizer import build_tokenizer
 
 LAYERS = 6
 PAGES = ["--page-size", "2", "--budget-pages", "6", "--recent-pages", "2"]
-QUICK = ["--new-tokens", "8", "--stride", "2", *PAGES]
+QUICK = ["--rows", "6", "--minutes", "0.2", *PAGES]
+FREE = ["--rows", "6", "--minutes", "0.2", "--page-size", "2", "--recent-pages", "2"]
 
 
 def make_model(folder, layers=LAYERS, hidden=32):
@@ -53,8 +55,11 @@ def test_a_plan_is_made_and_used(run, model, data, tmp_path):
     cfg, meta = DeltaConfig.load(plan), load_meta(plan)
     assert cfg.dense_layers == (0,) and len(cfg.delta_layers) == 2
     assert list(cfg.delta_layers) == said["plans"]["calibrated"]["delta_layers"]
-    assert meta["data"] == "prompts.jsonl" and meta["texts"] == 4
-    assert meta["plans"] == said["plans"] and set(meta["expected"]) >= {"recall", "kept"}
+    assert meta["data"] == "prompts.jsonl"
+    assert (meta["texts"]["fit"], meta["texts"]["held_out"]) == (3, 1)
+    assert meta["plans"] == said["plans"]
+    assert meta["expected"]["kl"] == said["plans"]["calibrated"]["kl"]["held_out"]
+    assert not (tmp_path / "plan.json.state").exists()
     assert figure.read_bytes().startswith(b"\x89PNG")
     code, _, err = run("generate", model, "piki", "--plan", plan, "--max-new-tokens", "2")
     assert code == 0 and "warning" not in err
@@ -63,10 +68,56 @@ def test_a_plan_is_made_and_used(run, model, data, tmp_path):
 def test_a_task_and_a_table(run, model):
     code, out, err = run(
         "calibrate", model, "--task", "chain:steps=4:distractors=2", "--samples", "2",
-        "--attended-fraction", "0.6", "--device", "cpu", *QUICK,
+        "--attended-fraction", "0.6", "--device", "cpu", *FREE,
     )  # fmt: skip
     assert code == 0, err
-    assert "calibrated" in out and "cosine-shift" in out
+    assert "calibrated" in out and "even spread" in out and "held out" in out
+
+
+def test_a_long_text_and_python_s_own_are_cut_at_the_context(run, model, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text("piki leads to meve and adds 3 : 2 + 2 = 4\n" * 60)
+    for source in (["--data", text], []):
+        code, out, err = run("calibrate", model, *source, "--samples", "2", "--context", "60",
+                             "--attended-fraction", "0.7", *FREE, "--json")  # fmt: skip
+        assert code == 0, err
+        said = json.loads(out)
+        assert said["texts"]["tokens"] == [67, 67]
+        assert said["plans"]["calibrated"]["attended_fraction"] <= 0.7
+
+
+def test_the_embedded_model_is_calibrated_on_its_own_task(run, monkeypatch):
+    seen = []
+
+    def stop(*arguments, **options):
+        seen.extend(arguments)
+        raise CalibrationError("seen")
+
+    monkeypatch.setattr("deltadecode.lab.calibration.run.calibrate", stop)
+    code, _, err = run("calibrate", "embedded", "--samples", "2")
+    assert code == 2 and "seen" in err
+    _, pieces, request, lengths = seen
+    assert request.fraction == pytest.approx(0.25, abs=0.02) and request.base.page_size == 4
+    assert len(pieces) == 2 and pieces[0].context < 3000 < pieces[1].context
+    assert len(lengths) == 1024
+
+
+def test_a_state_stays_when_a_run_is_killed_and_where_it_was_asked_for(
+    run, model, data, tmp_path, monkeypatch
+):
+    plan, state = tmp_path / "plan.json", tmp_path / "measured"
+    common = ["calibrate", model, "--data", data, "--delta-layers", "2", *QUICK, "-o", plan]
+    code, _, err = run(*common, "--resume", state)
+    assert code == 0 and state.is_file(), err
+    known = state.read_text()
+    assert run(*common, "--resume", state)[0] == 0 and state.read_text() == known
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deltadecode.lab.calibration.report.report", killed)
+    assert run(*common)[0] == 130
+    assert (tmp_path / "plan.json.state").is_file()
 
 
 def test_a_plan_of_another_model_is_warned_of_or_refused(run, model, data, tmp_path):
@@ -89,19 +140,20 @@ def test_a_plan_of_another_model_is_warned_of_or_refused(run, model, data, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--delta-layers", "2"], "give either --data FILE or --task NAME"),
         (["--task", "chain", "--data", "x", "--delta-layers", "2"], "give either"),
         (["--data", "none.jsonl", "--delta-layers", "2"], "cannot read the data 'none.jsonl'"),
-        (["--task", "chain"], "give a number of Δ-layers, an attended fraction or a recall"),
+        (["--data", "none.txt", "--delta-layers", "2"], "cannot read the text 'none.txt'"),
+        (["--task", "text:stdlib-docs"], "--task text is what --data FILE and no --task do"),
         (["--task", "chain", "--delta-layers", "6"], "leave no sparse layer in a model of 6"),
         (["--task", "chain", "--delta-layers", "0"], "'--delta-layers'"),
         (["--task", "riddles", "--delta-layers", "2"], "unknown task 'riddles'"),
-        (["--task", "chain", "--delta-layers", "2", "--recall", "0.5"], "give neither"),
+        (["--task", "chain", "--delta-layers", "2", "--kl", "0.5"], "give neither"),
         (["--task", "chain", "--attended-fraction", "2"], "must be between 0 and 1, got 2"),
-        (
-            ["--task", "chain", "--attended-fraction", "0.5", "--dense-layers", "1"],
-            "--attended-fraction alone chooses dense layers",
-        ),
+        (["--attended-fraction", "0.5", "--dense-layers", "1"], "goes with --delta-layers"),
+        (["--attended-fraction", "0.5", "--budget-pages", "30"], "goes with --delta-layers alone"),
+        (["--kl", "0"], "the KL must be above 0, got 0"),
+        (["--context", "250"], "need 378 positions, and the model has 256"),
+        (["--context", "90", "--attended-fraction", "0.1"], "no plan reads as little as"),
         (["--task", "chain", "--delta-layers", "2", "-o", "no/where.json"], "does not exist"),
         (["--task", "chain", "--delta-layers", "2", "--dtype", "int8"], "--dtype must be"),
         (["--task", "chain", "--delta-layers", "2"], "has 256 positions"),
@@ -111,6 +163,13 @@ def test_mistakes_are_one_line(run, model, arguments, message):
     code, out, err = run("calibrate", model, *arguments)
     assert (code, out) == (2, "") and len(err.splitlines()) == 1, err
     assert message in err
+
+
+def test_a_text_that_is_too_short_is_refused(run, model, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("piki leads to meve")
+    code, _, err = run("calibrate", model, "--data", text, "--context", "90", *FREE)
+    assert code == 2 and "context + tokens + 1 are 97" in err and len(err.splitlines()) == 1
 
 
 def test_a_figure_that_cannot_be_drawn_is_refused_before_anything_runs(run, model, monkeypatch):

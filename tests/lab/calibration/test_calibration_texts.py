@@ -1,15 +1,25 @@
-"""Data files, their mistakes, and where the generation of a text starts."""
+"""Data files, their mistakes, and where the rows of a text begin."""
 
 import json
+import random
 
 import pytest
+import torch
 from calibration_cases import tiny_model
 from transformers import AutoTokenizer
 
-from deltadecode.errors import CalibrationError
-from deltadecode.lab.calibration.texts import make_prompts, read_texts, task_texts
+from deltadecode.errors import CalibrationError, EvaluationError
+from deltadecode.lab.calibration.texts import (
+    FIRST_SEED,
+    cut,
+    make_pieces,
+    read_texts,
+    task_texts,
+)
 from deltadecode.lab.tasks import model_path
 from deltadecode.lab.tasks.registry import make_task
+from deltadecode.lab.tasks.sample import Sample, no_verdict
+from deltadecode.lab.tasks.text import Text
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +64,54 @@ def test_a_file_that_is_not_there(tmp_path):
         read_texts(tmp_path)
 
 
-def test_texts_start_at_places_spread_over_their_references(tokenizer):
+def test_rows_begin_at_places_spread_over_the_references(tokenizer):
     model = tiny_model(max_position_embeddings=600, vocab_size=len(tokenizer))
     texts = task_texts(make_task("chain:steps=12:distractors=2"), tokenizer, 4)
-    prompts = make_prompts(model, tokenizer, texts, 20)
-    lengths = []
-    for text, prompt in zip(texts, prompts, strict=True):
+    starts = []
+    for text, piece in zip(texts, make_pieces(model, tokenizer, texts, 20), strict=True):
         plain = tokenizer(text.prompt).input_ids
-        whole = [*plain, *tokenizer(text.reference).input_ids]
-        assert prompt.ids == whole[: len(prompt.ids)]
-        lengths.append(len(prompt.ids) - len(plain))
-    room = len(whole) + 1 - len(plain) - 20  # the end token is part of a reference
-    assert lengths == [0, room // 3, 2 * room // 3, room]
-    assert [each.number for each in prompts] == [0, 1, 2, 3]
+        whole = [*plain, *tokenizer(text.reference).input_ids, tokenizer.eos_token_id]
+        assert piece.ids == whole[: piece.context + 21] and piece.rows == 20
+        starts.append(piece.context - len(plain))
+    room = len(whole) - len(plain) - 21
+    assert starts == [0, room // 3, 2 * room // 3, room]
+
+
+def test_a_short_reference_has_fewer_rows_and_none_is_continued_by_the_model(tokenizer):
+    model = tiny_model(max_position_embeddings=600, vocab_size=len(tokenizer))
+    prompt = "piki leads to meve and adds 3 : 2 + 2 = 4"
+    texts = [Sample(0, prompt, "so tofu holds 4", 0, no_verdict),
+             Sample(1, prompt, "", 0, no_verdict)]  # fmt: skip
+    short, own = make_pieces(model, tokenizer, texts, 20)
+    assert short.rows == len(tokenizer(texts[0].reference).input_ids)  # its end is a target
+    assert own.rows == 20
+    ids = torch.tensor([own.ids])
+    with torch.no_grad():
+        best = model(ids).logits[0].argmax(dim=1).tolist()
+    assert own.ids[own.context :] == best[own.context - 1 : -1]
+
+
+def test_pieces_of_long_texts_take_turns_and_do_not_meet(tokenizer, tmp_path):
+    texts = []
+    for digit in (1, 3):
+        file = tmp_path / str(digit)
+        file.write_text(" ".join(random.Random(digit).choices("0123456789", k=2000)))
+        texts.append(Text(file=str(file), context=50, tokens=9))
+    pieces = cut(tokenizer, texts, 5)
+    assert [piece.context for piece in pieces] == [50] * 5
+    assert [piece.rows for piece in pieces] == [9] * 5
+    every = texts[1].pieces(tokenizer, range(FIRST_SEED, FIRST_SEED + 3))
+    assert [piece.ids for piece in pieces[1::2]] == every[:2]
+    assert len({tuple(piece.ids) for piece in pieces}) == 5
+    with pytest.raises(EvaluationError, match="tokens, and context"):
+        cut(tokenizer, [Text(file=str(file), context=9000, tokens=9)], 2)
 
 
 def test_a_text_that_does_not_fit_is_refused(tokenizer):
     model = tiny_model(max_position_embeddings=64)
     texts = task_texts(make_task("chain:steps=12:distractors=2"), tokenizer, 2)
-    with pytest.raises(CalibrationError, match=r"text 1 needs .* tokens .* has 64 positions"):
-        make_prompts(model, tokenizer, texts, 20)
+    with pytest.raises(CalibrationError, match=r"text 1 has .* tokens .* has 64 positions"):
+        make_pieces(model, tokenizer, texts, 20)
+    with pytest.raises(CalibrationError, match=r"at least 2 tokens behind its prompt, got 1"):
+        make_pieces(tiny_model(vocab_size=len(tokenizer)), tokenizer,
+                    [Sample(0, "piki", "", 0, no_verdict)], 0)  # fmt: skip

@@ -55,6 +55,27 @@ def test_an_evaluation_prints_writes_and_continues(run, model, tmp_path):
     assert len(list((tmp_path / "r").iterdir())) == 4
 
 
+def test_a_text_is_measured_from_end_to_end(run, model, tmp_path):
+    text = tmp_path / "a text: of mine.txt"
+    text.write_text(" ".join(str(number) for number in range(3000)))
+    task = f"text:file={text}:context=70:tokens=5"
+    arguments = [model, "--task", task, "--samples", 3, "--device", "cpu", "--policies",
+                 "full,h2o,delta:page_size=4:recent_pages=1:delta_layers=2+", "--budgets", 16,
+                 "--out", tmp_path / "s"]  # fmt: skip
+    code, out, _ = run(*arguments, "--json")
+    rows = {row["policy"].split(":")[0]: row for row in json.loads(out)["rows"]}
+    assert code == 0 and rows["full"]["kl"] == 0 and rows["full"]["perplexity_ratio"] == 1
+    assert [rows[name]["rows"] for name in ("full", "delta", "h2o")] == [
+        "at once", "at once", "step by step",
+    ]  # fmt: skip
+    low, high = rows["delta"]["kl_interval"]
+    assert low <= rows["delta"]["kl"] <= high
+    assert rows["delta"]["attended_fraction"] < 1
+    code, out, _ = run(*arguments, "--results", tmp_path / "r")
+    assert code == 0 and "KL" in out and "ppl ÷ full" in out
+    assert len(list((tmp_path / "r").iterdir())) == 3
+
+
 def test_an_ablation_runs_by_name(run, model, tmp_path):
     code, out, _ = run(
         model, "--task", "chain:steps=2:distractors=1", "--device", "cpu", "--samples", 1,
@@ -63,8 +84,8 @@ def test_an_ablation_runs_by_name(run, model, tmp_path):
     policies = [(row["policy"], row["budget"]) for row in json.loads(out)["rows"]]
     assert code == 0
     assert policies == [
-        ("full", 0), ("delta", 512), ("delta", 1024),
-        ("delta:sink_pages=1", 512), ("delta:sink_pages=1", 1024),
+        ("full", 0), ("delta", 384), ("delta", 768),
+        ("delta:sink_pages=0", 384), ("delta:sink_pages=0", 768),
     ]  # fmt: skip
 
 
@@ -74,6 +95,11 @@ def test_an_ablation_runs_by_name(run, model, tmp_path):
         (["--policies", "quset", "--budgets", "64"], "unknown policy 'quset'; there are full"),
         (["--task", "chian"], "unknown task 'chian'; there are chain, needle"),
         (["--policies", "streaming", "--budgets", "3"], "'streaming' cannot keep to 3 tokens"),
+        (["--task", "text:wiki"], "unknown source 'wiki' of task 'text'"),
+        (["--task", "text:file=/none"], "cannot read the text '/none': No such file"),
+        (["--task", "text:file=/"], "cannot read the text '/': Is a directory"),
+        (["--task", "text:stdlib-docs:context=600"], "and the model has 512 positions"),
+        (["--task", "text:stdlib-docs:context=9000000"], "context + tokens + 1 are 9000129"),
         (["--policies", "h2o"], "policy 'h2o' needs --budgets or --attended-fraction"),
         (["--budgets", "many"], "--budgets must be whole numbers with commas between, got 'many'"),
         (["--attended-fraction", "2", "--policies", "h2o"], "must be between 0 and 1, got 2.0"),

@@ -139,6 +139,37 @@ def test_perplexity_is_a_ratio(tmp_path):
     assert "perplexity ÷ full" in markdown([row])
 
 
+def text_cells(folder):
+    task = {"name": "text", "source": "stdlib-docs", "digest": "d", "tokens": 8}
+    rng = np.random.default_rng(0)
+    nll, kl = rng.random(50), rng.random(50)
+    for policy, budget, factor in (("full", 0, 0), ("delta", 25, 1), ("h2o", 25, 2)):
+        write_cell(
+            folder, policy, budget, [1 - 0.1 * factor] * 50, 25 if budget else 100, task=task,
+            nll=nll + 0.1 * factor, kl=kl * factor, at_once=[policy != "h2o"] * 50,
+        )  # fmt: skip
+    return kl
+
+
+def test_a_text_has_a_divergence(tmp_path):
+    kl = text_cells(tmp_path / "s")
+    full, delta, h2o = summarize(load([tmp_path / "s"]))
+    assert delta["kl"] == pytest.approx(kl.mean(), rel=1e-4)
+    low, high = delta["kl_interval"]
+    assert low < kl.mean() < high and high - low < 0.2
+    assert (delta["perplexity_ratio"], h2o["perplexity_ratio"]) == pytest.approx(
+        (np.exp(0.1), np.exp(0.2)), rel=1e-4
+    )
+    assert delta["ratio"] == pytest.approx(np.exp(-0.1), rel=1e-3)
+    assert (full["rows"], h2o["rows"]) == ("at once", "step by step")
+    assert delta["case"] == "text:source=stdlib-docs:tokens=8, delta 25"
+    text = markdown([full, delta, h2o])
+    assert "KL, nats a token" in text and "same token" in text
+    (said,) = verdicts([full, delta, h2o])
+    assert f"Worse with no fewer reads: h2o 25 (KL {h2o['kl']:.4f}" in said
+    assert len(write(make_result(load([tmp_path / "s"]), "x"), tmp_path / "r", "t")) == 4
+
+
 def test_the_report_is_a_result_file_with_figures_and_fills_a_document(folder, tmp_path):
     found = make_result(load([folder]), "deltadecode eval --report samples")
     assert found["benchmark"] == "eval" and len(found["rows"]) == 7

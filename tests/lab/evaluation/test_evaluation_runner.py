@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from deltadecode.errors import EvaluationError
+from deltadecode.lab.evaluation import losses
 from deltadecode.lab.evaluation.cells import Cell
 from deltadecode.lab.evaluation.records import Records
 from deltadecode.lab.evaluation.runner import Evaluation, fingerprint
@@ -146,11 +147,59 @@ def test_perplexity_is_that_of_the_full_continuation(random_model, tokenizer, tm
         assert other["read"] == 12 * 11
 
 
+def test_the_loss_of_a_text_is_its_own(random_model, tokenizer, tmp_path, monkeypatch):
+    """At once where the policy can, step by step where not, with the same numbers."""
+    task = "text:stdlib-docs:context=60:tokens=9"
+    delta = "delta:page_size=4:recent_pages=1:dense_layers=0+:delta_layers=1+"
+    cells = [Cell("full", 0), *(Cell(policy, 12) for policy in ("streaming", "h2o", delta))]
+    run = evaluation(random_model, tokenizer, task, samples=2)
+    told = []
+    at_once = run.run(cells, tmp_path / "once", lambda label, done, left: told.append(done))
+    assert told == sorted(told) and told[-1] == pytest.approx(1.0)
+    assert [records.samples[7]["at_once"] for records in at_once] == [True, True, False, True]
+    for each in run.encoded:
+        ids = torch.tensor([each.prompt + each.reference])
+        assert ids.shape == (1, 70)
+        with torch.no_grad():
+            logits = random_model(ids).logits[0].double().log_softmax(dim=1)
+        slow = [-float(logits[t - 1, ids[0, t]]) for t in range(61, 70)]
+        full, *others = (records.samples[each.sample.seed] for records in at_once)
+        assert full["nll"] == full["nll_full"] == pytest.approx(sum(slow) / 9, rel=1e-4)
+        assert (full["score"], full["kl"], full["tokens"], full["prompt"]) == (1.0, 0.0, 9, 60)
+        for other in others:
+            assert other["kl"] > 1e-3 and other["nll_full"] == full["nll_full"]
+            assert other["read"] < full["read"] == full["full"] == sum(range(61, 70))
+    monkeypatch.setattr(losses, "refusal", lambda *given: "no")
+    stepwise = run.run(cells, tmp_path / "steps", quiet)
+    for ours, theirs in zip(at_once, stepwise, strict=True):
+        for seed, record in ours.samples.items():
+            expected = {**theirs.samples[seed], "at_once": record["at_once"]}
+            assert record == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert not theirs.samples[seed]["at_once"]
+
+
+def test_a_killed_run_of_a_text_goes_on(random_model, tokenizer, tmp_path):
+    cells = [Cell("full", 0), Cell("streaming", 12)]
+    task = "text:stdlib-docs:context=60:tokens=9"
+    evaluation(random_model, tokenizer, task, samples=1).run(cells[:1], tmp_path, quiet)
+    run = evaluation(random_model, tokenizer, task, samples=2)
+    assert [len(r.samples) for r in run.run(cells, tmp_path, quiet)] == [2, 2]
+    run.run(cells, tmp_path, lambda *told: pytest.fail("it ran"))
+
+
 def test_what_the_model_cannot_hold_is_refused(model, tokenizer):
     with pytest.raises(EvaluationError, match="and the model has 8192 positions"):
         evaluation(model, tokenizer, "needle:length=9000", samples=1)
     with pytest.raises(EvaluationError, match="--chat needs a tokenizer with a chat template"):
         evaluation(model, tokenizer, chat=True)
+    for task, message in [
+        ("text:stdlib-docs:context=8190:tokens=9", "needs 8199 tokens .* 8192 positions"),
+        ("text:stdlib-docs:context=99000000", "tokens, and context \\+ tokens \\+ 1 are 99000129"),
+    ]:
+        with pytest.raises(EvaluationError, match=message):
+            evaluation(model, tokenizer, task, samples=1)
+    with pytest.raises(EvaluationError, match="--chat is for prompts"):
+        evaluation(model, tokenizer, "text:stdlib-docs", chat=True)
 
 
 def test_a_fingerprint_tells_models_apart(model, tokenizer):

@@ -14,11 +14,11 @@ import pytest
 pytestmark = pytest.mark.browser
 
 PLOTS = ("shift", "recall", "captured", "overlap", "drift", "map", "entropy", "heads", "tokens",
-         "hidden", "removal")  # fmt: skip
+         "hidden", "first", "removal", "factors")  # fmt: skip
 WORKER = """
 from deltadecode.cli import main
 main(["inspect", "embedded", "--task", "chain:steps=24:distractors=8", "--max-new-tokens", "60",
-      "--removal-tokens", "8", "--device", "cpu", "--page-size", "8", "--budget-pages", "12",
+      "--loss-tokens", "8", "--device", "cpu", "--page-size", "8", "--budget-pages", "12",
       "--recent-pages", "4", "--dense-layers", "", "--delta-layers", "0,5,7,16", "-o", "{folder}"])
 """
 
@@ -80,6 +80,7 @@ def test_every_figure_is_drawn_without_an_error(page):
         box = page.locator(f"#{plot}").bounding_box()
         assert box["width"] > 300 and box["height"] > 200, plot
     assert page.title() == "embedded: what its attention does"
+    assert "KL of full attention's next token" in page.inner_text("#removal-about")
     # No learned sinks and no gate in this model.
     assert page.locator("#learned-box").is_hidden() and page.locator("#gate-box").is_hidden()
     wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")

@@ -14,7 +14,7 @@ from deltadecode.cli import main
 from deltadecode.lab.inspection.names import FIGURE_FILES
 from deltadecode.lab.tasks.tokenizer import build_tokenizer
 
-QUICK = ["--device", "cpu", "--max-new-tokens", "30", "--removal-tokens", "8"]
+QUICK = ["--device", "cpu", "--max-new-tokens", "30", "--loss-tokens", "8"]
 TASK = ["--task", "chain:steps=8:distractors=4"]
 
 
@@ -61,8 +61,8 @@ def test_a_report_is_a_page_figures_and_numbers(run, model, tmp_path):
     for each in report["recall"]:
         assert 0 < each["captured"] <= 1 and 0 < each["best"] <= 1
     assert report["sinks"]["epsilon"] == 0.3 and len(report["sinks"]["layers"]) == 6
-    assert report["removal"]["treatments"][0]["agreement"] == 1.0
-    assert len(report["removal"]["treatments"]) == 6
+    assert report["losses"]["steps"] == 8 and report["losses"]["removal"][0]["agreement"] == 1.0
+    assert [each["sink_pages"] for each in report["losses"]["sink_pages"]] == [0, 1, 2, 4]
     assert report["text"] == "task chain:steps=8:distractors=4, seed 3000000000"
     (written,) = results.iterdir()
     found = json.loads(written.read_text())
@@ -102,23 +102,40 @@ def test_a_prompt_that_looks_like_a_page_does_no_harm(run, model, tmp_path):
     assert (tmp_path / "r" / "index.html").read_text().count("<script") >= 3
 
 
+def test_a_real_text_goes_on_by_itself(run, model, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("mu 3 ; po 4 ; " * 40)
+    arguments = [model, *QUICK, "--page-size", 4, "-o", tmp_path / "r", "--json"]
+    task = f"text:file={words}:context=80:tokens=20"
+    _, out, _ = run(*arguments, "--task", task)
+    report = json.loads(out)
+    assert report["text"] == f"task {task}, seed 3000000000"
+    assert report["tokens"]["prompt"] == 80 and report["tokens"]["new"] == 21
+    assert report["losses"]["removal"][0]["loss"] > 0.1  # the text's own loss, not the model's
+    # Without any: Python's documentation, as much of it as the model has positions for.
+    _, out, _ = run(*arguments)
+    report = json.loads(out)
+    assert report["text"].startswith("task text:stdlib-docs:context=482:tokens=30")
+    assert report["tokens"]["prompt"] + report["tokens"]["new"] == 513
+
+
 def test_a_short_text_lowers_the_budget_and_says_so(run, model, tmp_path):
     code, out, err = run(model, *TASK, *QUICK, "--page-size", 4, "-o", tmp_path / "r", "--json")
-    assert code == 0 and "short for the plan's budget of 64 pages" in err
+    assert code == 0 and "short for the plan's budget of 96 pages" in err
     assert f"budget of {json.loads(out)['plan']['budget_pages']}" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a"], "needs 8 pages of 16 tokens by half of its new tokens, got 1 tokens"),
+        (["--prompt", "a"], "needs 8 pages of 8 tokens by half of its new tokens, got 1 tokens"),
         (["--prompt", " "], "the prompt must not be empty, got ' '"),
-        ([], "give a text to inspect: --prompt, --prompt-file or --task; got none"),
         (["--prompt", "a", "--task", "chain"], "give one of --prompt, --prompt-file and --task"),
         (["--prompt-file", "no/such"], "cannot read prompt file 'no/such'"),
         (["--task", "chian"], "unknown task 'chian'; there are chain"),
+        (["--task", "text:stdlib-docs:context=600:tokens=9"], "longer than the model's 512"),
         ([*TASK, "--epsilon", "1.5"], "--epsilon must be between 0 and 1, got 1.5"),
-        ([*TASK, "--budget-pages", "90"], "must be less than the 10 pages of the text, got 90"),
+        ([*TASK, "--budget-pages", "90"], "must be less than the 20 pages of the text, got 90"),
         ([*TASK, "--delta-layers", "9"], "delta_layers must be in 0..5 for a model of 6 layers"),
         ([*TASK, "--tag", "a/b"], "tag must be letters"),
         (["--task", "chain:steps=90:distractors=30"], "must not be longer than the model's 512"),

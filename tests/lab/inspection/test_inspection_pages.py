@@ -10,8 +10,13 @@ from inspection_models import FAMILIES, eager_maps, full_layers, make, prompt
 from deltadecode import DeltaConfig
 from deltadecode.errors import InspectionError
 from deltadecode.lab.inspection.page import drawn_map
-from deltadecode.lab.inspection.pages import PageMap, PageMaps
-from deltadecode.lab.inspection.run import fit_config, inspect_text, stride_for
+from deltadecode.lab.inspection.pages import PageMap
+from deltadecode.lab.inspection.run import (
+    continue_prompt,
+    fit_config,
+    inspect_text,
+    stride_for,
+)
 
 PAGE, PROMPT, STEPS = 4, 40, 12
 
@@ -32,11 +37,8 @@ def config_for(model, **changes):
 @pytest.fixture(scope="module", params=["llama", "learned", "gated", *FAMILIES])
 def case(request):
     model = make(request.param)
-    ids = prompt(model, PROMPT)
-    found = inspect_text(
-        model, Tokenizer(), ids[0].tolist(), config_for(model), steps=STEPS, removal_steps=0
-    )
-    return model, found
+    ids = continue_prompt(model, Tokenizer(), prompt(model, PROMPT)[0].tolist(), STEPS)
+    return model, inspect_text(model, ids, PROMPT, config_for(model), loss_steps=0)
 
 
 def rows(model, found):
@@ -70,6 +72,33 @@ def test_page_masses_and_selections_are_those_of_eager_maps(case):
             free = sorted(set(range(pages)) - forced, key=lambda page: -scores[page])[:2]
             assert set(np.flatnonzero(found.pages.selected[place, layer])) == forced | set(free)
             assert set(np.flatnonzero(found.pages.chosen[place, layer])) == set(free)
+            # With the sink page left to selection there is a place more for it.
+            others = sorted(range(pages - 2), key=lambda page: -scores[page])[:3]
+            assert found.pages.finds_first[place, layer] == (0 in others)
+
+
+def test_captured_attention_is_that_of_eager_maps(case):
+    model, found = case
+    pages = found.pages
+    expected = np.zeros((len(pages.mass[0]),) * 2)
+    for place, weights in enumerate(rows(model, found)):
+        mean = weights.mean(dim=1).double().numpy()
+        for by in range(len(mean)):
+            tokens = np.repeat(pages.selected[place, by], PAGE)[: mean.shape[1]]
+            expected[by] += (mean * tokens).sum(axis=1) / mean.sum(axis=1)
+    np.testing.assert_allclose(pages.captured(), expected / len(pages.steps), atol=1e-4)
+
+
+def test_the_shift_is_that_of_eager_maps(case):
+    model, found = case
+    before, now = [], []
+    for weights in rows(model, found):
+        mean = weights.mean(dim=1).double()
+        before, now = [*before, mean[:-1]], [*now, mean[1:]]
+    cosines = [torch.cosine_similarity(*each, dim=1) for each in zip(before, now, strict=True)]
+    shift = [each.rows.shift for each in found.measured.attention]
+    np.testing.assert_allclose(shift[1:], 1 - torch.stack(cosines).mean(dim=0), atol=1e-4)
+    assert shift[0] == 0
 
 
 def test_entropy_is_that_of_eager_maps(case):
@@ -79,13 +108,14 @@ def test_entropy_is_that_of_eager_maps(case):
         shares = (weights / weights.sum(dim=2, keepdim=True)).double().numpy()
         logs = np.log2(shares, where=shares > 0, out=np.zeros_like(shares))
         bits.append(-(shares * logs).sum(axis=2))
-    np.testing.assert_allclose(found.entropy, np.mean(bits, axis=0), atol=1e-4)
+    entropy = torch.stack([each.rows.entropy for each in found.measured.attention])
+    np.testing.assert_allclose(entropy, np.mean(bits, axis=0), atol=1e-4)
 
 
 def by_hand(chosen, steps=None):
     chosen = np.array(chosen, dtype=bool)
     steps = np.arange(len(chosen)) if steps is None else np.array(steps)
-    return PageMap(2, steps, steps + 10, chosen.astype(np.float32), chosen, chosen)
+    return PageMap(2, steps, steps + 10, chosen.astype(np.float32), chosen, chosen, chosen[:, :, 0])
 
 
 def test_overlap_by_hand():
@@ -105,7 +135,8 @@ def test_what_an_old_choice_still_holds_by_hand():
     chosen = np.array([[[1, 0, 0, 0, 0]], [[0, 1, 0, 0, 0]]], dtype=bool)
     selected = chosen | np.array([[[0, 0, 0, 1, 0]], [[0, 0, 0, 0, 1]]], dtype=bool)
     mass = np.array([[[0.5, 0.1, 0.1, 0.3, 0]], [[0.2, 0.3, 0.05, 0.05, 0.4]]], dtype=np.float32)
-    found = PageMap(2, np.array([0, 2]), np.array([8, 10]), mass, selected, chosen)
+    found = PageMap(2, np.array([0, 2]), np.array([8, 10]), mass, selected, chosen,
+                    chosen[:, :, 0])  # fmt: skip
     # Now: 0.5 + 0.3 and 0.3 + 0.4. Two steps later: page 0, and page 4, which is forced by then.
     np.testing.assert_allclose(found.held(0), [(0.8 + 0.7) / 2, 0.2 + 0.4], rtol=1e-6)
     # One of 3 and one of 4 pages at random.
@@ -125,12 +156,20 @@ def test_steps_within_the_budget_decide_nothing():
 
 
 def test_a_text_that_ends_at_once_is_one_line():
-    with pytest.raises(InspectionError, match="no decode step was observed"):
-        PageMaps(config_for(make("llama"))).finish()
+    model = make("llama")
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+    with pytest.raises(InspectionError, match="there is no decode step to look at"):
+        continue_prompt(model, Tokenizer(), [3, 4, 5], 8)
+
+
+def test_a_budget_that_covers_the_text_is_refused():
+    model = make("llama")
+    with pytest.raises(InspectionError, match=r"below the pages of the text's 40 tokens .* got 10"):
+        inspect_text(model, list(range(2, 43)), 30, config_for(model, budget_pages=10))
 
 
 def test_a_short_text_gets_a_budget_that_leaves_something_to_select():
-    plan = DeltaConfig(page_size=16, budget_pages=64, recent_pages=8)
+    plan = DeltaConfig(page_size=16, budget_pages=64, recent_pages=8, sink_pages=0)
     assert fit_config(plan, 1000, 200) == plan
     fitted = fit_config(plan, 200, 112)  # 16 pages by half of its new tokens
     assert (fitted.budget_pages, fitted.recent_pages, fitted.sink_pages) == (4, 2, 0)
@@ -149,7 +188,8 @@ def test_neighbours_are_put_together_in_a_map_that_is_too_wide_to_draw():
     mass = np.zeros((1, 1, pages), dtype=np.float32)
     mass[0, 0, [3, 4, 2500]] = 0.25, 0.25, 0.5
     selected = mass > 0.4
-    found = drawn_map(PageMap(4, np.array([0]), np.array([4 * pages]), mass, selected, selected))
+    found = drawn_map(PageMap(4, np.array([0]), np.array([4 * pages]), mass, selected, selected,
+                              selected[:, :, 0]))  # fmt: skip
     assert found["shape"] == [1, 1, 834] and found["pooled"] == 3
     levels = np.frombuffer(base64.b64decode(found["levels"]), np.uint8)
     assert np.flatnonzero(levels).tolist() == [1, 833]

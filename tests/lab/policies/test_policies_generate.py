@@ -25,6 +25,11 @@ OPTIONS = {
     "raas": "page_size=4:alpha=0.02",
     "raas-evict": "page_size=4:alpha=0.02",
     "snapkv": "window=4:kernel=3",
+    "kascade": "layers=1+3",
+    "lessismore": "layers=1+3:sinks=2",
+    "omnikv": "layers=1+3:wait=0",
+    "random-attention": "recent=4",
+    "random-attention-evict": "recent=4",
 }
 
 
@@ -36,10 +41,13 @@ def spec_of(name):
 
 SPECS = {name: spec_of(name) for name in POLICIES}
 STEPS = 24
-BUDGET = {"raas": 48}  # its prompt stays
-EVICTING = {"streaming", "h2o", "raas", "raas-evict", "snapkv"}
+BUDGET = {"raas": 48, "random-attention": 48}  # their prompts stay
+EVICTING = {"streaming", "h2o", "raas", "raas-evict", "snapkv", "keydiff", "random-attention",
+            "random-attention-evict"}  # fmt: skip
 # What `expected` says of a step's reads; an upper bound of all others.
-EXACT = {"full", "delta", "quest-kv", "tidal-kv", "streaming", "h2o", "snapkv", "random"}
+EXACT = {"full", "delta", "quest-kv", "tidal-kv", "streaming", "h2o", "snapkv", "random",
+         "kascade", "lessismore", "omnikv", "keydiff", "random-attention",
+         "random-attention-evict"}  # fmt: skip
 LAST_PAGE_IS_PARTIAL = {"oracle", "raas-evict", "raas", "delta-variant"}
 
 
@@ -265,7 +273,7 @@ def test_sinks_and_soft_caps_enter_the_softmax():
         ("streaming", 4, "it needs more than its 4 sinks"),
         ("snapkv", 32, "it needs more than its observation window of 32"),
         ("h2o", 3, "cannot keep to 3 tokens"),
-        ("delta:page_size=16:recent_pages=8", 64, "it needs 9 pages of 16 tokens, 144"),
+        ("delta:page_size=16:recent_pages=8", 64, "it needs 10 pages of 16 tokens, 160"),
         ("delta:dense_layers=0+:delta_layers=1+9", 256, "delta_layers must be in 0..5"),
         ("tidal:layers=2+9", 64, "must be full-attention layers, got 9"),
         ("delta-variant:heads=min", 256, "must be max or mean, got 'min'"),

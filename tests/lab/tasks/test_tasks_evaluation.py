@@ -13,7 +13,9 @@ def words(text):
     return len(text.split())
 
 
-@pytest.mark.parametrize("spec", ["chain:steps=12", "needle", "tracking", "perplexity"])
+@pytest.mark.parametrize(
+    "spec", ["chain:steps=12", "needle", "tracking", "text:stdlib-docs", "perplexity"]
+)
 def test_a_seed_makes_one_sample(spec):
     task = make_task(spec)
     first, again, other = (task.sample(seed, words) for seed in (5, 5, 6))
@@ -103,13 +105,21 @@ def test_perplexity_takes_pieces_of_a_text(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("chian", "unknown task 'chian'; there are chain, needle, tracking, perplexity"),
+        ("chian", "unknown task 'chian'; there are chain, needle, tracking, text, perplexity"),
         ("chain:step=3", "unknown option 'step=3' of task 'chain'; there are steps, distractors"),
         ("chain:steps=x", "steps of task 'chain' must be a number, got 'x'"),
         ("chain:steps=5000", "names"),
         ("needle:needles=600", "needs length >= 64 and 1 to 576 needles, got 4096 and 600"),
         ("needle:kind=double", "must be one of single, multikey, multivalue"),
         ("perplexity:prompts=text:file=/nowhere", "cannot read the text '/nowhere'"),
+        ("text", "needs either file=... or a source, stdlib-docs or stdlib-code"),
+        ("text:stdlib-docs:file=a", "needs either file=... or a source"),
+        ("text:wiki", "unknown source 'wiki' of task 'text'; there are stdlib-docs, stdlib-code"),
+        ("text:file=/no:where.txt", "cannot read the text '/no:where.txt': No such file"),
+        ("text:file=/", "cannot read the text '/': Is a directory"),
+        ("text:stdlib-docs:context=0", "needs context >= 1"),
+        ("text:stdlib-docs:tokens=x", "tokens of task 'text' must be a number, got 'x'"),
+        ("text:stdlib-docs:tokens", "unknown option 'tokens'"),
         ("perplexity:prompts=perplexity", "must be text, chain, needle, tracking"),
     ],
 )
@@ -120,5 +130,43 @@ def test_what_cannot_be_is_refused_in_one_line(text, message):
     assert "\n" not in str(caught.value)
 
 
+class Letters:
+    """A tokenizer of one token a letter, which begins texts with 7."""
+
+    bos_token_id = 7
+
+    def __call__(self, text, add_special_tokens=True, **options):
+        ids = [*([7] if add_special_tokens else []), *map(ord, text)]
+        return type("Encoding", (), {"input_ids": ids})
+
+
+def test_pieces_of_a_text_lie_apart_while_there_is_room(tmp_path):
+    file = tmp_path / "a text: with=signs.txt"
+    file.write_text("".join(map(chr, range(1000, 1100))), encoding="utf-8")
+    task = make_task(f"text:context=10:file={file}:tokens=5")
+    assert (task.file, task.context, task.tokens, task.needed) == (str(file), 10, 5, 16)
+    pieces = task.pieces(Letters(), range(100, 110))
+    assert all(len(piece) == 16 and piece[0] == 7 for piece in pieces)
+    assert all(piece[1:] == list(range(piece[1], piece[1] + 15)) for piece in pieces)
+    first = {token for piece in pieces[:6] for token in piece[1:]}
+    assert len(first) == 6 * 15
+    assert len({piece[1] for piece in pieces}) == 10
+    assert pieces == task.pieces(Letters(), range(100, 110))
+    with pytest.raises(EvaluationError, match="has 101 tokens, and context"):
+        make_task(f"text:file={file}:context=98:tokens=5").pieces(Letters(), [0])
+
+
+@pytest.mark.parametrize("source", ["stdlib-docs", "stdlib-code"])
+def test_python_has_texts_of_its_own(source):
+    task = make_task(f"text:{source}")
+    assert len(task._text) > 300_000 and task.digest == make_task(f"text:{source}").digest
+
+
+def test_a_text_that_is_none_is_refused(tmp_path):
+    (tmp_path / "image").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(EvaluationError, match="is no text in UTF-8"):
+        make_task(f"text:file={tmp_path / 'image'}")
+
+
 def test_every_task_is_tried():
-    assert set(TASKS) == {"chain", "needle", "tracking", "perplexity"}
+    assert set(TASKS) == {"chain", "needle", "tracking", "text", "perplexity"}

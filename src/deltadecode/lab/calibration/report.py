@@ -6,89 +6,86 @@ import datetime
 import math
 from typing import Any
 
+import numpy as np
+
 from deltadecode.architecture import config_hash
 from deltadecode.config import DeltaConfig
-from deltadecode.lab import plans
-from deltadecode.lab.calibration.fit import Candidate, Measurement, described, fitted, offered
+from deltadecode.lab.calibration.losses import Rows
+from deltadecode.lab.calibration.run import CALIBRATED, DEFAULT, Calibration
 from deltadecode.lab.collect_env import versions
+from deltadecode.lab.policies.base import Floats
 
-CALIBRATED = "calibrated"
-RANDOM_PLANS = 8
-_EXHAUSTIVE = 200_000  # plans that are counted out in seconds
+Interval = tuple[float, float]
 
 
-def report(measurement: Measurement) -> dict[str, Any]:
-    """Fit the plans and say what was measured.
+def report(calibration: Calibration) -> dict[str, Any]:
+    """Say what was found.
 
-    ``plans`` by name and ``offers``, see :func:`deltadecode.lab.calibration.fit.described`;
-    ``layers`` with the ``shift`` into each and its ``need``; ``texts``, ``observed_steps`` and
-    ``tokens`` (shortest and longest text). Raises CalibrationError when nothing could be measured,
-    or no plan is what was asked for.
+    ``plans`` by name, see :func:`described`, ``layers``, ``texts`` (``fit``, ``held_out``, ``rows``
+    of all, ``tokens`` of the shortest and longest), ``measured`` (``[full layers, KL]`` of each
+    plan that was measured on every text of the search), ``passes`` and ``seconds``.
     """
-    made = fitted(measurement)
-    ours = made[CALIBRATED]
-    lengths = [len(prompt.ids) for prompt in measurement.prompts]
+    losses, space = calibration.losses, calibration.space
+    lengths = [len(piece.ids) for piece in losses.pieces]
+    measured = losses.measured(calibration.fit)
     return {
-        "plans": {name: described(measurement, plan) for name, plan in made.items()},
-        "offers": offered(measurement, ours),
-        "layers": list(measurement.layout.layers),
-        "shift": _rounded(measurement.shift.curve(measurement.fit)),
-        "need": _rounded(measurement.need.weights(measurement.fit)),
-        "texts": len(measurement.prompts),
-        "observed_steps": measurement.captured.steps(ours.budget),
-        "tokens": [min(lengths), max(lengths) + measurement.new_tokens],
-    }
-
-
-def against(measurement: Measurement) -> dict[str, Any]:
-    """The calibrated plan among others of its size.
-
-    ``peers``: hand-picked and random plans as of :func:`described`; ``exhaustive``: how many plans
-    of the size there are, the best of them for each half, and how many keep more than the
-    calibrated one (None where there are too many); ``r``: R [i][j] of both halves.
-    """
-    ours = fitted(measurement)[CALIBRATED]
-    layers, count, dense = len(measurement.layout.layers), len(ours.full), ours.dense
-    peers = {
-        f"hand-picked, {name}": full
-        for name, full in plans.hand_picked(layers, count, dense).items()
-    }
-    drawn = plans.random_plans(layers, count, dense, RANDOM_PLANS)
-    peers.update({f"random {n}": full for n, full in enumerate(drawn, 1)})
-    r = {
-        name: measurement.captured.matrix(ours.budget, texts)
-        for name, texts in (("fit", measurement.fit), ("held_out", measurement.held_out))
-    }
-    return {
-        "peers": {
-            name: described(measurement, Candidate(full, dense, ours.budget))
-            for name, full in peers.items()
+        "plans": {name: described(calibration, cfg) for name, cfg in calibration.plans.items()},
+        "layers": list(space.layout.layers),
+        "texts": {
+            "fit": len(calibration.fit),
+            "held_out": len(calibration.held_out),
+            "rows": sum(piece.rows for piece in losses.pieces),
+            "tokens": [min(lengths), max(lengths)],
         },
-        "exhaustive": _exhaustive(measurement, ours),
-        "r": {name: [_rounded(line) for line in matrix] for name, matrix in r.items()},
+        "measured": [[len(space.places(cfg)), rounded(kl)] for cfg, kl in measured.items()],
+        "passes": losses.passes,
+        "seconds": round(calibration.seconds, 1),
     }
 
 
-def _exhaustive(measurement: Measurement, ours: Candidate) -> dict[str, Any] | None:
-    layers, count, dense = len(measurement.layout.layers), len(ours.full), ours.dense
-    total = math.comb(layers - dense - 1, count - dense - 1)
-    if total > _EXHAUSTIVE:
-        return None
-    need = measurement.need.weights(measurement.fit)
-    result: dict[str, Any] = {"plans": total}
-    for name, texts in (("fit", measurement.fit), ("held_out", measurement.held_out)):
-        loss = plans.losses(measurement.captured.matrix(ours.budget, texts), need)
-        shares = {full: plans.kept(loss, full) for full in plans.all_plans(layers, count, dense)}
-        best = max(shares, key=lambda full: shares[full])
-        own = shares[ours.full]
-        result[name] = {
-            "best": [measurement.layout.layers[place] for place in best],
-            "best_kept": round(shares[best], 5),
-            "ours_kept": round(own, 5),
-            # Sums in another order differ in the last digits.
-            "better": sum(share > own + 1e-12 for share in shares.values()),
-        }
+def described(calibration: Calibration, cfg: DeltaConfig) -> dict[str, Any]:
+    """A plan's fields, and what it costs.
+
+    ``kl`` (``fit``, ``held_out``) in nats a token; of the held-out texts also ``kl_interval``,
+    ``over_default`` (KL less that of the model's own plan) with its interval, ``perplexity_ratio``
+    and ``same_top1``; ``attended_fraction``. Intervals are of 95 %, row by row.
+    """
+    losses, held_out = calibration.losses, calibration.held_out
+    rows = Rows.joined([losses.rows(cfg, text) for text in held_out])
+    fields = cfg.to_dict()
+    result: dict[str, Any] = {
+        **fields,
+        "kl": {
+            # A plan that only the held-out texts have judged has none of the others.
+            "fit": rounded(measured) if (measured := _fit(calibration, cfg)) is not None else None,
+            "held_out": rounded(losses.kl(cfg, held_out)),
+        },
+        "kl_interval": interval(rows.kl),
+        "perplexity_ratio": rounded(math.exp(rows.lost.mean())),
+        "same_top1": rounded(rows.same.mean()),
+        "attended_fraction": round(calibration.space.reads(cfg), 5),
+    }
+    default = calibration.plans.get(DEFAULT)
+    if default is not None and default != cfg:
+        other = Rows.joined([losses.rows(default, text) for text in held_out])
+        result["over_default"] = rounded(float((rows.kl - other.kl).mean()))
+        result["over_default_interval"] = interval(rows.kl - other.kl)
     return result
+
+
+def _fit(calibration: Calibration, cfg: DeltaConfig) -> float | None:
+    return calibration.losses.measured(calibration.fit).get(cfg)
+
+
+def interval(values: Floats) -> Interval:
+    """95 % of the mean, as if rows were independent."""
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    return rounded(values.mean() - half), rounded(values.mean() + half)
+
+
+def rounded(value: float | np.floating[Any]) -> float:
+    """Four digits that count."""
+    return float(f"{value:.4g}")
 
 
 def plan_file(
@@ -96,11 +93,10 @@ def plan_file(
 ) -> tuple[DeltaConfig, dict[str, Any]]:
     """The calibrated plan and its ``meta``, for :meth:`DeltaConfig.save`.
 
-    ``meta`` holds title, source, model, config_hash, data, date, versions, expected (recall and
-    kept share of the held-out texts, attended fraction) and all plans.
+    ``meta`` holds title, source, model, config_hash, data, date, versions, expected (of held-out
+    texts) and all plans that were judged.
     """
     ours = report["plans"][CALIBRATED]
-    fields = DeltaConfig().to_dict()
     meta = {
         "title": f"calibrated for {name}",
         "source": command,
@@ -108,18 +104,13 @@ def plan_file(
         "config_hash": config_hash(model),
         "data": data,
         "texts": report["texts"],
-        "tokens": report["tokens"],
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "versions": versions(),
         "expected": {
-            "recall": ours["recall"]["held_out"],
-            "kept": ours["kept"]["held_out"],
-            "attended_fraction": ours["attended_fraction"],
+            "kl": ours["kl"]["held_out"],
+            **{name: ours[name] for name in ("perplexity_ratio", "same_top1", "attended_fraction")},
         },
         "plans": report["plans"],
     }
-    return DeltaConfig.from_dict({key: ours[key] for key in fields if key in ours}), meta
-
-
-def _rounded(values: Any) -> list[float]:
-    return [round(float(value), 5) for value in values]
+    fields = [key for key in DeltaConfig().to_dict() if key in ours]
+    return DeltaConfig.from_dict({key: ours[key] for key in fields}), meta

@@ -1,17 +1,20 @@
-"""The texts of a calibration: from a file or from a task, cut where their generation starts."""
+"""The texts of a calibration: from files or a task, cut at the decode steps to be measured."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltadecode.architecture import longest_prompt, text_config
 from deltadecode.errors import CalibrationError
-from deltadecode.lab.generation import encode
-from deltadecode.lab.observe import Prompt
+from deltadecode.lab.generation import encode, new_tokens, unchecked
+from deltadecode.lab.policies.base import Layout
+from deltadecode.lab.policies.full import Full
 from deltadecode.lab.tasks.sample import Sample, Task, no_verdict
+from deltadecode.lab.tasks.text import Text
 
 FORMAT = 'one JSON object a line, {"prompt": "...", "completion": "..."}, the completion optional'
 # Apart from those of evaluations, which start at 3,000,000,000.
@@ -72,28 +75,73 @@ def task_texts(task: Task, tokenizer: Any, count: int, seed: int = FIRST_SEED) -
     return [task.sample(number, tokens) for number in range(seed, seed + count)]
 
 
-def make_prompts(
-    model: Any, tokenizer: Any, texts: Sequence[Sample], new_tokens: int, *, chat: bool = False
-) -> list[Prompt]:
-    """Token ids from which the generation of each text starts.
+@dataclass(frozen=True)
+class Piece:
+    """The tokens of a text; the decode steps behind the first ``context`` of them are measured."""
 
-    A text that has a reference starts inside it: the i-th of n at i / (n - 1) of the way to the
-    last place with ``new_tokens`` behind it, so that early and late decode steps are seen without
-    generating every text in full. A text without one starts behind its prompt. Raises
-    CalibrationError when a text is too long for the model or its prompt has no token, and
-    EvaluationError when ``chat`` finds no chat template.
+    ids: list[int]
+    context: int
+
+    @property
+    def rows(self) -> int:
+        """Decode steps; the last token is only a target."""
+        return len(self.ids) - self.context - 1
+
+
+def make_pieces(
+    model: Any, tokenizer: Any, texts: Sequence[Sample], rows: int, *, chat: bool = False
+) -> list[Piece]:
+    """Pieces of prompts and what follows them, of so many rows at most.
+
+    The rows of the i-th of n texts begin at i / (n - 1) of the way to the last place in its
+    reference, so that early and late steps are seen. A text without one is continued by the model,
+    with full attention. Raises CalibrationError when a text is too long for the model or has too
+    few tokens, and EvaluationError when ``chat`` finds no chat template.
     """
-    prompts = []
-    longest = longest_prompt(text_config(model))
+    pieces = []
     for number, text in enumerate(encode(texts, tokenizer, chat=chat)):
-        room = max(len(text.reference) - new_tokens, 0)
-        ids = [*text.prompt, *text.reference[: room * number // max(len(texts) - 1, 1)]]
-        if len(ids) < 2:
-            raise CalibrationError(f"text {number + 1} has fewer than 2 tokens")
-        if longest is not None and len(ids) + new_tokens > longest:
+        if not text.prompt:
+            raise CalibrationError(f"text {number + 1} has a prompt of no tokens")
+        reference = text.reference
+        if not reference:
+            _check_length(model, number, len(text.prompt) + rows + 1)
+            reference = _continuation(model, tokenizer, text.prompt, rows + 1)
+        room = max(len(reference) - rows - 1, 0)
+        context = len(text.prompt) + room * number // max(len(texts) - 1, 1)
+        piece = Piece([*text.prompt, *reference][: context + rows + 1], context)
+        if piece.rows < 1:
             raise CalibrationError(
-                f"text {number + 1} needs {len(ids) + new_tokens} tokens with {new_tokens} new "
-                f"ones, and the model has {longest} positions"
+                f"text {number + 1} must have at least 2 tokens behind its prompt, got "
+                f"{len(reference)}"
             )
-        prompts.append(Prompt(number, ids))
-    return prompts
+        _check_length(model, number, len(piece.ids))
+        pieces.append(piece)
+    return pieces
+
+
+def _continuation(model: Any, tokenizer: Any, prompt: list[int], tokens: int) -> list[int]:
+    policy = Full(Layout.of(model), 1)
+    batch = [unchecked(prompt, tokens)]
+    written = new_tokens(model, tokenizer, policy, batch, tokens, lambda step: None)
+    return [int(token) for token in written[0]]
+
+
+def _check_length(model: Any, number: int, tokens: int) -> None:
+    longest = longest_prompt(text_config(model))
+    if longest is not None and tokens - 1 > longest:
+        raise CalibrationError(
+            f"text {number + 1} has {tokens - 1} tokens with its rows, and the model has {longest} "
+            "positions"
+        )
+
+
+def cut(tokenizer: Any, texts: Sequence[Text], count: int) -> list[Piece]:
+    """``count`` pieces of some long texts, taken from them in turns.
+
+    Raises EvaluationError where a text is too short for one.
+    """
+    each = range(FIRST_SEED, FIRST_SEED - (-count // len(texts)))
+    turns = zip(*(text.pieces(tokenizer, each) for text in texts), strict=True)
+    return [
+        Piece(ids, text.context) for turn in turns for text, ids in zip(texts, turn, strict=True)
+    ][:count]

@@ -23,6 +23,7 @@ _APART = 1.12  # of neighbouring numbers on a logarithmic axis, lest they overla
 def draw(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
     """Draw accuracy over the budget, over the reads, and where the traces go wrong.
 
+    Of the task ``text``, it is the KL to full attention that is drawn.
     Files are ``<name>-budget.png``, ``<name>-reads.png`` and, if any sample of a task with a
     reference went wrong, ``<name>-first-wrong.png``.
     """
@@ -70,14 +71,20 @@ def _style(place: int) -> dict[str, Any]:
 
 
 def _accuracy(axes: Any, lines: Sequence[dict[str, Any]], key: str, factor: float) -> None:
+    of_text = "kl" in lines[0]
+    name, scale = ("kl", 1.0) if of_text else ("score", 100.0)
     for place, (policy, points) in enumerate(_series(lines).items()):
         points = sorted(points, key=lambda line: line[key])
-        score = np.array([100 * line["score"] for line in points])
-        bounds = 100 * np.array([line["score_interval"] for line in points]).T
+        score = np.array([scale * line[name] for line in points])
+        bounds = scale * np.array([line[f"{name}_interval"] for line in points]).T
         axes.errorbar(
             [factor * line[key] for line in points], score,
             yerr=np.maximum(np.abs(bounds - score), 0.0), label=policy, capsize=2, **_style(place),
         )  # fmt: skip
+    if of_text:
+        axes.set_yscale("log")
+        axes.set_ylabel("KL to full attention, nats a token")
+        return
     for line in lines:
         if line["policy"] == "full":
             axes.axhline(100 * line["score"], color="grey", linestyle="--", label="full")

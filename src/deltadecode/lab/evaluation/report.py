@@ -50,7 +50,7 @@ def fill_document(document: Path, tag: str, report: dict[str, Any], files: Seque
     marks.
     """
     before, after = document_parts(document, tag)
-    links = [_relative(file, document.parent) for file in files]
+    links = [relative(file, document.parent) for file in files]
     gpus = ", ".join(report["machine"].get("gpus") or [report["machine"].get("cpu", "a CPU")])
     lines = [
         "",
@@ -78,5 +78,6 @@ def document_parts(document: Path, tag: str) -> tuple[str, str]:
     return before + begin, end + after
 
 
-def _relative(file: Path, folder: Path) -> str:
+def relative(file: Path, folder: Path) -> str:
+    """A file as a page in a folder links to it."""
     return Path(os.path.relpath(file, folder)).as_posix()

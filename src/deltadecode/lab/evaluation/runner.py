@@ -16,7 +16,8 @@ from torch import Tensor
 from deltadecode.architecture import longest_prompt, text_config
 from deltadecode.errors import EvaluationError
 from deltadecode.lab.evaluation.cells import Cell, Trace, expected_fraction, slug
-from deltadecode.lab.evaluation.records import Records
+from deltadecode.lab.evaluation.losses import encode_text, text_records
+from deltadecode.lab.evaluation.records import Records, digest
 from deltadecode.lab.generation import (
     Encoded,
     encode,
@@ -27,9 +28,11 @@ from deltadecode.lab.generation import (
 from deltadecode.lab.policies import make_policy
 from deltadecode.lab.tasks.registry import Perplexity
 from deltadecode.lab.tasks.sample import Task, options_of
+from deltadecode.lab.tasks.text import Text
 
 # Told what runs, the share of all work that is done, and the seconds left (None: not known yet).
 Progress = Callable[[str, float, "float | None"], None]
+_LONGEST_NAME = 180  # of a file; systems take 255 bytes
 _TYPICAL_ANSWER = 0.5  # of the most new tokens, for tasks without a reference
 
 
@@ -52,8 +55,13 @@ class Evaluation:
         if self.samples < 1 or self.batch < 1:
             raise EvaluationError("--samples and --batch must be at least 1")
         seeds = range(self.seed, self.seed + self.samples)
-        made = [self.task.sample(seed, self._count) for seed in seeds]
-        self.encoded = encode(made, self.tokenizer, chat=self.chat)
+        if isinstance(self.task, Text):
+            if self.chat:
+                raise EvaluationError("--chat is for prompts, and task 'text' has none")
+            self.encoded = encode_text(self.task, self.tokenizer, seeds)
+        else:
+            made = [self.task.sample(seed, self._count) for seed in seeds]
+            self.encoded = encode(made, self.tokenizer, chat=self.chat)
         self._check_lengths()
         # Rows of one length need no padding, so that DELTA takes them through a layer together.
         self.encoded.sort(key=lambda item: (len(item.prompt), item.sample.seed))
@@ -76,6 +84,8 @@ class Evaluation:
         prompts = [len(item.prompt) for item in self.encoded]
         if isinstance(self.task, Perplexity):
             steps = self.task.tokens - 1
+        elif isinstance(self.task, Text):
+            steps = self.task.tokens
         else:
             answers = [len(e.reference) or e.max_new_tokens * _TYPICAL_ANSWER for e in self.encoded]
             steps = max(round(float(np.mean(answers))) - 1, 1)
@@ -97,6 +107,8 @@ class Evaluation:
         """The file of a cell."""
         options = ",".join(f"{key}={value}" for key, value in options_of(self.task).items())
         name = "__".join(slug(part) for part in (self.task.name, options, cell.policy))
+        if len(name) > _LONGEST_NAME:
+            name = f"{name[:_LONGEST_NAME]}-{digest(name)}"
         return folder / f"{name}__{cell.budget}.jsonl"
 
     def run(self, cells: Sequence[Cell], folder: Path, progress: Progress) -> list[Records]:
@@ -117,6 +129,9 @@ class Evaluation:
         clock = _Clock(
             sum(item.max_new_tokens for _, _, missing in todo for item in missing), progress
         )
+        if isinstance(self.task, Text):
+            self._run_text(todo, clock)
+            return opened
         for cell, records, missing in todo:
             for begin in range(0, len(missing), self.batch):
                 part = missing[begin : begin + self.batch]
@@ -124,6 +139,22 @@ class Evaluation:
                 records.add(self._batch(cell, part, clock.of(label, part)))
                 clock.finish(part)
         return opened
+
+    def _run_text(self, todo: Sequence[tuple[Cell, Records, list[Encoded]]], clock: _Clock) -> None:
+        """One piece after the other, each prepared once for all cells."""
+        for number, item in enumerate(self.encoded, 1):
+            wanting = [(cell, records) for cell, records, missing in todo if item in missing]
+            if not wanting:
+                continue
+            label = f"piece {number} of {len(self.encoded)}"
+            policies = [cell.make(self.model) for cell, _ in wanting]
+            measured = text_records(
+                self.model, self.tokenizer, policies, item,
+                [clock.of(f"{label}: {cell.label}", [item]) for cell, _ in wanting],
+            )  # fmt: skip
+            for (_, records), record in zip(wanting, measured, strict=True):
+                records.add([record])
+                clock.finish([item])
 
     def _batch(
         self, cell: Cell, part: list[Encoded], on_step: Callable[[int], None]

@@ -80,6 +80,7 @@ def case(records: Records) -> str:
     """Name of the task with its options."""
     task = dict(records.settings["task"])
     name = task.pop("name")
+    task.pop("digest", None)  # of a text, which its name tells well enough
     options = ":".join(f"{key}={value}" for key, value in task.items() if value != "")
     return f"{name}:{options}" if options else str(name)
 
@@ -118,10 +119,25 @@ def _row(records: Records, full: Records, seeds: Sequence[int]) -> dict[str, Any
     extras["reads"] = own if expected is None else min(own, rounded(expected))
     if "nll" in next(iter(records.samples.values())):
         extras |= _perplexity(records, full, seeds)
-    lost = [1 + float((1 - scores).sum()) for scores in (ours, theirs)]
     label = f"{case(records)}, {records.settings['policy']}"
     label += f" {records.settings['budget']}" if records.settings["budget"] else ""
+    if "kl" in next(iter(records.samples.values())):
+        extras |= _divergence(records, seeds)
+        losses = [math.exp(_column(cell, seeds, "nll").mean()) for cell in (records, full)]
+        return row(label, "full attention", "perplexity", *losses, **extras)
+    lost = [1 + float((1 - scores).sum()) for scores in (ours, theirs)]
     return row(label, "full attention", "score lost over all samples, plus one", *lost, **extras)
+
+
+def _divergence(records: Records, seeds: Sequence[int]) -> dict[str, Any]:
+    """KL(full || policy) of each sample is a paired difference already."""
+    interval = mean_interval(_column(records, seeds, "kl"))
+    at_once = {records.samples[seed].get("at_once") for seed in seeds}
+    return {
+        "kl": rounded(interval.mean),
+        "kl_interval": [rounded(interval.low), rounded(interval.high)],
+        "rows": "at once" if at_once == {True} else "step by step",
+    }
 
 
 def _perplexity(records: Records, full: Records, seeds: Sequence[int]) -> dict[str, Any]:
@@ -157,6 +173,9 @@ def _cells_of(line: dict[str, Any]) -> list[str]:
     if "perplexity_ratio" in line:
         low, high = line["perplexity_ratio_interval"]
         texts += [f"{line['perplexity_ratio']:.4f}", f"{low:.4f} … {high:.4f}"]
+    if "kl" in line:
+        low, high = line["kl_interval"]
+        texts += [f"{line['kl']:.4f}", f"{low:.4f} … {high:.4f}"]
     return texts
 
 
@@ -169,8 +188,13 @@ def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _titles(lines: Sequence[dict[str, Any]]) -> list[str]:
-    more = ["perplexity ÷ full", "95 %"] if "perplexity_ratio" in lines[0] else []
-    return [*_COLUMNS, *more]
+    titles = [*_COLUMNS]
+    if "perplexity_ratio" in lines[0]:
+        titles += ["perplexity ÷ full", "95 %"]
+    if "kl" in lines[0]:
+        titles[titles.index("right")] = "same token"
+        titles += ["KL, nats a token", "95 %"]
+    return titles
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
@@ -181,10 +205,15 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
             title=f"{name}, {lines[0]['samples']} samples", title_justify="left", box=SIMPLE_HEAD
         )
         table.add_column("policy", overflow="fold", min_width=14)
-        for title in ("budget", "read", "kept", "right [95 %]", "− full [95 %]"):
+        # The score of a text is against full attention already.
+        of_text = "kl" in lines[0]
+        titles = ["same [95 %]"] if of_text else ["right [95 %]", "− full [95 %]"]
+        for title in ("budget", "read", "kept", *titles):
             table.add_column(title, justify="right", no_wrap="[" not in title)
         if "perplexity_ratio" in lines[0]:
-            table.add_column("ppl ÷ full", justify="right", no_wrap=True)
+            table.add_column("ppl ÷ full", justify="right", no_wrap=not of_text)
+        if of_text:
+            table.add_column("KL [95 %]", justify="right")
         for line in lines:
             table.add_row(*_short_cells(line))
         shown.append(table)
@@ -201,8 +230,13 @@ def _short_cells(line: dict[str, Any]) -> list[str]:
         f"{100 * line['reads']:.1f}" + (f"+{100 * other:.1f}" if other else ""),
         f"{line['tokens_kept']:.0f}",
         f"{100 * line['score']:.1f} [{low:.1f}, {high:.1f}]",
-        f"{100 * line['difference']:+.1f} [{below:+.1f}, {above:+.1f}]",
     ]
+    if "kl" in line:
+        low, high = line["perplexity_ratio_interval"]
+        texts.append(f"{line['perplexity_ratio']:.4f} [{low:.3f}, {high:.3f}]")
+        low, high = line["kl_interval"]
+        return [*texts, f"{line['kl']:.4f} [{low:.4f}, {high:.4f}]"]
+    texts.append(f"{100 * line['difference']:+.1f} [{below:+.1f}, {above:+.1f}]")
     if "perplexity_ratio" in line:
         texts.append(f"{line['perplexity_ratio']:.4f}")
     return texts
@@ -235,12 +269,12 @@ def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
         if not peers:
             continue
         for delta in (x for kind, x in kinds if kind == "delta"):
-            reads, score = delta["reads"], delta["score"]
+            reads, score = delta["reads"], _merit(delta)
             no_more = [x for x in peers if x["reads"] <= reads + within]
             no_less = [x for x in peers if x["reads"] >= reads - within]
-            ahead = [_named(x) for x in no_more if x["score"] > score]
-            level = [_named(x) for x in no_more if x["score"] == score]
-            behind = [_named(x) for x in no_less if x["score"] < score]
+            ahead = [_named(x) for x in no_more if _merit(x) > score]
+            level = [_named(x) for x in no_more if _merit(x) == score]
+            behind = [_named(x) for x in no_less if _merit(x) < score]
             sentences.append(
                 f"{name}: {_named(delta)}. "
                 f"Better with no more reads: {', '.join(ahead) or 'none'}. "
@@ -250,10 +284,15 @@ def verdicts(rows: Sequence[dict[str, Any]], within: float = 0.01) -> list[str]:
     return sentences
 
 
+def _merit(line: dict[str, Any]) -> float:
+    """What cells of a task are compared by; more is better."""
+    return float(-line["kl"] if "kl" in line else line["score"])
+
+
 def _named(line: dict[str, Any]) -> str:
     other = line["metadata_fraction"]
     besides = f" + {100 * other:.1f} %" if other else ""
+    merit = f"KL {line['kl']:.4f}" if "kl" in line else f"{100 * line['score']:.1f}"
     return (
-        f"{line['policy']} {line['budget']} ({100 * line['score']:.1f}, reads "
-        f"{100 * line['reads']:.1f} %{besides})"
+        f"{line['policy']} {line['budget']} ({merit}, reads {100 * line['reads']:.1f} %{besides})"
     )

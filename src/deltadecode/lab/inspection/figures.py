@@ -122,14 +122,14 @@ def _entropy(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
 
 def _sinks(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
     del pages
-    heads, hidden = figure.subplots(1, 2)
+    (heads, hidden), (first, worth) = figure.subplots(2, 2)
     sinks = report["sinks"]
     top = _array([layer["top_mean"] for layer in sinks["layers"]])
     image = heads.imshow(top.T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     _ticks(heads.set_xticks, report["layers"])
     _ticks(heads.set_yticks, list(range(top.shape[1])))
     heads.set(xlabel="layer", ylabel="head",
-              title=f"Largest mean attention to one token; {sinks['rate']:.1%} of heads above "
+              title=f"Most attention to one token; {sinks['rate']:.1%} of heads above "
               f"{sinks['epsilon']:g}")  # fmt: skip
     figure.colorbar(image, ax=heads)
     layers = [layer["layer"] for layer in sinks["hidden"]]
@@ -141,6 +141,26 @@ def _sinks(figure: Figure, report: dict[str, Any], pages: PageMap) -> None:
         hidden.plot(layers, [layer[key] for layer in sinks["hidden"]], label=label)
     hidden.set(xlabel="layer", ylabel="÷ median", yscale="log", title="Massive activations")
     hidden.legend()
+    _first_page(first, report)
+    losses = report["losses"]
+    rows = [*losses["sink_pages"], *losses["removal"][1:]][::-1]
+    worth.barh(
+        [row["name"].replace(", ", ",\n").replace(" (", "\n(") for row in rows],
+        [row["kl"] for row in rows],
+        color=[COLORS["sparse" if row["name"].startswith("DELTA") else "dense"] for row in rows],
+    )  # fmt: skip
+    worth.set(xlabel="KL, nats a token", title="What the sink pages are worth")
+
+
+def _first_page(axes: Any, report: dict[str, Any]) -> None:
+    rows, deltas = report["first_page"], report["plan"]["delta_layers"]
+    axes.bar([row["layer"] for row in rows], [row["mass"] for row in rows],
+             color=[COLORS[role] for role in report["plan"]["roles"]])  # fmt: skip
+    missed = {row["layer"]: row["missed"] for row in rows if row["layer"] in deltas}
+    axes.plot(missed.keys(), missed.values(), linestyle="", marker="D", color="black",
+              fillstyle="none", label="steps in which a Δ-layer's scores miss it")  # fmt: skip
+    axes.set(xlabel="layer", ylabel="share", ylim=(0, 1.05), title="Attention to the first page")
+    axes.legend()
 
 
 _PAINTERS: tuple[tuple[tuple[float, float], Callable[..., None]], ...] = (
@@ -150,7 +170,7 @@ _PAINTERS: tuple[tuple[tuple[float, float], Callable[..., None]], ...] = (
     ((13, 4), _drift),
     ((13, 5), _map),
     ((9, 3.5), _entropy),
-    ((13, 4.5), _sinks),
+    ((13, 9), _sinks),
 )  # in the order of FIGURE_FILES
 
 

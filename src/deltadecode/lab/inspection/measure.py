@@ -1,18 +1,23 @@
-"""One pass over a text that measures what attention sinks are told by.
+"""One pass over a text that measures its attention: all of it by token, some rows by page.
+
+Under full attention, the row of a token in a pass over the whole text is what a decode step at that
+token computes. So no step has to be decoded to be looked at.
 
 No map of a layer is ever whole: the weights of a block of queries are added up by token and thrown
 away. A block takes at most 4 MiB per copy (or one query of all heads, if that is more), and about
-three copies are alive at once; what stays is ``4 · T · (Hq + Hkv + 1)`` bytes per layer, for T
-tokens. A model with sliding-window layers adds the mask that Transformers makes for them, T² bytes,
-and with learned sinks in those layers their own blocks of 64 MiB
+three copies are alive at once. What stays, for T tokens and R observed rows: ``4 · T · (Hq + Hkv +
+1)`` bytes per layer, ``8 · R · N`` per layer with its N pages, and ``12 · R · T``. A model with
+sliding-window layers adds the mask that Transformers makes for them, T² bytes, and with learned
+sinks in those layers their own blocks of 64 MiB
 (:func:`deltadecode.engines.transformers.full.blockwise_attention`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +37,32 @@ BLOCK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Which rows of a text are observed: decode steps with ``lengths`` [R] tokens n, ascending."""
+
+    lengths: Tensor  # int64, on the CPU
+    page_size: int
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """What one full-attention layer does at the observed rows.
+
+    ``page_scores`` [R, N] float32 is S_u (docs/semantics.md, R2), ``page_mass`` [R, N] float32
+    m(u), the mean over the query heads of α, summed over the page. ``entropy`` [Hq] float64 is in
+    bits, of what a head spends on tokens, scaled to 1; a mean over the rows. ``shift`` is the
+    paper's: 1 - cos between this layer's α, a mean over heads, and that of the layer before; a mean
+    over the rows, 0 in the first layer (arXiv 2510.09883 leaves open how heads and steps are put
+    together).
+    """
+
+    page_scores: Tensor
+    page_mass: Tensor
+    entropy: Tensor
+    shift: float
+
+
+@dataclass(frozen=True)
 class LayerMeasure:
     """What one full-attention layer does with a text of T tokens.
 
@@ -48,6 +79,7 @@ class LayerMeasure:
     learned: Tensor | None
     gate: Tensor | None
     value_norm: Tensor
+    rows: LayerRows | None = None  # where any are observed
 
 
 @dataclass(frozen=True)
@@ -75,6 +107,7 @@ def measure(
     ids: Tensor,
     on_layer: Callable[[int], None] = lambda done: None,
     block_bytes: int = BLOCK_BYTES,
+    rows: Rows | None = None,
 ) -> Measure:
     """Read a text, [1, T] token ids with T ≥ 2, in one pass of full attention; gives CPU tensors.
 
@@ -83,7 +116,7 @@ def measure(
     """
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
         raise InspectionError(f"a measured text is [1, T >= 2] token ids, got {list(ids.shape)}")
-    run = _Run(Layout.of(model), block_bytes)
+    run = _Run(Layout.of(model), block_bytes, rows)
     with _measuring(model, run, on_layer), torch.inference_mode():
         # The base model: logits of all tokens would be the largest thing in memory.
         model.base_model(input_ids=ids.to(model.device), use_cache=False)
@@ -103,11 +136,12 @@ def measure(
 class _Run:
     """What a pass has measured so far."""
 
-    def __init__(self, layout: Layout, block_bytes: int) -> None:
-        self.layout, self.block_bytes = layout, block_bytes
+    def __init__(self, layout: Layout, block_bytes: int, rows: Rows | None) -> None:
+        self.layout, self.block_bytes, self.rows = layout, block_bytes, rows
         self.attention: dict[int, LayerMeasure] = {}
         self.hidden: dict[int, HiddenMeasure] = {}
         self.outputs: Tensor | None = None  # norms [Hq, T] of the layer in progress, for its gate
+        self.before: Tensor | None = None  # [R, T], mean α over heads of the layer before
 
     def see_gated(self, layer: int, gated: Tensor) -> None:
         """See what reaches the output projection; [1, T, Hq · D]."""
@@ -118,10 +152,54 @@ class _Run:
         after = gated.reshape(tokens, heads, -1).float().norm(dim=2).T
         ratio = (after / before.clamp_min(torch.finfo(torch.float32).tiny)).mean(dim=1).cpu()
         if bool((ratio - 1).abs().max() > 1e-3):
-            measured = self.attention[layer]
-            self.attention[layer] = LayerMeasure(
-                layer, measured.mean, measured.learned, ratio, measured.value_norm
-            )
+            self.attention[layer] = replace(self.attention[layer], gate=ratio)
+
+
+class _RowSums:
+    """Adds up the observed rows of one layer, a block of queries after the other."""
+
+    def __init__(self, run: _Run, heads: int, device: torch.device) -> None:
+        self._run, self._first = run, 0
+        self.places = run.rows.lengths.to(device) - 1 if run.rows else torch.empty(0)
+        pages = -(-int(self.places[-1] + 1) // run.rows.page_size) if run.rows else 0
+        width = pages * (run.rows.page_size if run.rows else 0)
+        self._most, self._mean = (
+            torch.zeros(len(self.places), width, device=device) for _ in range(2)
+        )
+        self._bits = torch.zeros(heads, dtype=torch.float64)
+
+    def see(self, weights: Tensor, first: int) -> None:
+        """See α of the queries from ``first`` on, [1, Hkv, G, Q, tokens so far]."""
+        last = first + weights.shape[3]
+        here = self.places[(self.places >= first) & (self.places < last)] - first
+        if not len(here):
+            return
+        rows = weights[0, :, :, here].flatten(0, 1)
+        place = slice(self._first, self._first + len(here))
+        used = min(rows.shape[2], self._most.shape[1])
+        self._most[place, :used] = rows.amax(dim=0)[:, :used]
+        self._mean[place, :used] = rows.mean(dim=0)[:, :used]
+        shares = rows / rows.sum(dim=2, keepdim=True)
+        # 0 · log 0 is 0.
+        self._bits -= torch.special.xlogy(shares, shares).sum(dim=(1, 2)).double().cpu()
+        self._first = place.stop
+
+    def finish(self) -> LayerRows | None:
+        """Sums by page; the mean α stays for the next layer's shift."""
+        if self._run.rows is None:
+            return None
+        count, size = len(self.places), self._run.rows.page_size
+        before, self._run.before = self._run.before, self._mean
+        shift = 0.0
+        if before is not None:
+            similar = torch.cosine_similarity(before.to(self._mean.device), self._mean)
+            shift = 1 - float(similar.double().mean())
+        return LayerRows(
+            self._most.view(count, -1, size).sum(dim=2).cpu(),
+            self._mean.view(count, -1, size).sum(dim=2).cpu(),
+            self._bits / math.log(2.0) / count,
+            shift,
+        )
 
 
 @contextmanager
@@ -187,21 +265,25 @@ def measuring_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
-    out, totals = _added_up(query, key, value, attention_mask, scores, run.block_bytes)
+    sums = _RowSums(run, query.shape[1], query.device)
+    out, totals = _added_up(query, key, value, attention_mask, scores, run.block_bytes, sums)
     tokens = totals.shape[1]
     seen_by = torch.arange(tokens, 0, -1, device=totals.device)
     learned = None
     if scores.sinks is not None:  # what the weights lack to a sum of 1 per query
         learned = (1 - totals.sum(dim=1) / tokens).cpu()
     norms = value[0].float().norm(dim=2).cpu()
-    run.attention[layer] = LayerMeasure(layer, (totals / seen_by).cpu(), learned, None, norms)
+    run.attention[layer] = LayerMeasure(
+        layer, (totals / seen_by).cpu(), learned, None, norms, sums.finish()
+    )
     run.outputs = out[0].float().norm(dim=2).T
     return out, None
 
 
 def _added_up(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores, block: int
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores, block: int,
+    rows: _RowSums,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [1, T, Hq, D], and the weights [Hq, T] added up over the queries."""
     heads, tokens = query.shape[1:3]
     kv_heads = key.shape[1]
@@ -220,6 +302,7 @@ def _added_up(
             read = allowed[0, :, first:last, :last]
         weights = scores.weights(scores.logits(part, key[:, :, :last]), read)
         totals[:, :last] += weights.sum(dim=3).view(heads, last)
+        rows.see(weights, first)
         packed = weights.to(value.dtype).reshape(1, kv_heads, -1, last) @ value[:, :, :last]
         parts.append(packed.view(1, heads, last - first, -1).transpose(1, 2))
     return torch.cat(parts, dim=1), totals

@@ -1,8 +1,9 @@
-"""What is kept of a watched generation to draw it: page maps, selections and entropies."""
+"""Attention to pages and selections of the observed decode steps, by step, layer and page."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,76 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
-from deltadecode.errors import InspectionError
-from deltadecode.lab.observe import LayerStep
+from deltadecode.lab.inspection.measure import LayerRows
 from deltadecode.lab.plans import Matrix
 from deltadecode.ops import select_pages
 
 Bools = NDArray[np.bool_]
-
-
-class PageMaps:
-    """The attention to pages, and the pages that would be selected, of every observed step.
-
-    Keeps 5 bytes per observed step, full-attention layer and page; nothing per token or head. One
-    text only. The layers of the configuration are not looked at.
-    """
-
-    def __init__(self, config: DeltaConfig) -> None:
-        self.config = config
-        self.steps: list[int] = []
-        self.lengths: list[int] = []
-        self._mass: list[list[Tensor]] = []
-        self._selected: list[list[Tensor]] = []
-
-    def observe_layer(self, seen: LayerStep) -> None:
-        """Keep one layer of one step; see :class:`deltadecode.lab.observe.LayerObserver`."""
-        if seen.place == 0:
-            self.steps.append(seen.step)
-            self.lengths.append(int(seen.view.lengths[0]))
-            self._mass.append([])
-            self._selected.append([])
-        self._mass[-1].append(seen.page_mass[0].cpu())
-        lens = seen.view.lengths[:1].int()
-        ids, counts = select_pages(seen.page_scores[:1], lens, self.config)
-        selected = torch.zeros(seen.page_scores.shape[1], dtype=torch.bool)
-        selected[ids[0, : int(counts[0])].long().cpu()] = True
-        self._selected[-1].append(selected)
-
-    def finish(self) -> PageMap:
-        """Put the steps together; InspectionError when none was observed."""
-        if not self.steps:
-            raise InspectionError(
-                "no decode step was observed: the model ended its text with the first token; give "
-                "another prompt"
-            )
-        pages = max(len(layers[0]) for layers in self._mass)
-        shape = (len(self.steps), len(self._mass[0]), pages)
-        mass, selected = np.zeros(shape, np.float32), np.zeros(shape, np.bool_)
-        for step, (weights, chosen) in enumerate(zip(self._mass, self._selected, strict=True)):
-            for layer in range(shape[1]):
-                used = len(weights[layer])
-                mass[step, layer, :used] = weights[layer].numpy()
-                selected[step, layer, :used] = chosen[layer].numpy()
-        return PageMap(
-            page_size=self.config.page_size,
-            steps=np.array(self.steps),
-            lengths=np.array(self.lengths),
-            mass=mass,
-            selected=selected,
-            chosen=self._chosen(selected),
-        )
-
-    def _chosen(self, selected: Bools) -> Bools:
-        config, chosen = self.config, selected.copy()
-        for step, length in enumerate(self.lengths):
-            used = -(-length // config.page_size)
-            if used <= config.budget_pages:
-                chosen[step] = False
-                continue
-            chosen[step, :, used - config.recent_pages :] = False
-            chosen[step, :, : config.sink_pages] = False
-        return chosen
 
 
 @dataclass(frozen=True)
@@ -90,7 +26,8 @@ class PageMap:
     tokens n. ``mass`` [steps, layers, N] float32 is the mean over query heads of α, summed over the
     page. ``selected``, like it, are the pages that each layer's own scores S_u would select (R4).
     ``chosen`` is ``selected`` without the pages that are forced at that step, recent and sink ones,
-    and without steps of no more pages than the budget: what the scores decide.
+    and without steps of no more pages than the budget: what the scores decide. ``finds_first``
+    [steps, layers]: whether a layer's scores select page 0 when it is not forced in.
     """
 
     page_size: int
@@ -99,6 +36,44 @@ class PageMap:
     mass: NDArray[np.float32]
     selected: Bools
     chosen: Bools
+    finds_first: Bools
+
+    @classmethod
+    def of(
+        cls, config: DeltaConfig, steps: Tensor, lengths: Tensor, layers: Sequence[LayerRows]
+    ) -> PageMap:
+        """Select at the observed rows of each layer; the layers of the plan are not looked at."""
+        scores = torch.stack([layer.page_scores for layer in layers], dim=1)
+        mass = torch.stack([layer.page_mass for layer in layers], dim=1)
+        selected = _selected(scores, lengths, config)
+        free = selected
+        if config.sink_pages:
+            free = _selected(scores, lengths, replace(config, sink_pages=0))
+        chosen = selected.clone()
+        used = -(-lengths // config.page_size)
+        page = torch.arange(scores.shape[2])
+        chosen[(page >= used[:, None] - config.recent_pages)[:, None].expand_as(chosen)] = False
+        chosen[:, :, : config.sink_pages] = False
+        chosen[used <= config.budget_pages] = False
+        return cls(
+            config.page_size, steps.numpy(), lengths.numpy(), mass.numpy(), selected.numpy(),
+            chosen.numpy(), free[:, :, 0].numpy(),
+        )  # fmt: skip
+
+    def captured(self) -> Matrix:
+        """R [layers, layers]: share of layer j's attention on the pages that layer i selects.
+
+        Σ of m_j(u) over the pages of i ÷ Σ of all m_j(u), averaged over the steps over the budget;
+        NaN without any. The diagonal is what a layer could keep at best. The divisor is 1 but for
+        learned sinks.
+        """
+        over = self.over_budget
+        mass = self.mass[over]
+        shares = mass / mass.sum(axis=2, keepdims=True)
+        captured: Matrix = _mean_steps(
+            self.selected[over].astype(np.float32) @ shares.transpose(0, 2, 1)
+        )
+        return captured
 
     @property
     def over_budget(self) -> Bools:
@@ -167,29 +142,15 @@ class PageMap:
         return np.array([np.diagonal(pairs, lag).mean() for lag in range(count)], dtype=float)
 
 
-class Entropy:
-    """Entropy of each head's attention, averaged over the observed steps.
-
-    With learned sinks, of what a head spends on tokens, scaled to 1.
-    """
-
-    def __init__(self, layers: int, heads: int) -> None:
-        self._bits = torch.zeros(layers, heads, dtype=torch.float64)
-        self._steps = 0
-
-    def observe_layer(self, seen: LayerStep) -> None:
-        """Add one layer of one step; see :class:`deltadecode.lab.observe.LayerObserver`."""
-        weights = seen.tokens(0)
-        weights = weights / weights.sum(dim=1, keepdim=True)
-        # 0 · log 0 is 0.
-        bits = -torch.special.xlogy(weights, weights).sum(dim=1) / np.log(2.0)
-        self._bits[seen.place] += bits.double().cpu()
-        self._steps += seen.last
-
-    def bits(self) -> Matrix:
-        """[layers, Hq] float64, in bits; 2 to its power is a number of equally weighted tokens."""
-        bits: Matrix = (self._bits / max(self._steps, 1)).numpy()
-        return bits
+def _selected(scores: Tensor, lengths: Tensor, config: DeltaConfig) -> Tensor:
+    """Mask of the pages that scores [steps, layers, N] select."""
+    steps, layers, pages = scores.shape
+    lens = lengths.int().repeat_interleave(layers)
+    ids, _ = select_pages(scores.reshape(steps * layers, pages), lens, config)
+    # One place more, for the -1 of rows with fewer pages than K.
+    chosen = torch.zeros(steps * layers, pages + 1, dtype=torch.bool)
+    chosen.scatter_(1, torch.where(ids < 0, pages, ids.long()), True)
+    return chosen[:, :pages].view(steps, layers, pages)
 
 
 def _mean_steps(values: NDArray[np.float32]) -> Matrix:

@@ -1,34 +1,59 @@
-"""What sink pages are worth: perplexity with them forced in, left to selection, and masked out."""
+"""What sinks are worth: losses with their pages forced in, left to selection and masked out.
+
+And what may be done with them without training (survey: Su et al., arXiv 2604.10098, section 3):
+page scores that leave the sink's mass out, and a factor on the attention to the first token
+(ZeroTuning, arXiv 2505.11739). All are losses of the text itself, beside full attention's, with
+many decode steps in one pass (:mod:`deltadecode.lab.rows`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig, LayerPlan
-from deltadecode.lab.generation import teacher_forced_batch, unchecked
 from deltadecode.lab.policies.base import Floats, Layout, Policy, View
 from deltadecode.lab.policies.delta import Delta
 from deltadecode.lab.policies.delta_variants import DeltaVariant
 from deltadecode.lab.policies.full import Full
 from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import choose_pages, page_numbers, page_sums
+from deltadecode.lab.rows import RowsText
+
+SINK_PAGES = (0, 1, 2, 4)
+FACTORS = (0.5, 0.8, 1.25, 2.0)
+NAMES = {"full": "full attention", "delta": "DELTA"}
 
 
 @dataclass(frozen=True)
-class Removal:
-    """One way to treat the sink pages, judged by the tokens that full attention wrote.
+class Treatment:
+    """One way to decode the text; ``tags`` say in the report what was varied."""
 
-    The first token is left out: it comes from the prompt.
-    """
-
+    group: str  # "removal", "sink_pages" or "factors"
     name: str
-    perplexity: float  # exp of the mean negative log-probability
-    agreement: float  # share of tokens that it would have written too
+    policy: Policy
+    tags: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How a treatment fares on the text's own next tokens; means over the decode steps."""
+
+    treatment: Treatment
+    nll: float  # negative log-probability, nats a token
+    error: float  # standard error of its difference to full attention's, paired by step
+    kl: float  # of full attention's distribution to its own, nats a token
+    agreement: float  # share of steps whose likeliest token is full attention's
+
+    @property
+    def perplexity(self) -> float:
+        """Of the text: the exponential of the loss."""
+        return math.exp(self.nll)
 
 
 class DeltaWithout(DeltaVariant):
@@ -56,6 +81,25 @@ class DeltaWithout(DeltaVariant):
         return chosen
 
 
+class DeltaSinkless(DeltaVariant):
+    """DELTA whose page scores leave the first token out.
+
+    Each head's weights on the other tokens are scaled to 1 before the maximum over heads is taken
+    (R2): a head that spends nearly all of its attention on the sink then counts as much as any.
+    """
+
+    name = "delta-sinkless"
+
+    def _choose(self, attention: LayerAttention, view: View) -> Tensor:
+        cfg = self.cfg
+        weights = attention.weights.masked_fill((view.position == 0)[:, None, None], 0.0)
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+        scores = page_sums(weights.amax(dim=(1, 2)), view, cfg.page_size)
+        return choose_pages(
+            scores, view, cfg.page_size, cfg.budget_pages, cfg.recent_pages, cfg.sink_pages
+        )
+
+
 class FullWithout(MaskedPolicy):
     """Full attention whose decode steps read the ``hidden`` pages in no layer."""
 
@@ -68,7 +112,8 @@ class FullWithout(MaskedPolicy):
     def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
         """Everything but the hidden pages; the page of the new token is read all the same."""
         page = page_numbers(view, self.page_size)
-        hidden = (page >= self.hidden.start) & (page < self.hidden.stop) & (page != page[:, -1:])
+        newest = (view.lengths[:, None] - 1) // self.page_size
+        hidden = (page >= self.hidden.start) & (page < self.hidden.stop) & (page != newest)
         return ~hidden[:, None, None]
 
     def expected(self, lengths: Floats, prompt: int) -> Floats:
@@ -77,52 +122,135 @@ class FullWithout(MaskedPolicy):
         return lengths
 
 
-def treatments(
-    layout: Layout, cfg: DeltaConfig, plan: LayerPlan, prompt: int
-) -> list[tuple[str, Policy]]:
-    """All treatments of the first max(S, 1) pages, with what each is compared with, by name.
+class Factor:
+    """A factor g on the attention to the first token, before it is scaled to 1 again.
 
-    Without room for a sink page, K = L + 1, none is forced in. The control's pages lie in the
-    middle of the prompt.
+    α'_0 = g α_0 ÷ D and α'_t = α_t ÷ D with D = (g - 1) α_0 + 1 (ZeroTuning, arXiv 2505.11739): log
+    g is added to the first token's logit. ``heads`` [layers, Hq] bool says in which heads.
+    """
+
+    def __init__(self, factor: float, heads: Tensor) -> None:
+        self.log, self.heads = math.log(factor), heads
+
+    def bias(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
+        """What the logits of a layer get, [B, Hkv, G, slots]."""
+        heads = self.heads[layer].view(1, attention.key.shape[1], -1, 1).to(view.start.device)
+        return ((view.position == 0)[:, None, None] & heads) * self.log
+
+
+class FullScaled(FullWithout):
+    """Full attention with a :class:`Factor`."""
+
+    name = "full-scaled"
+
+    def __init__(self, layout: Layout, factor: Factor) -> None:
+        super().__init__(layout, 1, range(0))
+        self.factor = factor
+
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor:
+        """Everything, by the changed logits."""
+        attention.bias = self.factor.bias(layer, attention, view)
+        return super().select(layer, attention, view)
+
+
+class DeltaScaled(DeltaVariant):
+    """DELTA with a :class:`Factor`, in every layer and in the page scores."""
+
+    name = "delta-scaled"
+
+    def __init__(
+        self, layout: Layout, budget: int, cfg: DeltaConfig, plan: LayerPlan, factor: Factor
+    ) -> None:
+        super().__init__(layout, budget, cfg, plan)
+        self.factor = factor
+
+    def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor | None:
+        """What DELTA selects by the changed logits."""
+        attention.bias = self.factor.bias(layer, attention, view)
+        return super().select(layer, attention, view)
+
+
+def treatments(
+    layout: Layout, cfg: DeltaConfig, plan: LayerPlan, context: int, sink_heads: Tensor
+) -> list[Treatment]:
+    """All treatments, the first being full attention itself.
+
+    The sink pages are the first max(S, 1); the control's lie in the middle of the ``context``
+    tokens. ``sink_heads`` [layers, Hq] bool are those with a sink in the first token. Without room
+    for S pages, K = L + S, there is no treatment with as many.
     """
     count = max(cfg.sink_pages, 1)
     budget = cfg.page_size * cfg.budget_pages
     first = range(count)
-    middle = max(prompt // cfg.page_size // 2, count)
+    middle = max(context // cfg.page_size // 2, count)
     control = range(middle, middle + count)
     free = replace(cfg, sink_pages=0)
-    room = cfg.budget_pages > cfg.recent_pages + count
-    forced = [replace(cfg, sink_pages=count)] if room else []
-    return [
-        ("full attention", Full(layout, 1)),
-        *(
-            ("DELTA, sink pages forced in", Delta(layout, budget, variant, plan))
-            for variant in forced
+    room = [
+        pages
+        for pages in sorted({*SINK_PAGES, cfg.sink_pages})
+        if cfg.budget_pages > cfg.recent_pages + pages
+    ]
+    best = replace(cfg, sink_pages=count if count in room else 0)
+    full = Treatment("removal", NAMES["full"], Full(layout, 1))
+    found = [
+        full,
+        Treatment(
+            "removal",
+            "DELTA, sink pages masked out",
+            DeltaWithout(layout, budget, free, plan, first),
         ),
-        ("DELTA, sink pages left to selection", Delta(layout, budget, free, plan)),
-        ("DELTA, sink pages masked out", DeltaWithout(layout, budget, free, plan, first)),
-        ("full attention, sink pages masked out", FullWithout(layout, cfg.page_size, first)),
-        (
+        Treatment(
+            "removal",
+            "full attention, sink pages masked out",
+            FullWithout(layout, cfg.page_size, first),
+        ),
+        Treatment(
+            "removal",
             "full attention, middle pages masked out (control)",
             FullWithout(layout, cfg.page_size, control),
         ),
+        Treatment(
+            "removal",
+            "DELTA, page scores without the sink",
+            DeltaSinkless(layout, budget, best, plan),
+        ),
     ]
+    for pages in room:
+        delta = Delta(layout, budget, replace(cfg, sink_pages=pages), plan)
+        found.append(Treatment("sink_pages", f"DELTA, S = {pages}", delta, {"sink_pages": pages}))
+    everywhere = torch.ones_like(sink_heads)
+    kinds = {"all": everywhere, "with a sink": sink_heads, "without": ~sink_heads}
+    for heads, where in kinds.items():
+        for value in FACTORS if bool(where.any()) else ():
+            factor = Factor(value, where)
+            policies: list[tuple[str, Policy]] = [("full", FullScaled(layout, factor))]
+            if heads == "all":
+                policies.append(("delta", DeltaScaled(layout, budget, best, plan, factor)))
+            for under, policy in policies:
+                tags = {"factor": value, "heads": heads, "under": NAMES[under]}
+                found.append(
+                    Treatment("factors", f"{NAMES[under]}, {heads}, × {value}", policy, tags)
+                )
+    return found
 
 
-def remove(
+def losses(
     model: Any,
-    tokenizer: Any,
-    prompt: Sequence[int],
-    continuation: Tensor,
-    policies: Sequence[tuple[str, Policy]],
-    on_step: Callable[[int], None] = lambda steps: None,
-) -> Iterator[Removal]:
-    """Lead each treatment along ``continuation`` [1, steps ≥ 2], what full attention wrote."""
-    encoded = unchecked(prompt, continuation.shape[1])
-    for place, (name, policy) in enumerate(policies):
-        before = place * continuation.shape[1]
-        (record,) = teacher_forced_batch(
-            model, tokenizer, policy, [encoded], continuation,
-            lambda steps, before=before: on_step(before + steps),  # type: ignore[misc]
-        )  # fmt: skip
-        yield Removal(name, math.exp(record["nll"]), record["score"])
+    ids: Sequence[int],
+    context: int,
+    tried: Sequence[Treatment],
+    on_treatment: Callable[[int], None] = lambda done: None,
+) -> Iterator[Loss]:
+    """Loss of each treatment on the tokens of a text, ``ids``, behind the first ``context`` + 1."""
+    text = RowsText.prepare(model, torch.tensor(ids, device=model.device), context)
+    for place, treatment in enumerate(tried):
+        on_treatment(place)
+        found = text.compare(text.log_probs(model, treatment.policy))
+        apart = (found.nll - found.nll_full).double()
+        yield Loss(
+            treatment,
+            float(found.nll.double().mean()),
+            float(apart.std(correction=0)) / math.sqrt(len(apart)),
+            float(found.kl.double().mean()),
+            float(found.same.double().mean()),
+        )

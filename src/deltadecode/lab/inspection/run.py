@@ -1,4 +1,4 @@
-"""One inspection: a watched generation, a pass over its text, and the sinks taken away."""
+"""One inspection: a pass over a text, and its losses with the sinks treated in turn."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import torch
 from deltadecode.architecture import num_layers, text_config
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.errors import InspectionError
-from deltadecode.lab.attention_statistics import Captured, PageBudget, Shift
 from deltadecode.lab.generation import new_tokens, unchecked
-from deltadecode.lab.inspection.measure import Measure, measure
-from deltadecode.lab.inspection.pages import Entropy, PageMap, PageMaps
-from deltadecode.lab.inspection.removal import Removal, remove, treatments
-from deltadecode.lab.observe import Observed
+from deltadecode.lab.inspection.measure import Measure, Rows, measure
+from deltadecode.lab.inspection.pages import PageMap
+from deltadecode.lab.inspection.removal import Loss, losses, treatments
+from deltadecode.lab.inspection.sinks import EPSILON
 from deltadecode.lab.policies.base import Layout
+from deltadecode.lab.policies.full import Full
+from deltadecode.lab.rows import refusal
 
 NEW_TOKENS = 512
-REMOVAL_TOKENS = 192
+LOSS_TOKENS = 256
 OBSERVED = 96  # steps: enough for a page map, and few enough to embed it in a page
 _LEAST_PAGES = 8
+_MEASURE = 0.3  # about the pass's share of the work
 # Called with what goes on and the share of all work that is done.
 Progress = Callable[[str, float], None]
 
@@ -36,14 +38,13 @@ class Inspection:
     plan: LayerPlan
     layout: Layout
     stride: int  # every so manieth decode step was observed
-    prompt: int  # tokens of the prompt
-    ids: list[int]  # of the prompt and of what full attention wrote
+    context: int  # tokens before the first decode step
+    ids: list[int]  # the whole text; its last token is never in the cache
     pages: PageMap
-    captured: Any  # R [layers, layers]
-    shift: Any  # [layers]
-    entropy: Any  # [layers, Hq], bits
     measured: Measure  # the whole text in one pass
-    removal: list[Removal]  # empty if it was not asked for
+    loss_steps: int  # decode steps that the losses are means over
+    losses: list[Loss]  # empty if they were not asked for, or cannot be had
+    refused: str | None  # why they cannot
 
 
 def fit_config(config: DeltaConfig, prompt: int, steps: int) -> DeltaConfig:
@@ -80,76 +81,88 @@ def stride_for(steps: int, page_size: int) -> int:
     return stride
 
 
-def inspect_text(
+def continue_prompt(
     model: Any,
     tokenizer: Any,
     prompt: Sequence[int],
+    steps: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> list[int]:
+    """A prompt and what full attention writes behind it, greedily, at most ``steps`` tokens.
+
+    Raises InspectionError when the model ends the text at once.
+    """
+    full = Full(Layout.of(model), 1)
+    written = new_tokens(model, tokenizer, full, [unchecked(prompt, steps)], steps, on_step)
+    if written.shape[1] < 2:
+        raise InspectionError(
+            "there is no decode step to look at: the model ended its text with the first token; "
+            "give another prompt"
+        )
+    return [*prompt, *written[0].tolist()]
+
+
+def inspect_text(
+    model: Any,
+    ids: Sequence[int],
+    context: int,
     config: DeltaConfig,
     *,
-    steps: int = NEW_TOKENS,
-    removal_steps: int = REMOVAL_TOKENS,
+    loss_steps: int = LOSS_TOKENS,
+    epsilon: float = EPSILON,
     progress: Progress = lambda what, done: None,
 ) -> Inspection:
-    """Continue a prompt greedily with full attention, and measure.
+    """Measure a text whose tokens behind the first ``context`` ones are decode steps.
 
     The budget must be below the pages of the text, see :func:`fit_config`. Each treatment of the
-    sink pages is led along ``removal_steps`` tokens of the continuation; with less than 2 none is
-    tried. Memory beside the model and its cache: the weights of one layer and step (4 · Hq · n
-    bytes, a few copies); 5 bytes per observed step, full-attention layer and page; and what
-    :mod:`deltadecode.lab.inspection.measure` says. Raises InspectionError when the model ends the
-    text at once, CalibrationError when the text never has more pages than the budget.
+    sinks is judged by the first ``loss_steps`` decode steps; with 0 none is tried, nor with a model
+    that :func:`deltadecode.lab.rows.refusal` refuses. ``epsilon`` says which heads have a sink.
+    Memory beside the model: what :mod:`deltadecode.lab.inspection.measure` and
+    :mod:`deltadecode.lab.rows` say. Raises InspectionError when the text never has more pages than
+    the budget.
     """
     layout = Layout.of(model)
     plan = config.layer_plan(num_layers(text_config(model)), layout.layers)
-    depth = len(layout.layers)
-    budget = PageBudget(config.budget_pages, config.recent_pages, config.sink_pages)
-    captured, shift = Captured(1, depth, [budget], config.page_size), Shift(1, depth)
-    maps, entropy = PageMaps(config), Entropy(depth, layout.query_heads)
+    steps = len(ids) - context - 1
+    if -(-(len(ids) - 1) // config.page_size) <= config.budget_pages:
+        raise InspectionError(
+            f"the budget must be below the pages of the text's {len(ids) - 1} tokens in the cache, "
+            f"got {config.budget_pages} pages of {config.page_size}"
+        )
     stride = stride_for(steps, config.page_size)
-    watched = Observed(layout, [captured, shift, maps, entropy], config.page_size, stride)
-    watched.begin_batch(torch.zeros(1, dtype=torch.int64, device=model.device))
-    policies = treatments(layout, config, plan, len(prompt)) if removal_steps > 1 else []
-    # In tokens; a step that is led along masks is about as dear as one that is watched.
-    share = _Shares(progress, [steps, max(steps // 4, 1), removal_steps * len(policies)])
-
-    on_step = share.part(0, "full attention, watched")
-    written = new_tokens(model, tokenizer, watched, [unchecked(prompt, steps)], steps, on_step)
-    ids = [*prompt, *written[0].tolist()]
-    page_map = maps.finish()
-    on_step = share.part(1, "attention sinks")
+    observed = torch.arange(0, steps, stride)
+    lengths = context + 1 + observed
     measured = measure(
         model,
-        torch.tensor([ids]),
-        lambda layers: on_step(layers * steps // 4 // plan.num_layers),
+        torch.tensor([list(ids)]),
+        lambda layers: progress("attention", _MEASURE * layers / plan.num_layers),
+        rows=Rows(lengths, config.page_size),
     )
-    continuation = written[:, :removal_steps]
-    removal: list[Removal] = []
-    if continuation.shape[1] > 1:
-        on_step = share.part(2, "perplexity without sinks")
-        removal = list(remove(model, tokenizer, prompt, continuation, policies, on_step))
+    judged: list[Loss] = []
+    refused = refusal(model) if loss_steps else None
+    steps = 0 if refused else min(loss_steps, steps)
+    if steps:
+        first = torch.stack([layer.mean[:, 0] > epsilon for layer in measured.attention])
+        tried = treatments(layout, config, plan, context, first)
+        judged = list(
+            losses(
+                model, ids[: context + steps + 1], context, tried,
+                lambda done: progress(
+                    "losses with the sinks treated", _MEASURE + (1 - _MEASURE) * done / len(tried)
+                ),
+            )
+        )  # fmt: skip
+    rows = [layer.rows for layer in measured.attention if layer.rows is not None]
     return Inspection(
         config=config,
         plan=plan,
         layout=layout,
         stride=stride,
-        prompt=len(prompt),
-        ids=ids,
-        pages=page_map,
-        captured=captured.matrix(budget),
-        shift=shift.curve(),
-        entropy=entropy.bits(),
+        context=context,
+        ids=list(ids),
+        pages=PageMap.of(config, observed, lengths, rows),
         measured=measured,
-        removal=removal,
+        loss_steps=steps,
+        losses=judged,
+        refused=refused,
     )
-
-
-class _Shares:
-    """Progress over parts of known work."""
-
-    def __init__(self, progress: Progress, work: Sequence[int]) -> None:
-        self._progress, self._work = progress, list(work)
-
-    def part(self, number: int, name: str) -> Callable[[int], None]:
-        """To be told of the work that is done of one part."""
-        before, total = sum(self._work[:number]), max(sum(self._work), 1)
-        return lambda done: self._progress(name, (before + done) / total)

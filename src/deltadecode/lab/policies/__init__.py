@@ -21,9 +21,14 @@ from deltadecode.lab.policies.delta import Delta
 from deltadecode.lab.policies.delta_variants import DeltaVariant
 from deltadecode.lab.policies.full import Full
 from deltadecode.lab.policies.h2o import H2O
+from deltadecode.lab.policies.kascade import Kascade
+from deltadecode.lab.policies.keydiff import KeyDiff
+from deltadecode.lab.policies.lessismore import LessIsMore
+from deltadecode.lab.policies.omnikv import OmniKV
 from deltadecode.lab.policies.oracle import Oracle
 from deltadecode.lab.policies.quest import Quest
 from deltadecode.lab.policies.raas import RaaS
+from deltadecode.lab.policies.random_attention import RandomAttention
 from deltadecode.lab.policies.random_pages import RandomPages
 from deltadecode.lab.policies.snapkv import SnapKV
 from deltadecode.lab.policies.streaming import Streaming
@@ -47,11 +52,17 @@ POLICIES: dict[str, tuple[type[Policy], dict[str, Any]]] = {
     "quest-kv": (Quest, {"shared": 1}),
     "tidal": (Tidal, {}),
     "tidal-kv": (Tidal, {"shared": 1}),
+    "kascade": (Kascade, {}),
+    "lessismore": (LessIsMore, {}),
+    "omnikv": (OmniKV, {}),
     "streaming": (Streaming, {}),
     "h2o": (H2O, {}),
     "raas": (RaaS, {}),
     "raas-evict": (RaaS, {"keep_prompt": 0}),
     "snapkv": (SnapKV, {}),
+    "keydiff": (KeyDiff, {}),
+    "random-attention": (RandomAttention, {}),
+    "random-attention-evict": (RandomAttention, {"keep_prompt": 0}),
     "oracle": (Oracle, {}),
     "random": (RandomPages, {}),
     "delta-variant": (DeltaVariant, {}),

@@ -58,7 +58,7 @@ class Scores:
         kv_heads, tokens = key.shape[1:3]
         packed = query.reshape(rows, kv_heads, heads // kv_heads * queries, dim)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        logits = (packed @ key.transpose(2, 3)).to(dtype) * self.scale
+        logits = (packed @ key.transpose(2, 3)).to(dtype).mul_(self.scale)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits.view(rows, kv_heads, heads // kv_heads, queries, tokens)
@@ -74,7 +74,7 @@ class Scores:
             sink = self.sinks.to(logits.dtype).view(1, *logits.shape[1:3], 1, 1)
             logits = torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], dim=-1)
         weights: Tensor = torch.softmax(logits, dim=-1)[..., :tokens]
-        return weights.masked_fill(~read, 0.0)  # also what is NaN where nothing is read
+        return weights.masked_fill_(~read, 0.0)  # also what is NaN where nothing is read
 
 
 @dataclass(eq=False)

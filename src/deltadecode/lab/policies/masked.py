@@ -31,8 +31,11 @@ class LayerAttention:
     """What full attention would see at one layer of a decode step; computed when asked for.
 
     ``query`` is [B, Hq, D], ``key`` [B, Hkv, slots, D] with the new token's last; for the rows of
-    one text [1, Hkv, slots, D].
+    one text [1, Hkv, slots, D]. ``bias`` is added to the logits, [B, Hkv, G, slots] or what
+    broadcasts to it: a policy that wants another softmax sets it before it looks at any weights.
     """
+
+    bias: Tensor | None = None
 
     def __init__(self, query: Tensor, key: Tensor, scores: Scores, view: View) -> None:
         self.query, self.key, self.scores, self.view = query, key, scores, view
@@ -40,7 +43,8 @@ class LayerAttention:
     @cached_property
     def logits(self) -> Tensor:
         """[B, Hkv, G, slots] float32; those of padding mean nothing."""
-        return self.scores.logits(self.query[:, :, None], self.key)[:, :, :, 0]
+        logits = self.scores.logits(self.query[:, :, None], self.key)[:, :, :, 0]
+        return logits if self.bias is None else logits + self.bias
 
     @cached_property
     def weights(self) -> Tensor:

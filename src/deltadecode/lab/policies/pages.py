@@ -32,6 +32,8 @@ def page_sums(weights: Tensor, view: View, page_size: int) -> Tensor:
 
 def page_numbers(view: View, page_size: int) -> Tensor:
     """[B, slots] int64: the page of each slot; 0 in the padding."""
+    if not view.padded:  # alike in all rows
+        return (view.position[:1] // page_size).expand(view.position.shape)
     return (view.position // page_size).clamp(min=0)
 
 

@@ -40,10 +40,7 @@ class RandomPages(MaskedPolicy):
         count = -(-view.slots // self.page_size)
         page = torch.arange(count, device=view.start.device)
         key = page * 4099 + layer * 1_000_003 + self.seed * 7_368_787
-        draws = key + view.lengths[:, None] * 65_537
-        for factor in _MIX:
-            draws = (draws & 0xFFFFFFFF) * factor & 0xFFFFFFFF
-            draws = draws ^ (draws >> 15)
+        draws = mixed(key + view.lengths[:, None] * 65_537)
         chosen = choose_pages(draws.double(), view, self.page_size, self.pages, recent=self.recent)
         return page_tokens(chosen, view, self.page_size)[:, None, None]
 
@@ -54,3 +51,11 @@ class RandomPages(MaskedPolicy):
         held = np.ceil(lengths / page)
         read = np.minimum(lengths, self.pages * page - (held * page - lengths))
         return read if self.recent else np.minimum(lengths, self.pages * page)
+
+
+def mixed(numbers: Tensor) -> Tensor:
+    """Hash int64 numbers to 32 bits, so that near ones draw unlike each other."""
+    for factor in _MIX:
+        numbers = (numbers & 0xFFFFFFFF) * factor & 0xFFFFFFFF
+        numbers = numbers ^ (numbers >> 15)
+    return numbers

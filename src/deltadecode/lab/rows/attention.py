@@ -50,6 +50,27 @@ class RowsView(View):
         return cls(zeros, zeros + context, context + rows, 0, False)
 
 
+class RowsAttention(LayerAttention):
+    """Attention of the rows of one text; in memory, heads are outermost, as products give them."""
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[R, Hkv, G, slots] float32; those of slots behind a row mean nothing."""
+        return self._grouped[0].permute(2, 0, 1, 3)
+
+    @cached_property
+    def _grouped(self) -> Tensor:
+        logits = self.scores.logits(self.query.transpose(0, 1)[None], self.key)
+        return logits if self.bias is None else logits + self.bias.permute(1, 2, 0, 3)
+
+    def weights_of(self, read: Tensor | None) -> Tensor:
+        """See :meth:`LayerAttention.weights_of`."""
+        exists = self.view.exists[:, None, None]
+        read = exists if read is None else read & exists
+        weights = self.scores.weights(self._grouped, read.permute(1, 2, 0, 3))
+        return weights[0].permute(2, 0, 1, 3)
+
+
 class RowsPass(ABC):
     """What the planned layers of one pass do; each is asked for in ascending order."""
 
@@ -89,15 +110,22 @@ class PolicyPass(RowsPass):
         """See :meth:`RowsPass.attend`."""
         view = self.view
         place = self.policy.layout.layers.index(layer)
-        rows = query[0].transpose(0, 1)
-        read = self.policy.select(place, LayerAttention(rows, key, scores, view), view)
+        attention = RowsAttention(query[0].transpose(0, 1), key, scores, view)
+        read = self.policy.select(place, attention, view)
+        mask = self.causal
         if read is None:
             self.reads += view.lengths
-            return masked_attention(query, key, value, self.causal, scores)
-        read = read & view.exists[:, None, None]
-        self.reads += read.any(dim=2).sum(dim=2).float().mean(dim=1)
-        # [R, Hkv or 1, G or 1, T] to [Hkv or 1, G or 1, R, T]
-        return masked_attention(query, key, value, additive(read.permute(1, 2, 0, 3)), scores)
+        else:
+            read = read & view.exists[:, None, None]
+            self.reads += read.any(dim=2).sum(dim=2).float().mean(dim=1)
+            tokens = read.flatten(0, 2).any(dim=0).nonzero()[:, 0]  # which any row reads
+            if len(tokens) < view.slots and attention.bias is None:
+                read, key, value = read[..., tokens], key[:, :, tokens], value[:, :, tokens]
+            # [R, Hkv or 1, G or 1, T] to [Hkv or 1, G or 1, R, T]
+            mask = additive(read.permute(1, 2, 0, 3))
+        if attention.bias is not None:
+            mask = mask + attention.bias.permute(1, 2, 0, 3)
+        return masked_attention(query, key, value, mask, scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +171,7 @@ class DeltaPass(RowsPass):
             chosen = self._pages(source)
             key, value = (states.index_select(2, chosen.tokens) for states in (key, value))
             return masked_attention(query, key, value, chosen.mask, scores)
-        if self.plan.role(layer) == "delta":
+        if layer in self.plan.sources:
             self.page_scores[layer] = page_scores(query, key, scores, self.view, self.cfg.page_size)
         return masked_attention(query, key, value, self.causal, scores)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,18 @@ class RowLosses:
     nll_full: Tensor  # the same under full attention
     kl: Tensor  # float32, KL(full || policy) of the next token
     same: Tensor  # bool, whether both would write the same token
+
+    @classmethod
+    def of(cls, log_probs: Tensor, full: Tensor, targets: Tensor) -> RowLosses:
+        """Compare log-probabilities [R, V] with those of full attention; targets [R]."""
+        target = targets[:, None]
+        kl = torch.nn.functional.kl_div(log_probs, full, reduction="none", log_target=True)
+        return cls(
+            nll=-log_probs.gather(1, target)[:, 0],
+            nll_full=-full.gather(1, target)[:, 0],
+            kl=kl.sum(dim=1),
+            same=log_probs.argmax(dim=1) == full.argmax(dim=1),
+        )
 
 
 def refusal(model: Any, policy: Policy | None = None) -> str | None:
@@ -107,6 +120,16 @@ class RowsText:
         if self._layers and len(self._full_states) < len(self._layers):
             self._layers = None  # they give more than hidden states to each other
 
+    def head(self, rows: int) -> RowsText:
+        """The first rows as a text of its own; it shares the cache, which each pass writes anew."""
+        part = copy(self)
+        part.targets, part.full = self.targets[:rows], self.full[:rows]
+        part.view = RowsView.of(self.context, len(part.targets), self.targets.device)
+        part.lengths, part._rows = part.view.lengths, self._rows[:, :rows]
+        part._full_states = {place: state[:, :rows] for place, state in self._full_states.items()}
+        part._memory = Memory(self._memory.limit)
+        return part
+
     def log_probs(self, model: Any, policy: Policy) -> Tensor:
         """[R, V] float32 log-probabilities of the next token under a policy.
 
@@ -129,15 +152,7 @@ class RowsText:
 
     def compare(self, log_probs: Tensor) -> RowLosses:
         """Losses of log-probabilities [R, V], row by row."""
-        target = self.targets[:, None]
-        return RowLosses(
-            nll=-log_probs.gather(1, target)[:, 0],
-            nll_full=-self.full.gather(1, target)[:, 0],
-            kl=torch.nn.functional.kl_div(
-                log_probs, self.full, reduction="none", log_target=True
-            ).sum(dim=1),
-            same=log_probs.argmax(dim=1) == self.full.argmax(dim=1),
-        )
+        return RowLosses.of(log_probs, self.full, self.targets)
 
     def _delta(self, model: Any, policy: Delta) -> Tensor:
         steps = delta_steps(policy)

@@ -16,6 +16,7 @@ from deltadecode.lab.tasks.chain import (
 )
 from deltadecode.lab.tasks.ruler import Needle, VariableTracking
 from deltadecode.lab.tasks.sample import Sample, Task, Verdict
+from deltadecode.lab.tasks.text import Text
 
 
 class Chain(Task):
@@ -85,13 +86,14 @@ class Perplexity(Task):
 
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Chain, Needle, VariableTracking, Perplexity)
+    task.name: task for task in (Chain, Needle, VariableTracking, Text, Perplexity)
 }
 
 
 def make_task(text: str) -> Task:
     """Make a task from ``name`` or ``name:option=value:option=value``.
 
+    A file may have a colon in its name.
     Raises EvaluationError for an unknown task or option, listing the known, or a value that cannot
     be.
     """
@@ -100,7 +102,14 @@ def make_task(text: str) -> Task:
         raise EvaluationError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     known = inspect.signature(TASKS[name]).parameters
     options: dict[str, Any] = {}
+    key = ""
     for part in parts:
+        if key == "file" and part.partition("=")[0] not in known:
+            options["file"] += f":{part}"
+            continue
+        positional = TASKS[name].positional
+        if "=" not in part and part and positional is not None and positional not in options:
+            part = f"{positional}={part}"
         key, sign, value = part.partition("=")
         if key not in known or not sign:
             raise EvaluationError(

@@ -36,6 +36,7 @@ class Task(ABC):
     """Makes samples. The constructor's keyword arguments are the task's options."""
 
     name: ClassVar[str]
+    positional: ClassVar[str | None] = None  # option that may be given as its value alone
 
     @abstractmethod
     def sample(self, seed: int, count_tokens: Callable[[str], int]) -> Sample:
@@ -54,4 +55,5 @@ def match_all(expected: Sequence[str]) -> Callable[[str], Verdict]:
 
 def options_of(task: Task) -> dict[str, Any]:
     """The options of a task, defaults included, for a record of what was run."""
-    return dict(sorted(vars(task).items()))
+    options = {name: value for name, value in vars(task).items() if not name.startswith("_")}
+    return dict(sorted(options.items()))

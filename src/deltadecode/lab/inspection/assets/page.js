@@ -41,7 +41,7 @@ const colorOf = (place) => look()[plan.roles[place]];
 function header() {
   $("title").textContent = `What the attention of ${report.model.name} does`;
   $("about").textContent = `${report.model.class}, ${layers.length} full-attention layers; ${report.text}. ` +
-    `${tokens.prompt} tokens of prompt, ${tokens.new} written with full attention, ` +
+    `${tokens.prompt} tokens, then ${tokens.new} as full attention decodes them, ` +
     `${tokens.observed_steps} decode steps looked at.`;
   const recall = report.recall.map((each) => each.recall);
   const mean = recall.reduce((a, b) => a + b, 0) / recall.length;
@@ -226,21 +226,53 @@ function drawSinks() {
     line: { color, width: 2 }, marker: { size: 5 }, hovertemplate: `layer %{x}, %{text}<br>${name}: <b>%{y:.2f} ×</b><extra></extra>` })),
   { xaxis: layerAxis("layer"), yaxis: { type: "log", dtick: 1, title: { text: "÷ median" } } });
 }
+function drawFirst() {
+  const c = look(), rows = report.first_page, deltas = rows.filter((r) => plan.delta_layers.includes(r.layer));
+  const lost = (r) => r.missed_mass == null ? "" :
+    `<br>in ${percent(r.source_missed)} of the steps its Δ-layer's scores miss it;<br>its mean share is then ${percent(r.missed_mass)}`;
+  draw("first", [
+    { type: "bar", x: rows.map((r) => String(r.layer)), y: rows.map((r) => r.mass), name: "share of attention", text: rows.map(lost),
+      textposition: "none", marker: { color: rows.map((_, place) => colorOf(place)) },
+      hovertemplate: "layer %{x}: <b>%{y:.1%}</b> on the first page%{text}<extra></extra>" },
+    { x: deltas.map((r) => String(r.layer)), y: deltas.map((r) => r.missed), name: "missed by a Δ-layer", mode: "markers",
+      marker: { color: c.ink, size: 11, symbol: "diamond-open", line: { width: 2 } },
+      hovertemplate: "Δ-layer %{x} misses it in <b>%{y:.1%}</b> of the steps<extra></extra>" },
+  ], { xaxis: layerAxis("layer"), yaxis: { tickformat: ".0%", range: [0, 1.02] } });
+}
 function drawRemoval() {
-  const c = look(), rows = [...report.removal.treatments].reverse(), count = report.removal.pages;
-  $("removal-about").textContent = rows.length ? `Perplexity of what full attention wrote, led along it, with the first ` +
-    `${count === 1 ? "page" : `${count} pages`} treated in turn. 1 is the least that there is.` : "Was not asked for.";
-  draw("removal", [{ type: "bar", orientation: "h", y: rows.map((r) => r.name.replace(", ", ",<br>")), x: rows.map((r) => r.perplexity),
+  const c = look(), { removal, sink_pages: forced, pages: count, steps } = report.losses;
+  const rows = [...forced, ...removal.slice(1)].reverse();
+  $("removal-about").textContent = rows.length ? `KL of full attention's next token to the treatment's, over ${steps} decode steps. ` +
+    `S is the number of first pages forced in; at S = 0 they are left to selection. Masked out: the first ` +
+    `${count === 1 ? "page" : `${count} pages`}. Budget and Δ-layers are the plan's.` : report.losses.refused ?? "Was not asked for.";
+  draw("removal", [{ type: "bar", orientation: "h", y: rows.map((r) => r.name.replace(", ", ",<br>")), x: rows.map((r) => r.kl),
     marker: { color: rows.map((r) => r.name.startsWith("DELTA") ? c.sparse : c.dense) }, textposition: "auto",
-    text: rows.map((r) => r.perplexity.toFixed(4)), customdata: rows.map((r) => r.agreement), constraintext: "none",
-    hovertemplate: "%{y}<br>perplexity <b>%{x:.7f}</b><br>%{customdata:.1%} of the tokens are its own choice<extra></extra>" }],
-  { xaxis: { title: { text: "perplexity" }, rangemode: "tozero" }, yaxis: { type: "category" } });
+    text: rows.map((r) => r.kl.toFixed(4)), customdata: rows.map((r) => [r.perplexity, r.agreement]), constraintext: "none",
+    hovertemplate: "%{y}<br>KL <b>%{x:.5f}</b><br>perplexity %{customdata[0]:.4f}<br>" +
+      "%{customdata[1]:.1%} of the likeliest tokens are full attention's<extra></extra>" }],
+  { xaxis: { title: { text: "KL, nats a token" }, rangemode: "tozero" }, yaxis: { type: "category" } });
+}
+function drawFactors() {
+  const c = look(), { factors, removal, sink_pages: forced } = report.losses, base = removal[0]?.loss;
+  const colors = { all: c.sparse, "with a sink": c.delta, without: c.third };
+  const plain = forced.find((r) => r.sink_pages === report.losses.pages) ?? forced[0];
+  const kinds = [...new Set(factors.map((r) => `${r.under}, ${r.heads}`))];
+  draw("factors", kinds.map((kind) => {
+    const own = factors.filter((r) => `${r.under}, ${r.heads}` === kind);
+    const { under, heads } = own[0], one = under === "DELTA" ? plain.loss : base;
+    const points = [...own.map((r) => [r.factor, r.loss - base, r.error]), [1, one - base, plain.error * (under === "DELTA")]].sort((a, b) => a[0] - b[0]);
+    const name = `${under}, ${heads === "all" ? "all heads" : `heads ${heads === "without" ? "without a sink" : heads}`}`;
+    return { x: points.map((p) => p[0]), y: points.map((p) => p[1]), name, mode: "lines+markers",
+      customdata: points.map((p) => p[2]), line: { color: colors[heads], width: 2, dash: under === "DELTA" ? "dot" : "solid" },
+      hovertemplate: `${name}<br>× %{x}: <b>%{y:+.4f}</b> ± %{customdata:.4f} nats a token<extra></extra>` };
+  }), { xaxis: { type: "log", title: { text: "factor" }, tickvals: [0.5, 0.8, 1, 1.25, 2] },
+    yaxis: { title: { text: "loss, nats a token" } } });
 }
 function sinkTexts() {
   $("sinks-title").textContent = sinks.sinks.length
     ? `Attention sinks: ${percent(sinks.rate)} of the heads have one` : "Attention sinks: there are none";
   $("sinks-about").textContent = `A token is a sink of a head if the head's attention to it, averaged over the queries that see it, ` +
-    `is above ε = ${sinks.epsilon} (Gu et al., arXiv 2410.10781), over all ${sinks.tokens} tokens of prompt and answer in one pass.`;
+    `is above ε = ${sinks.epsilon} (Gu et al., arXiv 2410.10781), over all ${sinks.tokens} tokens of the text in one pass.`;
   if (!sinks.sinks.length) return;
   const rows = sinks.sinks.slice(0, 20).map((s) => `<tr><td>${s.position}</td><td>${shown(s.token)}</td><td>${s.page}</td>` +
     `<td>${s.heads}</td><td>${percent(s.mean)}</td><td>${s.value_ratio.toFixed(2)} ×</td><td>${s.hidden_ratio.toFixed(1)} ×</td></tr>`);
@@ -259,7 +291,9 @@ function drawAll() {
   drawHeads("entropy", report.entropy_bits, "<b>%{z:.2f} bits</b>, as %{customdata} equal tokens", { zmin: 0,
     customdata: report.entropy_bits[0].map((_, head) => report.entropy_bits.map((row) => Math.pow(2, row[head]).toFixed(1))) });
   drawSinks();
+  drawFirst();
   drawRemoval();
+  drawFactors();
 }
 
 header();

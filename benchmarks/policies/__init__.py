@@ -1,0 +1,1 @@
+"""DELTA and its peers on a real model: ``python -m benchmarks.policies``."""
