@@ -30,7 +30,7 @@ def check(case, dtype):
     counts[1::4] = -1  # every page
     _check_sparse(case, dtype, ids, counts)
     # A share of the long rows, K pages of the short ones; lists of more than 512 pages in parts.
-    cfg = DeltaConfig(page_size=case.page_size, budget_pages=9, budget_share=0.4)
+    cfg = DeltaConfig(page_size=case.page_size, budget_pages=10, budget_share=0.4)
     ids, counts = ops.select_pages(scores, case.arguments[4], cfg, backend="triton")
     same = ops.select_pages(scores, case.arguments[4], cfg, backend="reference")
     assert torch.equal(ids, same[0]) and torch.equal(counts, same[1])
@@ -114,7 +114,7 @@ def test_selection_is_exact(pages):
     scores[5, 7] = math.inf
     lens = torch.randint(1, pages * 16, (16,), dtype=torch.int32, device="cuda")
     lens[:6] = pages * 16
-    plans = [{}, {"sink_pages": 1}, {"budget_pages": 9}]
+    plans = [{}, {"sink_pages": 0}, {"budget_pages": 10}]
     plans += [{"budget_share": share} for share in (0.01, 0.1, 0.6)]
     for cfg in (DeltaConfig(**plan) for plan in plans):
         got = ops.select_pages(scores, lens, cfg, backend="triton")

@@ -8,7 +8,7 @@ from deltadecode import ops
 from deltadecode.config import DeltaConfig
 
 CFG = DeltaConfig(page_size=4, budget_pages=3, recent_pages=1)
-SHARE = DeltaConfig(page_size=4, budget_pages=2, budget_share=0.6, recent_pages=1)
+SHARE = DeltaConfig(4, 2, 1, 0, budget_share=0.6)
 
 
 def step(case_arguments, options, backend, cfg=CFG):
