@@ -124,6 +124,16 @@ def test_a_policy_needs_its_class_and_a_registration(llama, monkeypatch):
         make_policy("newest:pages=1", llama, 20)
 
 
+def test_a_share_only_where_it_is_named(llama):
+    """Of 9 to 15 pages, 60 percent are more than the budget of five."""
+    named = f"{PLAN_OPTIONS}:budget_share=0.6"
+    ours, variant = (run(llama, f"{name}:{named}", 20, [33]) for name in ("delta", "delta-variant"))
+    torch.testing.assert_close(ours[1], variant[1], atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(ours[2].read, variant[2].read, rtol=1e-6)
+    plain = run(llama, f"delta:{PLAN_OPTIONS}", 20, [33])
+    assert (plain[2].read < ours[2].read).all()
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_a_row_of_a_batch_gives_what_it_gives_alone(model, name):
     lengths, budget = [33, 26, 33, 18], BUDGET.get(name, 20)
