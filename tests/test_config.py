@@ -133,10 +133,12 @@ def test_rule9_a_share_is_a_number_below_one(value):
         DeltaConfig(budget_share=value)
 
 
-def test_rule4_a_share_is_rounded_up_once_to_4096ths_and_once_to_pages():
-    cfg = DeltaConfig(budget_share=0.1)  # 410 / 4096
-    assert [cfg.pages_for(pages) for pages in (0, 639, 640, 4096, 4097)] == [64, 64, 65, 410, 411]
-    assert [cfg.table_width(pages) for pages in (0, 639, 640, 1300)] == [64, 64, 128, 256]
+def test_rule4_a_share_gives_whole_pages_rounded_up():
+    cfg = DeltaConfig(budget_share=0.1)
+    assert [cfg.pages_for(pages) for pages in (0, 640, 641, 4100, 4101)] == [64, 64, 65, 410, 411]
+    assert [cfg.table_width(pages) for pages in (0, 640, 641, 1290)] == [64, 64, 128, 256]
+    third = DeltaConfig(budget_share=1 / 3)  # 3333 / 10000
+    assert [third.pages_for(pages) for pages in (300, 30_000)] == [100, 9999]
     assert DeltaConfig(budget_pages=100).table_width(5000) == 100
     assert DeltaConfig(budget_share=0) == DeltaConfig(budget_share=0.0) == DeltaConfig()
     assert type(DeltaConfig(budget_share=0).budget_share) is float
@@ -148,7 +150,7 @@ def test_rule4_a_share_is_rounded_up_once_to_4096ths_and_once_to_pages():
 )
 def test_rule4_the_budget_of_a_row_is_exact(share, pages, budget):
     cfg = DeltaConfig(budget_pages=budget, budget_share=share)
-    exact = max(budget, math.ceil(Fraction(math.ceil(Fraction(share) * 4096), 4096) * pages))
+    exact = max(budget, math.ceil(Fraction(round(share * 10_000), 10_000) * pages))
     assert cfg.pages_for(pages) == exact
     assert exact <= max(budget, pages)
     assert cfg.table_width(pages) >= exact

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
@@ -16,8 +15,8 @@ from deltadecode.errors import DeltaConfigError
 from deltadecode.profiles import find_profile
 
 Role = Literal["dense", "delta", "sparse", "own"]
-# Of budget_share: a power of two, so that the product with it is exact.
-SHARE_DEN = 4096
+# A share is so many of these parts, so that all that is computed with it is of whole numbers.
+SHARE_DEN = 10_000
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,8 @@ class DeltaConfig:
 
     @property
     def share_num(self) -> int:
-        """The share in 4096ths, rounded up; 0 to 4096. Exact, as is all that is computed of it."""
-        return math.ceil(self.budget_share * SHARE_DEN)
+        """The share in 10,000ths, rounded to the nearest one."""
+        return round(self.budget_share * SHARE_DEN)
 
     def pages_for(self, pages: int) -> int:
         """Most pages that a sparse layer reads of a row of N pages, K(N); see docs/semantics.md."""

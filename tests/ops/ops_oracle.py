@@ -20,8 +20,7 @@ BACKENDS = ["reference", "torch", pytest.param("triton", marks=needs_triton)]
 def select(scores, n, page_size, budget, recent, sinks, share=0.0):
     """Pages that R3 and R4 select for one sequence of n tokens."""
     pages = (n + page_size - 1) // page_size
-    parts = math.ceil(Fraction(share) * 4096)
-    budget = max(budget, math.ceil(Fraction(parts, 4096) * pages))
+    budget = max(budget, math.ceil(Fraction(round(share * 10_000), 10_000) * pages))
     if pages <= budget:
         return list(range(pages))
     selected = set(range(sinks)) | set(range(pages - recent, pages))

@@ -108,7 +108,7 @@ def test_rule4_the_budget_grows_with_the_row(backend):
         [0, 1, 2, 3], [0, 2, 4, 15], [0, 2, 4, 6, 16], [0, 2, 4, 6, 19],
     ]  # fmt: skip
     assert run(scores[:2], [17, 17], cfg, backend) == [[0, 2, 4, 6, 16]] * 2
-    # One page more in all backends as soon as the exact share is passed: 1024 of 4096 parts.
+    # One page more in all backends as soon as the exact share is passed.
     wide = torch.rand(3, 4200).tolist()
     found = run(wide, [4096, 4097, 4200], cfg, backend)
     assert [len(pages) for pages in found] == [1024, 1025, 1050]

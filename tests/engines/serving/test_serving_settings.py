@@ -1,9 +1,11 @@
 """Settings of a serving engine, and how many tokens a step attends to."""
 
+from dataclasses import replace
+
 import pytest
 
 from deltadecode import DeltaConfig, DeltaConfigError, UnsupportedModelError
-from deltadecode.engines.serving.counts import StepCounts, attended_tokens
+from deltadecode.engines.serving.counts import StepCounts, attended_tokens, describe
 from deltadecode.engines.serving.settings import ServingSettings, own_settings, resolve
 
 
@@ -68,13 +70,29 @@ def test_resolved_settings_resolve_to_themselves():
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 95, 96, 97, 111, 112, 113, 1000])
-def test_attended_tokens_equal_a_count_of_the_selected_pages(tokens):
-    config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_attended_tokens_equal_a_count_of_the_selected_pages(tokens, share):
+    config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3), budget_share=share)
     settings = ServingSettings(config, config.layer_plan(7, (0, 1, 3, 4, 6)))
     pages = [range(first, min(first + 16, tokens)) for first in range(0, tokens, 16)]
-    chosen = pages if len(pages) <= 6 else [pages[0], *pages[-5:]]  # any six with the last
+    budget = 32 if share and tokens == 1000 else 6  # half of 63 pages, rounded up
+    # Any so many with the last one.
+    chosen = pages if len(pages) <= budget else [*pages[: budget - 1], pages[-1]]
     sparse = sum(map(len, chosen))
     assert attended_tokens(settings, tokens) == (3 * tokens + 2 * sparse, 5 * tokens)
+
+
+def test_the_log_names_a_share_where_there_is_one():
+    config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
+    plan = config.layer_plan(7)
+    assert "6 pages of 16 tokens (2 recent, 1 sink);" in describe(
+        ServingSettings(config, plan), 160
+    )
+    config = replace(config, budget_share=0.8)
+    line = describe(ServingSettings(config, plan), 160)
+    assert "6 pages of 16 tokens (0.8 of all, if more; 2 recent, 1 sink);" in line
+    # Three layers read all of ten pages, four read eight.
+    assert line.endswith(f"attends to {(3 * 10 + 4 * 8) / 70:.1%} of them")
 
 
 def test_rule11_rows_of_several_tokens_are_counted_as_full_attention():
