@@ -26,11 +26,12 @@ def make_row(
     is, so that nothing can be gained. A headline has ``tok_s`` and a ``curve`` of [context, ms of a
     step] for either side.
     """
+    pages = -(-workload.context // plan.page_size)
     shared = {
         "kind": workload.kind,
         "batch": workload.batch,
         "context": workload.context,
-        "within_budget": workload.context <= plan.budget_pages * plan.page_size,
+        "within_budget": pages <= plan.pages_for(pages),
         "preemptions": sum(one["preemptions"] for one in (*opening, *ours, *theirs)),
     }
     if workload.kind == "profile":
