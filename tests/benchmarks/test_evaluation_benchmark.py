@@ -28,7 +28,7 @@ def test_rows_at_once_and_one_after_the_other_agree():
     told = []
     found = run_rows(
         "a command", lambda case, done: told.append(done), contexts=(90, 120), rows=7, budget=64,
-        policies=("delta:recent_pages=1:delta_layers=2+:page_size=16", "streaming"),
+        policies=("delta:recent_pages=1:dense_layers=0+1:delta_layers=2+", "streaming"),
         vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=4,
         num_attention_heads=2, num_key_value_heads=1,
     )  # fmt: skip

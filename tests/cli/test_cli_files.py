@@ -182,7 +182,7 @@ def test_an_interrupt_while_it_draws_leaves_the_old_report(run, of, monkeypatch)
 
 
 def test_a_plan_with_a_byte_order_mark_is_read(run, model):
-    DeltaConfig(page_size=4, budget_pages=9, delta_layers=(2,)).save("plan.json")
+    DeltaConfig(page_size=4, budget_pages=10, delta_layers=(2,)).save("plan.json")
     Path("marked.json").write_text(Path("plan.json").read_text(), encoding="utf-8-sig")
     arguments = ["generate", model, "Facts", "--max-new-tokens", "1", "--json", "--plan"]
     assert json.loads(run(*arguments, "marked.json")[1])["config"]["page_size"] == 4

@@ -60,7 +60,8 @@ def test_a_text_is_measured_from_end_to_end(run, model, tmp_path):
     text.write_text(" ".join(str(number) for number in range(3000)))
     task = f"text:file={text}:context=70:tokens=5"
     arguments = [model, "--task", task, "--samples", 3, "--device", "cpu", "--policies",
-                 "full,h2o,delta:page_size=4:recent_pages=1:delta_layers=2+", "--budgets", 16,
+                 "full,h2o,delta:page_size=4:recent_pages=1:dense_layers=0+1:delta_layers=2+",
+                 "--budgets", 16,
                  "--out", tmp_path / "s"]  # fmt: skip
     code, out, _ = run(*arguments, "--json")
     rows = {row["policy"].split(":")[0]: row for row in json.loads(out)["rows"]}
