@@ -61,6 +61,7 @@ class Kascade(MaskedPolicy):
             same = tuple(range(layout.kv_heads))
             places = places_of(self.name, layout, layers, [])
             self.fit = KascadeFit(tuple(sorted({0, *places})), (same,) * depth)
+        self.history = self.fit is None  # the fit needs the prompt
         self._chosen: Tensor | None = None
         self.development: Development | None = None
 
