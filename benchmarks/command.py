@@ -36,13 +36,13 @@ def launch(command: Callable[..., None], arguments: Sequence[str] | None = None)
     run_app(app, arguments, f"python -m benchmarks.{command.__name__}")
 
 
-def command_line(benchmark: str, **options: Any) -> str:
+def command_line(benchmark: str, *arguments: str, **options: Any) -> str:
     """Command that repeats a run, for its result file.
 
     An option that is None, False or an empty list is left out, a list is repeated, and a path
     becomes its last part: results name no folder.
     """
-    parts = ["python", "-m", f"benchmarks.{benchmark}"]
+    parts = ["python", "-m", f"benchmarks.{benchmark}", *arguments]
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
         if value is True:

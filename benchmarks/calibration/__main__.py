@@ -36,7 +36,7 @@ def calibration(
         from benchmarks.report import table
 
     command = cli.command_line(
-        f"calibration {model}", plan=plan, text=text, context=context, rows=rows, pieces=pieces,
+        "calibration", model, plan=plan, text=text, context=context, rows=rows, pieces=pieces,
         attended_fraction=None if plan else attended_fraction, minutes=None if plan else minutes,
         random=random, device=device,
     )  # fmt: skip
