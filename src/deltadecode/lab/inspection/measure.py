@@ -263,8 +263,7 @@ def measuring_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         ), None
     layer: int = module.layer_idx  # type: ignore[assignment]
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    scores = Scores.of(query.shape[3], scaling, kwargs)
     sums = _RowSums(run, query.shape[1], query.device)
     out, totals = _added_up(query, key, value, attention_mask, scores, run.block_bytes, sums)
     tokens = totals.shape[1]

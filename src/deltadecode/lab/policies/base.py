@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +43,12 @@ class Scores:
     scale: float  # factor on q · k
     softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
     sinks: Tensor | None = None  # [Hq], one more logit in each softmax denominator
+
+    @classmethod
+    def of(cls, dim: int, scaling: float | None, kwargs: Mapping[str, Any]) -> Scores:
+        """Read them from what a model passes to its attention function, for heads of size D."""
+        scale = dim**-0.5 if scaling is None else scaling
+        return cls(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
 
     def logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Logits of each query head over its KV head's keys.

@@ -190,8 +190,7 @@ def policy_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         ), None
     layer = policy.layout.layers.index(module.layer_idx)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    scores = Scores.of(query.shape[3], scaling, kwargs)
     if query.shape[2] == 1 and key.shape[2] > 1:
         view = policy.begin_step(layer, key.shape[2])
         attention = LayerAttention(query[:, :, 0], key, scores, view)

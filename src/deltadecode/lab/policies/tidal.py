@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadecode.errors import PolicyError
 from deltadecode.lab.policies.base import Floats, Layout, View
+from deltadecode.lab.policies.layers import full_layers_mean, places_of
 from deltadecode.lab.policies.masked import LayerAttention, MaskedPolicy
 from deltadecode.lab.policies.pages import largest
 
@@ -51,17 +51,9 @@ class Tidal(MaskedPolicy):
         if budget <= recent + sinks:
             raise self._refuse(f"it needs more than {recent} recent tokens and {sinks} sinks")
         depth = len(layout.layers)
-        if layers is None:
-            places = [min(2, depth - 1), round(depth * _CORRECTION)]
-        else:
-            if unknown := [layer for layer in layers if layer not in layout.layers]:
-                raise PolicyError(
-                    f"layers of policy 'tidal' must be full-attention layers, got {unknown[0]}"
-                )
-            places = [layout.layers.index(layer) for layer in layers]
-        if not places:
-            raise PolicyError("policy 'tidal' needs at least one selection layer")
-        self.selecting = sorted(set(places))
+        self.selecting = places_of(
+            self.name, layout, layers, [min(2, depth - 1), round(depth * _CORRECTION)]
+        )
         self._chosen: Tensor | None = None
 
     def select(self, layer: int, attention: LayerAttention, view: View) -> Tensor | None:
@@ -87,9 +79,7 @@ class Tidal(MaskedPolicy):
     def expected(self, lengths: Floats, prompt: int) -> Floats:
         """At most: if query heads that share keys agree on nothing; see :meth:`Policy.expected`."""
         del prompt
-        depth = len(self.layout.layers)
         group = 1 if self.shared else self.layout.query_heads // self.layout.kv_heads
         most = np.where(lengths <= self.budget, lengths, self.budget * group)
-        full = (self.selecting[0] + len(self.selecting)) / depth
-        mean: Floats = full * lengths + (1 - full) * np.minimum(lengths, most)
-        return mean
+        full = self.selecting[0] + len(self.selecting)
+        return full_layers_mean(self.layout, full, lengths, np.minimum(lengths, most))

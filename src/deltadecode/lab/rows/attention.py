@@ -251,8 +251,7 @@ def rows_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    scores = Scores.of(query.shape[3], scaling, kwargs)
     layer: Any = module.layer_idx
     return holder.current.attend(layer, query, key, value, scores), None
 
