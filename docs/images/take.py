@@ -14,7 +14,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__).resolve().parent
-LAYER = 7  # of the page map: a Δ-layer in the middle of the embedded model
+LAYER = 15  # of the page map: a Δ-layer in the middle of SmolLM2
 FIGURES = ("shift", "recall", "layers", "drift", "entropy", "sinks")
 
 

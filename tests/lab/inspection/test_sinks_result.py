@@ -88,7 +88,7 @@ def test_what_the_pages_are_worth(report, document):
     )
     sinkless, plain = removal["DELTA, page scores without the sink"], forced[1]
     assert (
-        f"KL is {sinkless['kl']:.3f} instead of {plain['kl']:.3f}, the perplexity "
+        f"KL is {sinkless['kl']:.4f} instead of {plain['kl']:.4f}, the perplexity "
         f"{sinkless['perplexity']:.2f} instead of {plain['perplexity']:.2f}" in document
     )
 
