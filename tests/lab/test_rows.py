@@ -49,6 +49,7 @@ SPECS = [
     "full",
     f"delta:{PLAN}",
     f"delta-variant:{PLAN}:heads=mean",
+    f"delta-variant:{PLAN}:heads=kv:accumulate=0.5",
     f"delta-variant:{PLAN}:per_layer=1",
     "oracle:page_size=4",
     "quest:page_size=4:dense=1",

@@ -90,7 +90,8 @@ def eval_command(
     ablation: Annotated[
         list[str] | None,
         typer.Option(
-            help="layers, recent, page-size, heads, reuse, sinks, refresh or plans; repeatable."
+            help="layers, recent, page-size, heads, accumulate, reuse, sinks, refresh or plans; "
+            "repeatable."
         ),
     ] = None,
     plan: Annotated[

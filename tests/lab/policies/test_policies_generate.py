@@ -226,11 +226,23 @@ def test_the_variant_with_nothing_changed_is_delta(model):
     np.testing.assert_allclose(variant_counts.read, counts.read, rtol=1e-6)
 
 
-@pytest.mark.parametrize("change", ["heads=mean", "per_layer=1", "refresh=4"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "heads=mean",
+        "heads=rms",
+        "heads=two",
+        "heads=kv",
+        "accumulate=1",
+        "per_layer=1",
+        "refresh=4",
+    ],
+)
 def test_a_variant_changes_something(llama, change):
     lengths = [33, 26]
-    _, exact, counts, _ = run(llama, SPECS["delta"], 20, lengths)
-    _, variant, found, _ = run(llama, f"{SPECS['delta-variant']}:{change}", 20, lengths)
+    plan = PLAN_OPTIONS.replace("delta_layers=1+", "delta_layers=1+3")
+    _, exact, counts, _ = run(llama, f"delta:{plan}", 20, lengths)
+    _, variant, found, _ = run(llama, f"delta-variant:{plan}:{change}", 20, lengths)
     assert not torch.allclose(variant, exact, atol=1e-3)
     if change == "refresh=4":  # the Δ-layer reads less at three steps of four
         fresh = np.arange(STEPS) % 4 == 0
@@ -286,7 +298,7 @@ def test_sinks_and_soft_caps_enter_the_softmax():
         ("delta:page_size=16:recent_pages=8", 64, "it needs 10 pages of 16 tokens, 160"),
         ("delta:dense_layers=0+:delta_layers=1+9", 256, "delta_layers must be in 0..5"),
         ("tidal:layers=2+9", 64, "must be full-attention layers, got 9"),
-        ("delta-variant:heads=min", 256, "must be max or mean, got 'min'"),
+        ("delta-variant:heads=min", 256, "must be max, mean, rms, two or kv, got 'min'"),
         ("quest:page_size=0", 64, "page_size of policy 'quest' must be at least 1"),
         ("quest:page_size=big", 64, "page_size of policy 'quest' must be a whole number"),
         ("streaming:sinks=-1", 64, "sinks of policy 'streaming' must be a whole number, 0 or more"),

@@ -14,7 +14,7 @@ from deltadecode.lab.policies import parse_policy
 RANDOM_PLANS = 5
 _PAGES = ("page_size", "recent_pages", "sink_pages")
 # What options of ``delta-variant`` are in DELTA.
-_UNCHANGED = {"heads": "max", "per_layer": 0, "refresh": 1}
+_UNCHANGED = {"heads": "max", "per_layer": 0, "refresh": 1, "accumulate": 0}
 
 
 def cells_of(
@@ -144,7 +144,8 @@ ABLATIONS: dict[str, Callable[[DeltaConfig], list[Cell]]] = {
     "layers": _layers,
     "recent": _recent,
     "page-size": _page_size,
-    "heads": _variants("heads", "max", "mean"),
+    "heads": _variants("heads", "max", "mean", "rms", "two", "kv"),
+    "accumulate": _variants("accumulate", 0, 0.25, 0.5, 1),
     "reuse": _variants("per_layer", 0, 1),
     "sinks": _sinks,
     "refresh": _variants("refresh", 1, 2, 4, 8),
