@@ -29,7 +29,7 @@ from deltadecode.lab.rows.attention import (
 from deltadecode.lab.rows.borders import Memory, Steps, decoder_layers, delta_steps, starting_at
 from deltadecode.lab.rows.cache import foreign_state, rows_cache
 
-MEMORY = 64 * 2**20  # bytes of hidden states that a text keeps of earlier passes
+MEMORY = 48 * 2**20  # bytes of hidden states that a text keeps of earlier passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +121,16 @@ class RowsText:
             self._layers = None  # they give more than hidden states to each other
 
     def head(self, rows: int) -> RowsText:
-        """The first rows as a text of its own; it shares the cache, which each pass writes anew."""
+        """The first rows as a text of its own; it shares the cache, which each pass writes anew.
+
+        It keeps half as many bytes of earlier passes, as a state of fewer rows is smaller.
+        """
         part = copy(self)
         part.targets, part.full = self.targets[:rows], self.full[:rows]
         part.view = RowsView.of(self.context, len(part.targets), self.targets.device)
         part.lengths, part._rows = part.view.lengths, self._rows[:, :rows]
         part._full_states = {place: state[:, :rows] for place, state in self._full_states.items()}
-        part._memory = Memory(self._memory.limit)
+        part._memory = Memory(self._memory.limit // 2)
         return part
 
     def log_probs(self, model: Any, policy: Policy) -> Tensor:
