@@ -2,7 +2,7 @@
 
 Backends: ``reference`` is the definition; ``torch`` is fast PyTorch, tuned on CPUs; ``triton``
 has the GPU kernels. The first two run on any device. ``backend="auto"`` takes ``triton`` on CUDA
-where it supports the tensors, else ``torch``. All follow the rules R1..R9 of docs/semantics.md,
+where it supports the tensors, else ``torch``. All follow the rules R1..R10 of docs/semantics.md,
 those of arXiv 2510.09883.
 """
 

@@ -12,7 +12,13 @@ from deltadecode.config import DeltaConfig
 from deltadecode.errors import OperationError
 from deltadecode.ops import reference
 from deltadecode.ops import torch as torch_backend
-from deltadecode.ops.inputs import DecodeInputs, check_reach, needs_gradients
+from deltadecode.ops.inputs import (
+    DecodeInputs,
+    check_reach,
+    each_token_alone,
+    needs_gradients,
+    token_lengths,
+)
 
 
 def kernels_refuse(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
@@ -23,7 +29,7 @@ def kernels_refuse(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
     Parameters
     ----------
     tensor : Tensor
-        q [B, Hq, D], or page scores [B, pages] when there is no cache.
+        q [..., Hq, D], or page scores [B, pages] when there is no cache.
     k_cache : Tensor, optional
         [blocks, block_size, Hkv, D].
     """
@@ -36,6 +42,12 @@ def kernels_refuse(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
 
 def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | None]:
     """Output of ``decode_attention`` for checked inputs, and its page scores if asked for."""
+    if inputs.q.dim() == 4:
+        rows, tokens = inputs.q.shape[:2]
+        out, scores = run_decode(each_token_alone(inputs), backend)
+        if scores is not None:
+            scores = scores.view(rows, tokens, scores.shape[1])
+        return out.view(inputs.q.shape), scores
     check_reach(
         inputs.seq_lens, inputs.block_table.shape[1] * inputs.k_cache.shape[1], "block_table"
     )
@@ -47,17 +59,20 @@ def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | Non
                 "backend 'torch', or torch.no_grad()"
             )
         chosen = torch_backend
-    out: Tensor
-    scores: Tensor | None
-    out, scores = chosen.decode_attention(inputs)
-    return out, scores
+    result: tuple[Tensor, Tensor | None] = chosen.decode_attention(inputs)
+    return result
 
 
 def run_select(
     page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Page ids and counts of ``select_pages`` for checked inputs."""
-    check_reach(seq_lens, page_scores.shape[1] * cfg.page_size, "page_scores")
+    check_reach(seq_lens, page_scores.shape[-1] * cfg.page_size, "page_scores")
+    if page_scores.dim() == 3:
+        rows, tokens = page_scores.shape[:2]
+        lengths = token_lengths(seq_lens, tokens).flatten()
+        ids, counts = run_select(page_scores.flatten(0, 1), lengths, cfg, backend)
+        return ids.view(rows, tokens, ids.shape[1]), counts.view(rows, tokens)
     page_ids, page_counts = _choose(backend, page_scores).select_pages(page_scores, seq_lens, cfg)
     return page_ids, page_counts
 

@@ -45,7 +45,7 @@ _FILL = 4096
 def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
     """Both sides of what does not fit these kernels, in one line; None when they can.
 
-    ``tensor`` is q [B, Hq, D], or page scores [B, pages] when there is no cache
+    ``tensor`` is q [..., Hq, D], or page scores [B, pages] when there is no cache
     [blocks, block_size, Hkv, D].
     """
     if not tensor.is_cuda and not _INTERPRETED:
@@ -60,9 +60,10 @@ def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
         return f"needs {needs} or more, got {capability[0]}.{capability[1]}"
     if k_cache is None:
         return None
-    if tensor.shape[2] > MOST_HEAD_DIM:
-        return f"takes head sizes up to {MOST_HEAD_DIM}, got {tensor.shape[2]}"
-    group = tensor.shape[1] // k_cache.shape[2]
+    heads, dim = tensor.shape[-2:]
+    if dim > MOST_HEAD_DIM:
+        return f"takes head sizes up to {MOST_HEAD_DIM}, got {dim}"
+    group = heads // k_cache.shape[2]
     if group > MOST_GROUP:
         return f"takes up to {MOST_GROUP} query heads per KV head, got {group}"
     return None
