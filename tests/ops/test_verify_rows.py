@@ -116,14 +116,13 @@ def test_rule10_sinks_softcap_and_types(backend, dtype):
 
 
 @backends
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_rule10_a_later_draft_never_reaches_an_earlier_token(backend, poison):
+def test_rule10_a_later_draft_never_reaches_an_earlier_token(backend):
     case = verify_case(4, [25, 18, 3], 4, pages_per_block=2)
     want = step(case, backend)
     for back in range(3):
         for row, keys in enumerate(case.keys):
             at = case.slot(row, len(keys) - 1 - back)
-            case.k_cache[at] = case.v_cache[at] = poison
+            case.k_cache[at] = case.v_cache[at] = math.nan
         earlier = slice(0, 3 - back)
         for found, before in zip(step(case, backend), want, strict=True):
             torch.testing.assert_close(found[:, earlier], before[:, earlier])

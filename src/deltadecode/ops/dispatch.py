@@ -42,12 +42,6 @@ def kernels_refuse(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
 
 def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | None]:
     """Output of ``decode_attention`` for checked inputs, and its page scores if asked for."""
-    if inputs.q.dim() == 4:
-        rows, tokens = inputs.q.shape[:2]
-        out, scores = run_decode(each_token_alone(inputs), backend)
-        if scores is not None:
-            scores = scores.view(rows, tokens, scores.shape[1])
-        return out.view(inputs.q.shape), scores
     check_reach(
         inputs.seq_lens, inputs.block_table.shape[1] * inputs.k_cache.shape[1], "block_table"
     )
@@ -59,8 +53,16 @@ def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | Non
                 "backend 'torch', or torch.no_grad()"
             )
         chosen = torch_backend
-    result: tuple[Tensor, Tensor | None] = chosen.decode_attention(inputs)
-    return result
+    by_row = inputs.q.dim() == 4 and chosen in (torch_backend, reference)
+    out: Tensor
+    scores: Tensor | None
+    out, scores = chosen.decode_attention(each_token_alone(inputs) if by_row else inputs)
+    if not by_row:
+        return out, scores
+    rows, tokens = inputs.q.shape[:2]
+    if scores is not None:
+        scores = scores.view(rows, tokens, scores.shape[1])
+    return out.view(inputs.q.shape), scores
 
 
 def run_select(
@@ -68,13 +70,15 @@ def run_select(
 ) -> tuple[Tensor, Tensor]:
     """Page ids and counts of ``select_pages`` for checked inputs."""
     check_reach(seq_lens, page_scores.shape[-1] * cfg.page_size, "page_scores")
-    if page_scores.dim() == 3:
-        rows, tokens = page_scores.shape[:2]
-        lengths = token_lengths(seq_lens, tokens).flatten()
-        ids, counts = run_select(page_scores.flatten(0, 1), lengths, cfg, backend)
-        return ids.view(rows, tokens, ids.shape[1]), counts.view(rows, tokens)
-    page_ids, page_counts = _choose(backend, page_scores).select_pages(page_scores, seq_lens, cfg)
-    return page_ids, page_counts
+    chosen = _choose(backend, page_scores)
+    by_row = page_scores.dim() == 3 and chosen in (torch_backend, reference)
+    if not by_row:
+        page_ids, page_counts = chosen.select_pages(page_scores, seq_lens, cfg)
+        return page_ids, page_counts
+    rows, tokens = page_scores.shape[:2]
+    lengths = token_lengths(seq_lens, tokens).flatten()
+    page_ids, page_counts = chosen.select_pages(page_scores.flatten(0, 1), lengths, cfg)
+    return page_ids.view(rows, tokens, page_ids.shape[1]), page_counts.view(rows, tokens)
 
 
 def _choose(backend: str, tensor: Tensor, k_cache: Tensor | None = None) -> ModuleType:
