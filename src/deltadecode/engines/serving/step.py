@@ -39,15 +39,17 @@ def attend(
     sinks: Tensor | None = None,
     softcap: float | None = None,
     prompts: Tensor | None = None,
+    idle: Tensor | None = None,
     over_all_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Attention of the decode rows in one layer: q [B, Hq, D] to [B, Hq, D].
+    """Attention of the decode rows in one layer: q [B, Hq, D] or [B, Q, Hq, D] to the same.
 
     ``layer`` is the model's own number. A Δ-layer adds to ``selections``, which are those of this
     forward pass. A sparse layer reads its source's, and raises DeltaConfigError if there are none.
     Other layers read every page. ``scale``, ``sinks`` and ``softcap`` are those of
     :func:`deltadecode.ops.decode_attention`, ``prompts`` those of
-    :class:`deltadecode.engines.serving.rows.Rows`. ``over_all_ranks`` gives the maximum of s_t over
+    :class:`deltadecode.engines.serving.rows.Rows`, ``idle`` [B, Q] marks queries that count for
+    nothing. ``over_all_ranks`` gives the maximum of s_t over
     tensor-parallel ranks, for ``sync_heads``.
     """
     page_size = settings.config.page_size
@@ -71,11 +73,14 @@ def attend(
     scores: Tensor
     if settings.sync_heads and over_all_ranks is not None:
         out, token_scores = operation(page_size=1, return_page_scores=True)
-        scores = over_all_ranks(token_scores).unflatten(1, (-1, page_size)).sum(-1)
+        scores = over_all_ranks(token_scores).unflatten(-1, (-1, page_size)).sum(-1)
     else:
         out, scores = operation(page_size=page_size, return_page_scores=True)
     ids, counts = select_pages(scores, cache.seq_lens, settings.config)
     if prompts is not None:
-        counts.masked_fill_(prompts[: counts.shape[0]], -1)  # every page
+        flags = prompts[: counts.shape[0]]
+        counts.masked_fill_(flags if counts.dim() == 1 else flags[:, None], -1)  # every page
+    if idle is not None:
+        counts.masked_fill_(idle, 0)
     selections[layer] = ids, counts
     return out

@@ -115,17 +115,20 @@ class DeltaImpl:
             self.settings,
             self._number,
             self.role(layer),
-            # Tokens of other rows stand in for those of padding rows: nothing is attended to.
-            query[: lengths.shape[0]],
+            _queries(query, rows, lengths.shape[0]),
             Cache(k_cache, v_cache, table, lengths),
             selections,
             scale=self.scale,
             sinks=self.sinks,
             softcap=self.logits_soft_cap or None,
             prompts=rows.prompts,
+            idle=None if rows.drafts is None else rows.drafts.idle,
             over_all_ranks=_over_all_ranks,
         )
-        output[:count] = out[:count]
+        tokens = rows.decode_tokens
+        if rows.tokens > 1:
+            out = out.flatten(0, 1)
+        output[:tokens] = out[:tokens] if rows.drafts is None else out[rows.drafts.places]
 
     def attend_others(
         self,
@@ -138,7 +141,7 @@ class DeltaImpl:
         output: Tensor,
     ) -> None:
         """Stock attention of the other rows; arguments as in :meth:`forward`."""
-        first, metadata = attn_metadata.delta.decode, attn_metadata.delta.prefill
+        first, metadata = attn_metadata.delta.decode_tokens, attn_metadata.delta.prefill
         if metadata is None:
             first, metadata = 0, attn_metadata
         super().forward(  # type: ignore[misc]
@@ -150,6 +153,15 @@ class DeltaImpl:
             metadata,
             output[first:],
         )
+
+
+def _queries(query: Tensor, rows: Rows, count: int) -> Tensor:
+    """Queries of ``count`` decode rows: [count, Hq, D], or [count, Q, Hq, D] with drafts."""
+    if rows.drafts is not None:
+        query = query[rows.drafts.queries]
+    # Tokens of other rows stand in for those of padding rows: nothing is attended to.
+    query = query[: count * rows.tokens]
+    return query if rows.tokens == 1 else query.unflatten(0, (count, rows.tokens))
 
 
 def _over_all_ranks(token_scores: Tensor) -> Tensor:

@@ -49,10 +49,11 @@ def key_value_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_after(common: Any, first: int) -> Any:
-    """CommonAttentionMetadata of the rows after ``first`` rows of one token each."""
+    """CommonAttentionMetadata of the rows after the ``first`` ones."""
     from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 
-    rest = UBatchSlice(slice(first, common.num_reqs), slice(first, common.num_actual_tokens))
+    token = int(common.query_start_loc_cpu[first])
+    rest = UBatchSlice(slice(first, common.num_reqs), slice(token, common.num_actual_tokens))
     return split_attn_metadata([rest], common)[0]
 
 
