@@ -77,10 +77,17 @@ def main(dtype):
             ids = torch.zeros(2, width, dtype=torch.int32)
             sparse = {**options, "page_ids": ids, "page_counts": counts}
             ops.decode_attention(q, kv, kv, table, lens, **sparse)
+        drafts = q[:, None].expand(-1, 4, -1, -1)
+        ops.decode_attention(drafts, kv, kv, table, lens, **options, return_page_scores=True)
+        ids = torch.zeros(2, 4, 8, dtype=torch.int32)
+        sparse = {**options, "page_ids": ids, "page_counts": counts[:, None].repeat(1, 4)}
+        ops.decode_attention(drafts, kv, kv, table, lens, **sparse)
     for pages in (100, 9000) if dtype == torch.bfloat16 else ():
         for share in (0.0, 0.1):
             cfg = DeltaConfig(budget_share=share)
             ops.select_pages(torch.zeros(2, pages), lens, cfg, backend="triton")
+    if dtype == torch.bfloat16:
+        ops.select_pages(torch.zeros(2, 4, 100), lens, DeltaConfig(), backend="triton")
     print(sum(len(k.seen) for k in (attention.attend, attention.finish, selection.select)))
 
 

@@ -77,7 +77,7 @@ class DeltaBuilder:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.vllm_config  # type: ignore[attr-defined]
-        self._most_tokens = most_tokens(config)
+        self._most_tokens = versions.most_tokens(config)
         # vLLM then puts the rows of no more new tokens first.
         self._init_reorder_batch_threshold(self._most_tokens)  # type: ignore[attr-defined]
         self._prompts = PromptRows(most_rows(config), self.device)  # type: ignore[attr-defined]
@@ -133,12 +133,6 @@ class DeltaBuilder:
             pad_rows(rows, metadata.block_table, metadata.seq_lens, metadata.num_actual_tokens)
         metadata.delta = rows
         return metadata
-
-
-def most_tokens(vllm_config: Any) -> int:
-    """Most new tokens of a decode row: one, and drafts."""
-    speculative = getattr(vllm_config, "speculative_config", None)
-    return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
 
 
 def most_rows(vllm_config: Any) -> int:

@@ -35,6 +35,12 @@ def settings_of(vllm_config: Any) -> ServingSettings:
     return resolve(user_values, vllm_config.model_config.hf_config)
 
 
+def most_tokens(vllm_config: Any) -> int:
+    """Most new tokens of a decode row: one, and drafts."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
+
+
 def key_value_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer's cache: [blocks, block_size, Hkv, D] views, last stride 1.
 
