@@ -32,6 +32,7 @@ class Compiled:
 
     def __init__(self, kernel):
         self.kernel = kernel
+        self.arg_names = kernel.arg_names
         self.seen = set()
 
     def __getitem__(self, grid):

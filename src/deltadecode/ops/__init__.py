@@ -7,8 +7,18 @@ those of arXiv 2510.09883.
 """
 
 # Nothing but names from below: the submodule ``torch`` hides PyTorch in this namespace.
-from deltadecode.ops.dispatch import kernels_refuse
+from deltadecode.ops.dispatch import kernels_refuse, plan_decode
 from deltadecode.ops.inputs import DecodeInputs
+from deltadecode.ops.memory import Pointer, Scratch, is_captured
 from deltadecode.ops.operations import decode_attention, select_pages
 
-__all__ = ["DecodeInputs", "decode_attention", "kernels_refuse", "select_pages"]
+__all__ = [
+    "DecodeInputs",
+    "Pointer",
+    "Scratch",
+    "decode_attention",
+    "is_captured",
+    "kernels_refuse",
+    "plan_decode",
+    "select_pages",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from deltadecode.ops import reference
 from deltadecode.ops import torch as torch_backend
 from deltadecode.ops.inputs import (
     DecodeInputs,
+    check_decode,
     check_reach,
     each_token_alone,
     needs_gradients,
@@ -63,6 +65,36 @@ def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | Non
     if scores is not None:
         scores = scores.view(rows, tokens, scores.shape[1])
     return out.view(inputs.q.shape), scores
+
+
+def plan_decode(inputs: DecodeInputs, cfg: DeltaConfig | None = None, compile_rows: int = 0) -> Any:
+    """Plan the kernels of one layer for every later step of the same shapes.
+
+    Parameters
+    ----------
+    inputs : DecodeInputs
+        Those of one step. Shapes, strides, types and numbers count, and are checked here only.
+    cfg : DeltaConfig, optional
+        Given for a Δ-layer, whose inputs ask for page scores: the plan selects pages as well.
+    compile_rows : int
+        Compile now what batches of up to so many rows need.
+
+    Returns
+    -------
+    DecodePlan or None
+        Of :mod:`deltadecode.ops.triton.decode`; None where kernels do not compute this at once, and
+        :func:`deltadecode.ops.decode_attention` does it.
+
+    Raises
+    ------
+    OperationError
+        As :func:`deltadecode.ops.decode_attention` does.
+    """
+    check_decode(inputs)
+    kernels = triton_backend()
+    if kernels is None or kernels_refuse(inputs.q, inputs.k_cache) or needs_gradients(inputs):
+        return None
+    return kernels.plan_decode(inputs, cfg, compile_rows)
 
 
 def run_select(

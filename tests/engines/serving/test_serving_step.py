@@ -5,7 +5,7 @@ import torch
 
 from deltadecode import DeltaConfig
 from deltadecode.engines.serving.settings import ServingSettings
-from deltadecode.engines.serving.step import Cache, attend
+from deltadecode.engines.serving.step import Cache, ForwardPass, attend
 
 CONFIG = DeltaConfig(4, 3, 1, 1, (), (0,))
 LENGTHS = [30, 22, 9]
@@ -16,9 +16,9 @@ def settings(**own):
 
 
 def step(q, cache, given, **more):
-    selections = {}
-    full = attend(given, 0, "delta", q, cache, selections, scale=0.4, **more)
-    return full, attend(given, 1, "sparse", q, cache, selections, scale=0.4, **more)
+    forward = ForwardPass()
+    full = attend(given, 0, "delta", q, cache, forward, scale=0.4, **more)
+    return full, attend(given, 1, "sparse", q, cache, forward, scale=0.4, **more)
 
 
 @pytest.fixture

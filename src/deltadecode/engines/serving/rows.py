@@ -33,8 +33,13 @@ class Rows:
         Boolean, at least as many as there are decode rows: those whose token is the last of a
         prompt, which a chunk or a prefix hit has left alone, or one of its last few. They are
         prefill (R1).
+    flagged : bool
+        Whether ``prompts`` may be true of a row of this batch. A captured graph asks them anyway.
+    others : bool
+        Whether there are other rows.
     block_table, seq_lens : Tensor or None
-        Of the decode rows, with padding rows of no tokens after them; None without padding.
+        Of the decode rows, perhaps with padding rows of no tokens after them; None until a layer
+        asks for them.
     drafts : DraftRows or None
         Where each query is, in rows of unlike numbers of new tokens.
     """
@@ -44,6 +49,8 @@ class Rows:
     decode_tokens: int = 0
     prefill: Any = None
     prompts: Tensor | None = None
+    flagged: bool = True
+    others: bool = False
     block_table: Tensor | None = None
     seq_lens: Tensor | None = None
     drafts: DraftRows | None = None
@@ -77,11 +84,16 @@ class PromptRows:
         Most rows of a batch, padding included.
     device : torch.device
         Of the batch.
+
+    Attributes
+    ----------
+    any : bool
+        Whether a row of the last batch may be flagged.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._flags = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._any = False
+        self.any = False
 
     def update(self, prefilling: Tensor | None, count: int) -> Tensor:
         """Set the flags of a batch; nothing goes to the device while no row is flagged.
@@ -92,16 +104,17 @@ class PromptRows:
         flagged = torch.zeros(0, dtype=torch.bool) if prefilling is None else prefilling[:count]
         if not flagged.is_cpu:
             # Reading it here would wait for the device.
+            self.any = True
             self._flags.zero_()
             self._flags[: len(flagged)] = flagged
             return self._flags
         any_flagged = bool(flagged.any())
-        if any_flagged or self._any:
+        if any_flagged or self.any:
             # The memory is not pinned, so the copy has read it before the call returns.
             flags = torch.zeros(self._flags.shape, dtype=torch.bool)
             flags[: len(flagged)] = flagged
             self._flags.copy_(flags)
-        self._any = any_flagged
+        self.any = any_flagged
         return self._flags
 
 
