@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
 from deltadecode.ops import dispatch
-from deltadecode.ops.triton import attention, selection
+from deltadecode.ops.triton import attention, plans, selection
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -61,9 +61,8 @@ def main(dtype):
     attention.attend = Compiled(attention.attend)
     attention.finish = Compiled(attention.finish)
     selection.select = Compiled(selection.select)
-    kernels = dispatch.triton_backend()
-    kernels.unsupported = lambda *tensors: None
-    kernels._operand = lambda q: getattr(triton.language, str(q.dtype).removeprefix("torch."))
+    dispatch.triton_backend().unsupported = lambda *tensors: None
+    plans._operand = lambda kind: getattr(triton.language, str(kind.q_dtype).removeprefix("torch."))
     for cache, sinks in itertools.product((None, torch.float8_e4m3fn), (False, True)):
         q = torch.zeros(2, 12, 128, dtype=dtype)
         kv = torch.zeros(40, 16, 2, 128, dtype=cache or dtype)
