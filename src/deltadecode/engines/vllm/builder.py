@@ -124,7 +124,7 @@ class DeltaBuilder:
             prefilling = getattr(common, "is_prefilling", None)
         rows.prompts = self._prompts.update(prefilling, rows.decode)
         rows.flagged = self._prompts.any
-        rows.others = rows.decode < metadata.seq_lens.shape[0]
+        rows.others = rows.decode < common.num_reqs
         if self.splits and 0 < rows.decode < common.num_reqs:
             # The builder may keep its schedule in one buffer, which the second build overwrites.
             schedule = getattr(metadata, "scheduler_metadata", None)
