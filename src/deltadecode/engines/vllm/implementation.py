@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ _FORWARD = "deltadecode"
 class DeltaImpl:
     """Beside a stock implementation: decode rows of Δ- and sparse layers."""
 
+    # Whether decode rows go to planned kernels where these can compute them.
+    plans: ClassVar[bool] = True
     head_size: int
     scale: float
     logits_soft_cap: float
@@ -130,7 +132,7 @@ class DeltaImpl:
         prompts = rows.prompts
         if not rows.flagged and not is_captured(q):
             prompts = None
-        done = q.is_cuda and self._layer_kernels(layer).attend(
+        done = self.plans and self._layer_kernels(layer).attend(
             q, kv_cache, table, lengths, forward, prompts, idle, out
         )
         if not done:
