@@ -34,6 +34,9 @@ def e2e(
     start_together: Annotated[
         bool, typer.Option("--start-together", help="Start both at once.")
     ] = False,
+    drafts: Annotated[
+        int, typer.Option(min=0, help="That each step verifies, of each sequence.")
+    ] = 0,
     as_json: cli.Json = False,
     out: cli.Out = None,
     tag: cli.Tag = None,
@@ -52,6 +55,7 @@ def e2e(
         options = make_options(
             shape=shape, kinds=workload or [], points=point or [], steps=steps, rounds=rounds,
             plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
+            drafts=drafts,
         )  # fmt: skip
     if not has_vllm():
         raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")

@@ -23,8 +23,8 @@ class Engine:
 
     ``spec`` has ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a
     sequence), ``memory_share`` (of the device), ``kv_bytes`` (of the cache; None: what the share
-    leaves), ``eager``, ``vocabulary``, and ``plan``: values of a DeltaConfig, or None for stock
-    attention.
+    leaves), ``eager``, ``vocabulary``, ``drafts`` (made of each sequence in each step), and
+    ``plan``: values of a DeltaConfig, or None for stock attention.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -43,14 +43,16 @@ class Engine:
             # With it, the second round of a prefill would read nothing.
             enable_prefix_caching=False,
             disable_log_stats=True, enforce_eager=spec["eager"],
+            speculative_config=_make_drafts(spec["drafts"]) if spec["drafts"] else None,
             **(ours if spec["plan"] is not None else {}),
         )  # fmt: skip
         self._engine = self._llm.llm_engine
         self._scheduler = self._engine.engine_core.engine_core.scheduler
-        self._vocabulary = spec["vocabulary"]
+        self._vocabulary, self._drafts = spec["vocabulary"], spec["drafts"]
         self._ids: list[str] = []
-        self._preemptions = 0
+        self._preemptions = self._verified = 0
         self._count_preemptions()
+        self._count_drafts()
         # What compiles at its first use does so now.
         self._decode(min(spec["batch"], 4), 16, 8)
         self.start_s = time.perf_counter() - began
@@ -116,16 +118,19 @@ class Engine:
         """
         # The GPU has been idle since the last command; the first call brings it into pace.
         self._engine.step()
-        before = self._lengths()
+        before, verified = self._lengths(), self._verified
         ends = [time.perf_counter()]
         for _ in range(steps):
             self._engine.step()
             ends.append(time.perf_counter())
-        after = self._lengths()
+        after, verified = self._lengths(), self._verified - verified
         # Each call must have been one step of every sequence, else these are no step times.
-        if len(before) != len(self._ids) or [n + steps for n in before] != after:
+        most = steps * (1 + self._drafts)
+        made = [n - m for n, m in zip(after, before, strict=True)]
+        if len(before) != len(self._ids) or min(made) < steps or max(made) > most:
             raise RuntimeError(f"{steps} calls were not {steps} decode steps of every sequence")
-        return {"seconds": np.diff(ends).tolist(), "from": min(before), "to": max(after)}
+        drafted = {"verified": verified} if self._drafts else {}
+        return {"seconds": np.diff(ends).tolist(), "from": min(before), "to": max(after), **drafted}
 
     def _profile(self, steps: int) -> dict[str, Any]:
         import torch
@@ -187,6 +192,32 @@ class Engine:
             return preempt(*arguments, **options)
 
         self._scheduler._preempt_request = counted
+
+    def _count_drafts(self) -> None:
+        schedule = self._scheduler.schedule
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            output = schedule(*arguments, **options)
+            self._verified += sum(map(len, output.scheduled_spec_decode_tokens.values()))
+            return output
+
+        self._scheduler.schedule = counted
+
+
+def _make_drafts(count: int) -> dict[str, Any]:
+    """Have every sequence drafted in every step: weights are random, and repeat nothing.
+
+    What a step costs does not depend on how many drafts are accepted.
+    """
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
+    def propose(self: Any, *arguments: Any, **options: Any) -> list[list[int]]:
+        sampled = next(each for each in (*arguments, *options.values()) if isinstance(each, list))
+        return [[_FIRST_TOKEN] * count if tokens else [] for tokens in sampled]
+
+    NgramProposer.propose = propose
+    lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    return {"method": "ngram", "num_speculative_tokens": count, **lookup}
 
 
 def _set_environment() -> None:

@@ -40,7 +40,7 @@ class RunOptions:
         return {
             "model": str(model), "batch": batch, "longest": longest,
             "memory_share": self.memory_share, "eager": self.shape.eager,
-            "vocabulary": self.shape.vocabulary,
+            "vocabulary": self.shape.vocabulary, "drafts": self.workloads[0].drafts,
             "plan": self.plan.to_dict() if side == DELTA else None,
             # Else an engine takes what is free, less what it sees taken while it starts.
             "kv_bytes": self._kv_bytes() if self.start_together else None,

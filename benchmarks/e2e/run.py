@@ -30,11 +30,12 @@ def make_options(
     memory_share: float | None = None,
     in_turn: bool = False,
     start_together: bool = False,
+    drafts: int = 0,
 ) -> RunOptions:
     """Check what was asked for; a ValueError for what cannot be.
 
     ``kinds`` and ``points`` (``batch:context``) say what to measure, ``memory_share`` is of the
-    device for each engine: by default 0.42, or 0.85 in turn.
+    device for each engine: by default 0.42, or 0.85 in turn. ``drafts`` are verified in each step.
     """
     model = find_shape(shape)
     for name, value in (("steps", steps), ("rounds", rounds)):
@@ -46,7 +47,9 @@ def make_options(
         raise ValueError(f"memory share must be above 0 and at most {most}, got {share}")
     if in_turn and start_together:
         raise ValueError("--in-turn starts one engine after the other; got --start-together too")
-    chosen = workloads(kinds, [parse_point(p) for p in points], steps=steps, rounds=rounds)
+    chosen = workloads(
+        kinds, [parse_point(p) for p in points], steps=steps, rounds=rounds, drafts=drafts
+    )
     longest = max(chosen, key=lambda one: one.longest)
     if longest.longest > model.positions:
         raise ValueError(
@@ -58,6 +61,7 @@ def make_options(
     command = command_line(
         "e2e", shape=shape, workload=list(kinds), point=list(points), steps=steps, rounds=rounds,
         plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
+        drafts=drafts or None,
     )  # fmt: skip
     return RunOptions(model, cfg, chosen, share, in_turn, start_together, command)
 

@@ -32,6 +32,7 @@ class Workload:
     context: int  # tokens of each at the end; of a prefill, tokens of each prompt
     steps: int = 0  # decode steps of one round
     rounds: int = 1  # each of them first stock and then DELTA
+    drafts: int = 0  # that each step verifies, of each sequence
 
     @property
     def case(self) -> str:
@@ -41,7 +42,8 @@ class Workload:
         if self.kind == "prefill":
             return f"prefill, batch {self.batch}, {self.context} tokens"
         before = {"step": "", "short": "short ", "profile": "GPU time of a "}[self.kind]
-        return f"{before}decode step, batch {self.batch}, context {self.context}"
+        drafts = f" with {self.drafts} drafts" if self.drafts else ""
+        return f"{before}decode step{drafts}, batch {self.batch}, context {self.context}"
 
     @property
     def unit(self) -> str:
@@ -59,7 +61,8 @@ class Workload:
     def new_tokens(self) -> int:
         """Tokens that each sequence may write."""
         if self.holds:
-            return self._decoded + -(-self.batch * self.prompt // _CHUNK) + _SPARE
+            steps = self._decoded + -(-self.batch * self.prompt // _CHUNK) + _SPARE
+            return steps * (1 + self.drafts)  # if all were accepted
         return self.context - HEADLINE_PROMPT if self.kind == "headline" else 1
 
     @property
@@ -121,12 +124,14 @@ def workloads(
     *,
     steps: int = 64,
     rounds: int = 3,
+    drafts: int = 0,
 ) -> list[Workload]:
     """Choose what to measure, in the order of the kinds; by default all of them.
 
     Points (batch, context) replace the defaults of the chosen kinds. ``steps`` are those of a round
     of ``step`` and ``short``, ``rounds`` those of ``prefill`` as well. A ValueError for an unknown
-    kind, or a context that the measured steps alone would fill.
+    kind, ``drafts`` in a kind of no single steps, or a context that the measured steps alone would
+    fill.
     """
     chosen = tuple(kinds) or KINDS
     for kind in chosen:
@@ -137,7 +142,9 @@ def workloads(
         for batch, context in points or _DEFAULTS[kind]:
             timed = {"step": steps, "short": steps, "profile": 3}.get(kind, 0)
             repeated = 1 if kind in ("headline", "profile") else rounds
-            one = Workload(kind, batch, context, timed, repeated)
+            one = Workload(kind, batch, context, timed, repeated, drafts)
+            if drafts and not one.holds:
+                raise ValueError(f"drafts are for step, short and profile, got {kind!r}")
             if one.prompt < 1 or one.new_tokens < 1:
                 raise ValueError(
                     f"context must be longer than the {one.context - one.prompt} tokens decoded "

@@ -296,3 +296,17 @@ def test_the_module_ends_with_1_and_one_line_when_an_engine_fails(
 def test_a_workload_names_its_unit():
     assert {Workload(kind, 1, 1000, 1).unit for kind in ("step", "short", "profile")} == {"ms"}
     assert {Workload(kind, 1, 1000).unit for kind in ("headline", "prefill")} == {"s"}
+
+
+def test_drafts_belong_to_single_steps():
+    one = e2e.make_options(kinds=["step"], points=["16:32768"], drafts=3)
+    assert [workload.case for workload in one.workloads] == [
+        "decode step with 3 drafts, batch 16, context 32768"
+    ]
+    plain = e2e.make_options(kinds=["step"], points=["16:32768"]).workloads[0]
+    assert one.workloads[0].new_tokens == 4 * plain.new_tokens
+    assert (
+        "--drafts 3" in one.command and "--drafts" not in e2e.make_options(kinds=["step"]).command
+    )
+    with pytest.raises(ValueError, match="drafts are for step, short and profile, got 'headline'"):
+        e2e.make_options(drafts=3)

@@ -23,6 +23,14 @@ def main():
             sparse = case.run(page_ids=ids, page_counts=counts)
             ids = torch.nn.functional.pad(ids, (0, 1024 - ids.shape[1]), value=-1)
             parts = case.run(page_ids=ids, page_counts=counts)
+            q, *others = case.arguments
+            case.arguments = (q[:, None].repeat(1, 4, 1, 1), *others)
+            drafts, scores = case.run(return_page_scores=True)
+            out = torch.cat([out.flatten(), drafts.flatten()])
+            ids, counts = ops.select_pages(scores, case.arguments[4], cfg, backend="triton")
+            parts = torch.cat(
+                [parts.flatten(), case.run(page_ids=ids, page_counts=counts).flatten()]
+            )
             assert all(t.isfinite().all() for t in (out, scores, sparse, parts, case.run()))
     # Rows in pieces, and rows that one thread block reads in turns.
     scores = torch.rand(3, 9000, device="cuda")

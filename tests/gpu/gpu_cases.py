@@ -32,8 +32,12 @@ class GpuCase:
 def make_gpu_case(
     lengths, *, kv_heads=2, group=6, dim=128, page_size=16, block_size=16, dtype=torch.bfloat16,
     cache_dtype=None, sinks=False, softcap=None, contrast=4.0, seed=0, spare=3,
+    tokens=None,
 ):  # fmt: skip
-    """vLLM's layout: one allocation [2, blocks, block_size, Hkv, D], blocks in random order."""
+    """vLLM's layout: one allocation [2, blocks, block_size, Hkv, D], blocks in random order.
+
+    With ``tokens`` q is that of verify rows, [B, tokens, Hq, D].
+    """
     torch.manual_seed(seed)
     rows, longest = len(lengths), max(lengths)
     per_row = -(-longest // block_size) + spare
@@ -46,7 +50,10 @@ def make_gpu_case(
         block, slot = table[row, token // block_size].long(), token % block_size
         kv[:, block, slot] = torch.randn(2, n, kv_heads, dim, device="cuda")
     kv = kv.to(cache_dtype)
-    q = (torch.randn(rows, kv_heads * group, dim, device="cuda") * contrast).to(dtype)
+    shape = (
+        (rows, kv_heads * group, dim) if tokens is None else (rows, tokens, kv_heads * group, dim)
+    )
+    q = (torch.randn(shape, device="cuda") * contrast).to(dtype)
     options = {"scale": dim**-0.5, "page_size": page_size, "softcap": softcap}
     if sinks:
         options["sinks"] = torch.randn(kv_heads * group, device="cuda")

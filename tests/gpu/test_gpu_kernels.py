@@ -66,6 +66,13 @@ def test_sinks_and_softcap(softcap):
     check(make_gpu_case(RAGGED, sinks=True, softcap=softcap), torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "tokens"), [(2, 6, 4), (8, 4, 4), (4, 8, 6), (1, 16, 3), (2, 2, 2)]
+)
+def test_rule10_drafts(kv_heads, group, tokens):
+    check(make_gpu_case(RAGGED, kv_heads=kv_heads, group=group, tokens=tokens), torch.bfloat16)
+
+
 @pytest.mark.parametrize("rows", [1, 64, 128])
 def test_batches(rows):
     lengths = [(37 * row) % 3000 + 1 for row in range(rows)]

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
 from deltadecode.ops import dispatch
-from deltadecode.ops.triton import attention, selection
+from deltadecode.ops.triton import attention, plans, selection
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -32,6 +32,7 @@ class Compiled:
 
     def __init__(self, kernel):
         self.kernel = kernel
+        self.arg_names = kernel.arg_names
         self.seen = set()
 
     def __getitem__(self, grid):
@@ -60,9 +61,8 @@ def main(dtype):
     attention.attend = Compiled(attention.attend)
     attention.finish = Compiled(attention.finish)
     selection.select = Compiled(selection.select)
-    kernels = dispatch.triton_backend()
-    kernels.unsupported = lambda *tensors: None
-    kernels._operand = lambda q: getattr(triton.language, str(q.dtype).removeprefix("torch."))
+    dispatch.triton_backend().unsupported = lambda *tensors: None
+    plans._operand = lambda kind: getattr(triton.language, str(kind.q_dtype).removeprefix("torch."))
     for cache, sinks in itertools.product((None, torch.float8_e4m3fn), (False, True)):
         q = torch.zeros(2, 12, 128, dtype=dtype)
         kv = torch.zeros(40, 16, 2, 128, dtype=cache or dtype)
@@ -77,10 +77,17 @@ def main(dtype):
             ids = torch.zeros(2, width, dtype=torch.int32)
             sparse = {**options, "page_ids": ids, "page_counts": counts}
             ops.decode_attention(q, kv, kv, table, lens, **sparse)
+        drafts = q[:, None].expand(-1, 4, -1, -1)
+        ops.decode_attention(drafts, kv, kv, table, lens, **options, return_page_scores=True)
+        ids = torch.zeros(2, 4, 8, dtype=torch.int32)
+        sparse = {**options, "page_ids": ids, "page_counts": counts[:, None].repeat(1, 4)}
+        ops.decode_attention(drafts, kv, kv, table, lens, **sparse)
     for pages in (100, 9000) if dtype == torch.bfloat16 else ():
         for share in (0.0, 0.1):
             cfg = DeltaConfig(budget_share=share)
             ops.select_pages(torch.zeros(2, pages), lens, cfg, backend="triton")
+    if dtype == torch.bfloat16:
+        ops.select_pages(torch.zeros(2, 4, 100), lens, DeltaConfig(), backend="triton")
     print(sum(len(k.seen) for k in (attention.attend, attention.finish, selection.select)))
 
 

@@ -107,15 +107,15 @@ def test_rule5_softmax_over_the_selected_tokens_only(backend, layout):
 def test_rule5_lists_of_pages_that_are_read_in_parts(backend, page_size, splits, monkeypatch):
     """As the Triton backend does where a share of long rows may be selected."""
     if dispatch.triton_backend() is not None:
-        from deltadecode.ops.triton import launch
+        from deltadecode.ops.triton import launch, plans
 
+        # Plans of other tests are of shapes as they were.
+        monkeypatch.setattr(dispatch.triton_backend(), "attention_plan", plans.AttentionPlan)
         monkeypatch.setattr(launch, "_LISTED", 4)
         monkeypatch.setattr(launch, "_WHOLE_LIST", 4)
         if not splits:  # a thread block then reads several parts
             shape = launch.attention_shape.__wrapped__
-            monkeypatch.setattr(
-                dispatch.triton_backend(), "attention_shape", lambda *key: (shape(*key)[0], 1)
-            )
+            monkeypatch.setattr(plans, "attention_shape", lambda *key: (shape(*key)[0], 1))
     lengths = [389, 573, 2, 300]
     case = make_case(19, lengths, page_size=page_size, dim=4)
     cfg = DeltaConfig(page_size, 3, 1, 1, budget_share=0.8)

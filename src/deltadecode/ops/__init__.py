@@ -2,13 +2,23 @@
 
 Backends: ``reference`` is the definition; ``torch`` is fast PyTorch, tuned on CPUs; ``triton``
 has the GPU kernels. The first two run on any device. ``backend="auto"`` takes ``triton`` on CUDA
-where it supports the tensors, else ``torch``. All follow the rules R1..R9 of docs/semantics.md,
+where it supports the tensors, else ``torch``. All follow the rules R1..R10 of docs/semantics.md,
 those of arXiv 2510.09883.
 """
 
 # Nothing but names from below: the submodule ``torch`` hides PyTorch in this namespace.
-from deltadecode.ops.dispatch import kernels_refuse
+from deltadecode.ops.dispatch import kernels_refuse, plan_decode
 from deltadecode.ops.inputs import DecodeInputs
+from deltadecode.ops.memory import Pointer, Scratch, is_captured
 from deltadecode.ops.operations import decode_attention, select_pages
 
-__all__ = ["DecodeInputs", "decode_attention", "kernels_refuse", "select_pages"]
+__all__ = [
+    "DecodeInputs",
+    "Pointer",
+    "Scratch",
+    "decode_attention",
+    "is_captured",
+    "kernels_refuse",
+    "plan_decode",
+    "select_pages",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,14 @@ from deltadecode.config import DeltaConfig
 from deltadecode.errors import OperationError
 from deltadecode.ops import reference
 from deltadecode.ops import torch as torch_backend
-from deltadecode.ops.inputs import DecodeInputs, check_reach, needs_gradients
+from deltadecode.ops.inputs import (
+    DecodeInputs,
+    check_decode,
+    check_reach,
+    each_token_alone,
+    needs_gradients,
+    token_lengths,
+)
 
 
 def kernels_refuse(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
@@ -23,7 +31,7 @@ def kernels_refuse(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
     Parameters
     ----------
     tensor : Tensor
-        q [B, Hq, D], or page scores [B, pages] when there is no cache.
+        q [..., Hq, D], or page scores [B, pages] when there is no cache.
     k_cache : Tensor, optional
         [blocks, block_size, Hkv, D].
     """
@@ -47,19 +55,62 @@ def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | Non
                 "backend 'torch', or torch.no_grad()"
             )
         chosen = torch_backend
+    by_row = inputs.q.dim() == 4 and chosen in (torch_backend, reference)
     out: Tensor
     scores: Tensor | None
-    out, scores = chosen.decode_attention(inputs)
-    return out, scores
+    out, scores = chosen.decode_attention(each_token_alone(inputs) if by_row else inputs)
+    if not by_row:
+        return out, scores
+    rows, tokens = inputs.q.shape[:2]
+    if scores is not None:
+        scores = scores.view(rows, tokens, scores.shape[1])
+    return out.view(inputs.q.shape), scores
+
+
+def plan_decode(inputs: DecodeInputs, cfg: DeltaConfig | None = None, compile_rows: int = 0) -> Any:
+    """Plan the kernels of one layer for every later step of the same shapes.
+
+    Parameters
+    ----------
+    inputs : DecodeInputs
+        Those of one step. Shapes, strides, types and numbers count, and are checked here only.
+    cfg : DeltaConfig, optional
+        Given for a Δ-layer, whose inputs ask for page scores: the plan selects pages as well.
+    compile_rows : int
+        Compile now what batches of up to so many rows need.
+
+    Returns
+    -------
+    DecodePlan or None
+        Of :mod:`deltadecode.ops.triton.decode`; None where kernels do not compute this at once, and
+        :func:`deltadecode.ops.decode_attention` does it.
+
+    Raises
+    ------
+    OperationError
+        As :func:`deltadecode.ops.decode_attention` does.
+    """
+    check_decode(inputs)
+    kernels = triton_backend()
+    if kernels is None or kernels_refuse(inputs.q, inputs.k_cache) or needs_gradients(inputs):
+        return None
+    return kernels.plan_decode(inputs, cfg, compile_rows)
 
 
 def run_select(
     page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Page ids and counts of ``select_pages`` for checked inputs."""
-    check_reach(seq_lens, page_scores.shape[1] * cfg.page_size, "page_scores")
-    page_ids, page_counts = _choose(backend, page_scores).select_pages(page_scores, seq_lens, cfg)
-    return page_ids, page_counts
+    check_reach(seq_lens, page_scores.shape[-1] * cfg.page_size, "page_scores")
+    chosen = _choose(backend, page_scores)
+    by_row = page_scores.dim() == 3 and chosen in (torch_backend, reference)
+    if not by_row:
+        page_ids, page_counts = chosen.select_pages(page_scores, seq_lens, cfg)
+        return page_ids, page_counts
+    rows, tokens = page_scores.shape[:2]
+    lengths = token_lengths(seq_lens, tokens).flatten()
+    page_ids, page_counts = chosen.select_pages(page_scores.flatten(0, 1), lengths, cfg)
+    return page_ids.view(rows, tokens, page_ids.shape[1]), page_counts.view(rows, tokens)
 
 
 def _choose(backend: str, tensor: Tensor, k_cache: Tensor | None = None) -> ModuleType:

@@ -5,7 +5,8 @@ Each check raises a one-line OperationError that names both sides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,18 +42,20 @@ class DecodeInputs:
 
 def check_select(page_scores: Tensor, seq_lens: Tensor) -> None:
     """Check the input of ``select_pages``."""
-    if page_scores.dim() != 2 or not page_scores.is_floating_point():
-        raise OperationError(f"page_scores must be a float [B, pages], got {_show(page_scores)}")
+    if page_scores.dim() not in (2, 3) or not page_scores.is_floating_point():
+        raise OperationError(
+            f"page_scores must be a float [B, pages] or [B, Q, pages], got {_show(page_scores)}"
+        )
     _check_index("seq_lens", seq_lens, (page_scores.shape[0],), page_scores)
 
 
 def check_decode(inputs: DecodeInputs) -> None:
     """Check the input of ``decode_attention``; shapes, types and devices only, never values."""
     q, block_table, seq_lens = inputs.q, inputs.block_table, inputs.seq_lens
-    if q.dim() != 3 or q.dtype not in _FLOATS:
-        raise OperationError(f"q must be a float [B, Hq, D], got {_show(q)}")
+    if q.dim() not in (3, 4) or q.dtype not in _FLOATS or 0 in q.shape[1:-2]:
+        raise OperationError(f"q must be a float [B, Hq, D] or [B, Q, Hq, D], got {_show(q)}")
     _check_caches(q, inputs.k_cache, inputs.v_cache)
-    rows, heads, _ = q.shape
+    rows, heads = q.shape[0], q.shape[-2]
     block_size, page_size = inputs.k_cache.shape[1], inputs.page_size
     if page_size < 1 or block_size % page_size:
         raise OperationError(
@@ -64,7 +67,7 @@ def check_decode(inputs: DecodeInputs) -> None:
     _check_index("block_table", block_table, (rows, block_table.shape[1]), q)
     _check_index("seq_lens", seq_lens, (rows,), q)
     if inputs.page_ids is not None or inputs.page_counts is not None:
-        _check_pages(inputs, rows)
+        _check_pages(inputs)
     sinks, softcap = inputs.sinks, inputs.softcap
     if sinks is not None and (
         sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device
@@ -74,16 +77,18 @@ def check_decode(inputs: DecodeInputs) -> None:
         raise OperationError(f"softcap must be greater than 0, got {softcap}")
 
 
-def _check_pages(inputs: DecodeInputs, rows: int) -> None:
+def _check_pages(inputs: DecodeInputs) -> None:
     page_ids, page_counts = inputs.page_ids, inputs.page_counts
     if page_ids is None or page_counts is None:
         raise OperationError("page_ids and page_counts go together, got only one of them")
     if inputs.return_page_scores:
         raise OperationError("return_page_scores needs every token, got page_ids as well")
-    if page_ids.dim() != 2:
-        raise OperationError(f"page_ids must be [B, pages], got {_show(page_ids)}")
-    _check_index("page_ids", page_ids, (rows, page_ids.shape[1]), inputs.q)
-    _check_index("page_counts", page_counts, (rows,), inputs.q)
+    queries = inputs.q.shape[:-2]
+    if page_ids.dim() != len(queries) + 1:
+        rows = "B, Q" if len(queries) == 2 else "B"
+        raise OperationError(f"page_ids must be [{rows}, pages], got {_show(page_ids)}")
+    _check_index("page_ids", page_ids, (*queries, page_ids.shape[-1]), inputs.q)
+    _check_index("page_counts", page_counts, queries, inputs.q)
 
 
 def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -93,7 +98,7 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
             f"k_cache and v_cache must both be [blocks, block_size, Hkv, D], got "
             f"{_show(k_cache)} and {_show(v_cache)}"
         )
-    _, heads, dim = q.shape
+    heads, dim = q.shape[-2:]
     kv_heads = shape[2]
     if shape[3] != dim or kv_heads == 0 or heads % kv_heads:
         raise OperationError(
@@ -114,7 +119,7 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
             raise OperationError(f"{name} must have last stride 1, got strides {cache.stride()}")
 
 
-def _check_index(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+def _check_index(name: str, value: Tensor, shape: Sequence[int], like: Tensor) -> None:
     if value.dtype != torch.int32 or value.shape != shape or value.device != like.device:
         raise OperationError(
             f"{name} must be int32 {list(shape)} on {like.device}, got {_show(value)}"
@@ -129,6 +134,28 @@ def check_reach(seq_lens: Tensor, tokens: int, holder: str) -> None:
             raise OperationError(
                 f"seq_lens must not exceed the {tokens} tokens of {holder}, got {longest}"
             )
+
+
+def token_lengths(seq_lens: Tensor, tokens: int) -> Tensor:
+    """Tokens that each of a row's last ``tokens`` ones sees, itself included: [B] to [B, tokens].
+
+    0 for those that a row is too short to have.
+    """
+    before = torch.arange(1 - tokens, 1, dtype=torch.int32, device=seq_lens.device)
+    return (seq_lens[:, None] + before).clamp_(min=0)
+
+
+def each_token_alone(inputs: DecodeInputs) -> DecodeInputs:
+    """Inputs with the Q tokens of each verify row as rows of their own, [B * Q, Hq, D]."""
+    tokens, ids, counts = inputs.q.shape[1], inputs.page_ids, inputs.page_counts
+    return replace(
+        inputs,
+        q=inputs.q.flatten(0, 1),
+        block_table=inputs.block_table.repeat_interleave(tokens, 0),
+        seq_lens=token_lengths(inputs.seq_lens, tokens).flatten(),
+        page_ids=None if ids is None else ids.flatten(0, 1),
+        page_counts=None if counts is None else counts.flatten(),
+    )
 
 
 def needs_gradients(inputs: DecodeInputs) -> bool:

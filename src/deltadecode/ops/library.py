@@ -66,7 +66,7 @@ def register_decode(
         inputs = inputs if prepare is None else prepare(inputs)
         dtype = torch.promote_types(q.dtype, torch.float32)
         pages = inputs.block_table.shape[1] * inputs.k_cache.shape[1] // inputs.page_size
-        return q.new_empty(q.shape), q.new_empty((q.shape[0], pages), dtype=dtype)
+        return q.new_empty(q.shape), q.new_empty((*q.shape[:-2], pages), dtype=dtype)
 
     _register(name, [*parameters, "str backend"], run, fake)
     operator = getattr(torch.ops.deltadecode, name)
@@ -120,9 +120,9 @@ def _select_pages(page_scores: Tensor, seq_lens: Tensor, *values: Any) -> tuple[
 def _fake_select_pages(
     page_scores: Tensor, seq_lens: Tensor, *values: Any
 ) -> tuple[Tensor, Tensor]:
-    rows, pages = page_scores.shape
+    *rows, pages = page_scores.shape
     width = _config(*values[:-1]).table_width(pages)
-    return page_scores.new_empty((rows, width), dtype=torch.int32), torch.empty_like(seq_lens)
+    return page_scores.new_empty((*rows, width), dtype=torch.int32), seq_lens.new_empty(rows)
 
 
 def _register(

@@ -21,13 +21,15 @@ def select_pages(
     With n tokens in a row, N = ⌈n / P⌉ pages and K(N) of :meth:`DeltaConfig.pages_for`: all pages
     if N ≤ K(N), else the last L, the first S, and of the others the K(N) - L - S with the largest
     score. Ties go to the lower page; NaN ranks below every number. Scores of pages ≥ N are ignored.
+    Each of the Q last tokens of a verify row selects for itself (R10).
 
     Parameters
     ----------
     page_scores : Tensor
-        [B, pages], any float dtype, pages ≥ max N; S_u of :func:`decode_attention`.
+        [B, pages] or [B, Q, pages], any float dtype, pages ≥ max N; S_u of
+        :func:`decode_attention`.
     seq_lens : Tensor
-        [B] int32, tokens per row, the new one included.
+        [B] int32, tokens per row, the new ones included.
     cfg : DeltaConfig
         Gives P, K, its share, L and S; its layers play no part.
     backend : str
@@ -37,9 +39,9 @@ def select_pages(
     -------
     page_ids : Tensor
         [B, :meth:`DeltaConfig.table_width` (pages)] int32, ascending, padded with -1; K columns
-        without a share.
+        without a share. [B, Q, ...] for scores with a Q.
     page_counts : Tensor
-        [B] int32, min(N, K(N)).
+        [B] or [B, Q] int32, min(N, K(N)).
 
     Raises
     ------
@@ -70,36 +72,41 @@ def decode_attention(
     return_page_scores: bool = False,
     backend: str = "auto",
 ) -> Any:  # a union of Tensor and tuple would make every caller tell them apart
-    """Attend with one new token per row over a paged KV cache (R2, R5, R6, R7).
+    """Attend with the new tokens of each row over a paged KV cache (R2, R5, R6, R7, R10).
 
     Token t of row b is slot ``t % block_size`` of block ``block_table[b, t // block_size]``.
     Without ``page_ids`` a row attends to its n tokens (dense and Δ-layers), with them to the tokens
     of its selected pages (sparse layers). Slots that are not attended to are never read into a
     result, whatever they hold; neither are table entries past the last token.
 
+    A row has one new token, its n-th. With q of [B, Q, Hq, D] it has Q, all in the cache: token j
+    attends as if it were decoded alone, as the last of n - Q + 1 + j tokens. A padding row may have
+    fewer than Q; the tokens that it is too short for give zeros.
+
     Gradients reach q, the caches and the sinks; ``"auto"`` takes ``"torch"`` where they are needed.
 
     Parameters
     ----------
     q : Tensor
-        [B, Hq, D] float32, bfloat16, float16 or float64.
+        [B, Hq, D] or [B, Q, Hq, D], Q ≥ 1; float32, bfloat16, float16 or float64.
     k_cache, v_cache : Tensor
         [blocks, block_size, Hkv, D] like q, or float8_e4m3fn; any strides with the last one 1. Hkv
         divides Hq; query head h reads KV head h // (Hq / Hkv). ``page_size`` divides block_size.
     block_table : Tensor
         [B, blocks_max] int32.
     seq_lens : Tensor
-        [B] int32, tokens n per row, the new one included. A row of 0 tokens gives zeros.
+        [B] int32, tokens n per row, the new ones included. A row of 0 tokens gives zeros.
     scale : float
         Factor on q · k.
     page_size : int
         Tokens of a page, P.
     page_ids : Tensor, optional
-        [B, any] int32, the selected pages, ascending and below ⌈n / P⌉, as :func:`select_pages`
-        gives them; only the first ``page_counts`` of a row count.
+        [B, any] or [B, Q, any] int32, the selected pages, ascending and below ⌈n / P⌉, as
+        :func:`select_pages` gives them; only the first ``page_counts`` of a row count.
     page_counts : Tensor, optional
-        [B] int32; with ``page_ids`` only, and required with them. A row with -1 attends to all its
-        tokens, whatever its page ids: a sparse layer's batch can hold the end of a prompt.
+        [B] or [B, Q] int32; with ``page_ids`` only, and required with them. A row with -1 attends
+        to all its tokens, whatever its page ids: a sparse layer's batch can hold the end of a
+        prompt.
     sinks : Tensor, optional
         [Hq] float, a logit per head that enters the softmax denominator and is no token.
     softcap : float, optional
@@ -115,10 +122,10 @@ def decode_attention(
     Returns
     -------
     out : Tensor
-        [B, Hq, D] like q. Softmax and sums are float32 (float64 for float64 input).
+        Shaped and typed like q. Softmax and sums are float32 (float64 for float64 input).
     page_scores : Tensor
-        Only with ``return_page_scores``, else ``out`` alone: [B, blocks_max * block_size // P]
-        float32 (float64 for float64 input), 0 for pages past the last token.
+        Only with ``return_page_scores``, else ``out`` alone: [B, blocks_max * block_size // P] or
+        [B, Q, ...], float32 (float64 for float64 input), 0 for pages past the last token.
 
     Raises
     ------

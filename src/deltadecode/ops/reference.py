@@ -1,7 +1,7 @@
 """The definition of the operations, in plain PyTorch: one sequence at a time, no blocks.
 
 Every other backend must agree with this one. It computes in float32, in float64 for float64 input.
-Contracts stand in :mod:`deltadecode.ops.operations`; the rules R1..R9 in docs/semantics.md.
+Contracts stand in :mod:`deltadecode.ops.operations`; the rules R1..R10 in docs/semantics.md.
 """
 
 from __future__ import annotations

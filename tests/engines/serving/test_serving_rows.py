@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from deltadecode.engines.serving.rows import (
-    PromptRows,
-    Rows,
-    count_decode_rows,
-    narrow_table,
-    pad_rows,
-)
+from deltadecode.engines.serving.rows import PromptRows, Rows, divide, narrow_table, pad_rows
+
+CPU = torch.device("cpu")
+
+
+def divided(query_lens, most, tokens=None):
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    longest = max(query_lens)
+    return divide(starts, len(query_lens), tokens or sum(query_lens), longest, most, CPU)
 
 
 @pytest.mark.parametrize(
@@ -17,12 +19,67 @@ from deltadecode.engines.serving.rows import (
     [([1, 1, 1], 3), ([1, 1, 5, 7], 2), ([5, 7], 0), ([1, 4, 1], 1), ([3, 3], 0)],
 )
 def test_decode_rows_come_first(query_lens, rows):
-    starts = torch.tensor([0, *query_lens]).cumsum(0)
-    assert count_decode_rows(starts, len(query_lens), sum(query_lens), max(query_lens)) == rows
+    found = divided(query_lens, most=1)
+    assert (found.decode, found.tokens, found.decode_tokens) == (rows, 1, rows)
+    assert found.drafts is None
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "rows", "tokens", "decode_tokens"),
+    [
+        ([3, 3], 2, 3, 6),
+        ([3, 3, 9], 2, 3, 6),
+        ([1, 1], 2, 1, 2),
+        ([1, 1, 9], 2, 1, 2),
+        ([9], 0, 1, 0),
+    ],
+)
+def test_rows_of_equal_numbers_of_drafts_follow_each_other(query_lens, rows, tokens, decode_tokens):
+    found = divided(query_lens, most=3)
+    assert (found.decode, found.tokens, found.decode_tokens) == (rows, tokens, decode_tokens)
+    assert found.drafts is None
+
+
+@pytest.mark.parametrize("query_lens", [[1, 3], [3, 1, 2], [2, 2], [1, 2, 4], [3, 3, 1, 8, 9]])
+def test_rows_of_unlike_numbers_of_drafts_end_with_their_new_tokens(query_lens):
+    found = divided(query_lens, most=3)
+    rows = sum(1 for new in query_lens if new <= 3)
+    assert (found.decode, found.tokens) == (rows, 3)
+    queries = found.drafts.queries.view(rows, 3).tolist()
+    first = 0
+    for row, new in enumerate(query_lens[:rows]):
+        assert queries[row][3 - new :] == list(range(first, first + new))
+        assert found.drafts.idle[row].tolist() == [place < 3 - new for place in range(3)]
+        first += new
+    assert found.decode_tokens == first
+    # Each token is found again where its query is, and idle queries are none of the batch's ends.
+    assert found.drafts.queries[found.drafts.places].tolist() == list(range(first))
+    assert found.drafts.queries.min() >= 0
 
 
 def test_padding_rows_of_a_graph_are_decode_rows():
-    assert count_decode_rows(torch.tensor([0, 1, 2, 2, 2]), 4, 4, 1) == 4
+    found = divide(torch.tensor([0, 1, 2, 2, 2]), 4, 4, 1, 1, CPU)
+    assert (found.decode, found.decode_tokens) == (4, 4)
+    for starts in ([0, 3, 6, 6, 6], [0, 0, 0, 0, 0]):  # replayed, captured
+        found = divide(torch.tensor(starts), 4, 12, 3, 3, CPU)
+        assert (found.decode, found.tokens, found.decode_tokens) == (4, 3, 12)
+        assert found.drafts is None
+
+
+def test_drafts_of_unlike_rows_are_padded_with_rows_that_are_idle():
+    rows = divided([1, 3, 2, 1, 1], most=3)
+    pad_rows(rows, torch.ones(5, 2), torch.full((5,), 9), tokens=8)
+    assert rows.seq_lens.tolist() == [9] * 5 + [0] * 3
+    assert rows.drafts.queries.shape == (24,) and rows.drafts.idle.shape == (8, 3)
+    assert rows.drafts.idle[5:].all() and rows.drafts.places.shape == (8,)
+
+
+def test_too_few_tokens_to_stand_in_for_padding_rows_of_drafts():
+    rows = divided([3] * 5, most=3)
+    pad_rows(rows, torch.ones(5, 2), torch.ones(5), tokens=23)
+    assert rows.seq_lens is None
+    pad_rows(rows, torch.ones(5, 2), torch.ones(5), tokens=24)
+    assert rows.seq_lens.shape == (8,)
 
 
 @pytest.mark.parametrize(

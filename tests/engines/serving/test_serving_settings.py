@@ -95,13 +95,14 @@ def test_the_log_names_a_share_where_there_is_one():
     assert line.endswith(f"attends to {(3 * 10 + 4 * 8) / 70:.1%} of them")
 
 
-def test_rule11_rows_of_several_tokens_are_counted_as_full_attention():
+def test_rule11_each_token_of_a_verify_row_is_counted_with_pages_of_its_own():
     config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
     settings = ServingSettings(config, config.layer_plan(7, (0, 1, 3, 4, 6)))
     counts = StepCounts(settings)
     counts.add_row(200)
     assert counts.take() == attended_tokens(settings, 200)
-    counts.add_row(200, 3)
-    whole = 5 * (200 + 201 + 202)
-    assert counts.take() == (whole, whole)
+    counts.add_row(95, 3)  # the last of them is on the seventh page
+    each = [attended_tokens(settings, tokens) for tokens in (95, 96, 97)]
+    assert [attended == full for attended, full in each] == [True, True, False]
+    assert counts.take() == tuple(map(sum, zip(*each, strict=True)))
     assert counts.take() == (0, 0)

@@ -13,9 +13,15 @@ from benchmarks.e2e.run import make_options
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Answer to every command of every workload, of stock vLLM and the tiny shape."""
-    setup = make_options(shape="tiny", points=["4:200"], steps=8, rounds=2, memory_share=0.1)
-    model = setup.shape.write(tmp_path_factory.mktemp("tiny"))
-    todo = [setup.spec("stock", model)]
+    return run(tmp_path_factory.mktemp("tiny"), "stock")
+
+
+def run(folder, side, **options):
+    setup = make_options(
+        shape="tiny", points=["4:200"], steps=8, rounds=2, memory_share=0.1, **options
+    )
+    model = setup.shape.write(folder)
+    todo = [setup.spec(side, model)]
     for one in setup.workloads:
         todo += [*one.opening(), *[one.measuring()] * one.rounds, *one.closing()]
     done = subprocess.run(
@@ -56,3 +62,12 @@ def test_a_headline_has_a_time_for_every_token(answers):
     (found,) = [a["done"] for c, a in done if c["do"] == "headline"]
     assert len(found["steps"]) >= 196
     assert sum(found["steps"]) == pytest.approx(found["seconds"], rel=0.01)
+
+
+def test_steps_with_drafts_verify_them(tmp_path):
+    done, _ = run(tmp_path, "DELTA", kinds=["step"], drafts=3)
+    steps = [a["done"] for c, a in done if c["do"] == "steps" and c["steps"] == 8]
+    assert len(steps) == 2
+    for answer in steps:
+        assert len(answer["seconds"]) == 8
+        assert answer["verified"] == 8 * 4 * 3

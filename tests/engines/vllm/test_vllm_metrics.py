@@ -18,7 +18,8 @@ def request(prompt, tokens, ended=False):
 class Scheduler:
     def __init__(self, requests, others=None):
         model = SimpleNamespace(served_model_name="one")
-        self.vllm_config = SimpleNamespace(model_config=model)
+        drafts = SimpleNamespace(num_speculative_tokens=2)
+        self.vllm_config = SimpleNamespace(model_config=model, speculative_config=drafts)
         self.requests = requests
         self.others = others
 
@@ -29,14 +30,13 @@ class Scheduler:
         return SimpleNamespace(kv_connector_stats=self.others)
 
 
-def step(rows, drafts=()):
+def step(rows):
     """``rows``: name -> tokens computed before, and new ones."""
     return SimpleNamespace(
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=list(rows), num_computed_tokens=[computed for computed, _ in rows.values()]
         ),
         num_scheduled_tokens={name: new for name, (_, new) in rows.items()},
-        scheduled_spec_decode_tokens=dict(drafts),
     )
 
 
@@ -46,6 +46,7 @@ def test_rule11_only_decode_rows_of_requests_that_go_on_are_counted():
             "decodes": request(100, 120),
             "last of its prompt": request(100, 100),
             "again after preemption": request(100, 150),
+            "end of that": request(100, 150),
             "drafts": request(100, 130),
             "ended": request(100, 120, ended=True),
         }
@@ -53,14 +54,16 @@ def test_rule11_only_decode_rows_of_requests_that_go_on_are_counted():
     metrics.count_steps(scheduler, SETTINGS)
     rows = {
         "decodes": (119, 1), "last of its prompt": (99, 1), "again after preemption": (112, 38),
-        "drafts": (129, 3), "ended": (119, 1), "aborted": (50, 1),
+        "end of that": (139, 2), "drafts": (131, 3), "ended": (119, 1), "aborted": (50, 1),
     }  # fmt: skip
-    result, stats = scheduler.update_from_output(step(rows, {"drafts": [7, 8]}), "result")
+    result, stats = scheduler.update_from_output(step(rows), "result")
     one, all_of_it = attended_tokens(SETTINGS, 120)
-    drafts = 4 * (130 + 131 + 132)
+    for tokens in (140, 141, 130, 131, 132):  # each draft reads pages of its own
+        more, full = attended_tokens(SETTINGS, tokens)
+        one, all_of_it = one + more, all_of_it + full
     assert one < all_of_it
     assert result == "result"
-    assert stats.kv_connector_stats == {KEY: ["one", one + drafts, all_of_it + drafts]}
+    assert stats.kv_connector_stats == {KEY: ["one", one, all_of_it]}
     assert scheduler.make_stats().kv_connector_stats is None
 
 

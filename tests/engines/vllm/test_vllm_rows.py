@@ -28,13 +28,14 @@ def batch(query_lens, seq_lens, blocks=4):
 
 
 def test_the_other_rows_are_a_batch_of_their_own():
-    common = batch([1, 1, 5, 3], [9, 8, 25, 3])
-    rest = versions.rows_after(common, 2)
-    assert rest.query_start_loc.tolist() == [0, 5, 8]
-    assert rest.seq_lens.tolist() == [25, 3]
-    assert (rest.num_reqs, rest.num_actual_tokens, rest.max_query_len) == (2, 8, 5)
-    assert torch.equal(rest.block_table_tensor, common.block_table_tensor[2:])
-    assert rest.slot_mapping.tolist() == list(range(2, 10))
+    for decode in ([1, 1], [3, 2]):
+        common = batch([*decode, 5, 3], [9, 8, 25, 3])
+        rest = versions.rows_after(common, 2)
+        assert rest.query_start_loc.tolist() == [0, 5, 8]
+        assert rest.seq_lens.tolist() == [25, 3]
+        assert (rest.num_reqs, rest.num_actual_tokens, rest.max_query_len) == (2, 8, 5)
+        assert torch.equal(rest.block_table_tensor, common.block_table_tensor[2:])
+        assert rest.slot_mapping.tolist() == list(range(sum(decode), sum(decode) + 8))
 
 
 class StockBuilder:
@@ -42,7 +43,7 @@ class StockBuilder:
         self.vllm_config, self.device, self.layer_names = config, torch.device("cpu"), []
 
     def _init_reorder_batch_threshold(self, threshold):
-        assert threshold == 1
+        self.reorder_batch_threshold = threshold
 
     def build(self, prefix, common, fast_build):
         return SimpleNamespace(common=common)
@@ -52,12 +53,32 @@ class Builder(DeltaBuilder, StockBuilder):
     splits = False
 
 
-def test_rows_of_prompts_are_those_of_the_runner_where_it_passes_them_on():
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(max_cudagraph_capture_size=0, static_forward_context={}),
-        scheduler_config=SimpleNamespace(max_num_seqs=4),
+def builder_with(speculative_config=None):
+    return Builder(
+        SimpleNamespace(
+            compilation_config=SimpleNamespace(
+                max_cudagraph_capture_size=0, static_forward_context={}
+            ),
+            scheduler_config=SimpleNamespace(max_num_seqs=4),
+            speculative_config=speculative_config,
+        )
     )
-    builder = Builder(config)
+
+
+def test_rows_of_drafts_are_decode_rows_of_an_engine_that_drafts():
+    common = batch([3, 3, 5], [9, 8, 7])
+    builder = builder_with(SimpleNamespace(num_speculative_tokens=2))
+    rows = builder.build(0, common).delta
+    assert builder.reorder_batch_threshold == 3
+    assert (rows.decode, rows.tokens, rows.decode_tokens) == (2, 3, 6)
+    for config in (None, SimpleNamespace(num_speculative_tokens=None)):
+        builder = builder_with(config)
+        assert builder.reorder_batch_threshold == 1
+        assert builder.build(0, common).delta.decode == 0
+
+
+def test_rows_of_prompts_are_those_of_the_runner_where_it_passes_them_on():
+    builder = builder_with()
     common = batch([1, 1, 1, 1], [9, 8, 7, 6]).replace(
         is_prefilling=torch.tensor([True, False, False, False])
     )

@@ -61,16 +61,21 @@ def run_vllm(job):
                 for output in outputs
             ]
         )
-    return {"rounds": rounds, "preempted": preempted(llm)}
+    return {
+        "rounds": rounds,
+        "preempted": counted(llm, "vllm:num_preemptions"),
+        "accepted": counted(llm, "vllm:spec_decode_num_accepted_tokens"),
+        "drafted": counted(llm, "vllm:spec_decode_num_draft_tokens"),
+    }
 
 
 def prompt(given):
     return given if isinstance(given, str) else {"prompt_token_ids": given}
 
 
-def preempted(llm):
+def counted(llm, name):
     metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
-    return sum(m.value for m in metrics if m.name == "vllm:num_preemptions")
+    return sum(metric.value for metric in metrics if metric.name == name)
 
 
 def run_transformers(job):

@@ -41,15 +41,12 @@ class StepCounts:
         tokens : int
             In the sequence, up to and including the first new one.
         new_tokens : int
-            More than one where drafts are verified. Such a row reads every page (rows.py).
+            More than one where drafts are verified, each with pages of its own (R10).
         """
-        if new_tokens == 1:
-            attended, full = attended_tokens(self.settings, tokens)
-        else:
-            planned = self.settings.layer_counts[1]
-            attended = full = planned * sum(range(tokens, tokens + new_tokens))
-        self.attended += attended
-        self.full += full
+        for seen in range(tokens, tokens + new_tokens):
+            attended, full = attended_tokens(self.settings, seen)
+            self.attended += attended
+            self.full += full
 
     def take(self) -> tuple[int, int]:
         """Attended and full tokens since the last call."""

@@ -1,7 +1,8 @@
 """How a batch divides: rows that DELTA computes, and rows that the engine's own attention does.
 
-A row of one new token is a decode row. A row of several is not: a prompt's chunk, or drafts to be
-verified. Decode rows come first in a batch.
+A row of one new token is a decode row, and so is one with no more than a token and the drafts that
+the engine may make: it verifies them (R10). Longer rows are chunks of prompts. Decode rows come
+first in a batch.
 """
 
 from __future__ import annotations
@@ -20,26 +21,62 @@ class Rows:
     Attributes
     ----------
     decode : int
-        Rows of one new token, which come first; a padding row of a CUDA graph counts.
+        Decode rows, which come first; a padding row of a CUDA graph counts.
+    tokens : int
+        Queries of each decode row, Q. A row with fewer new tokens repeats older ones before them.
+    decode_tokens : int
+        New tokens of all decode rows.
     prefill : object or None
         The engine's metadata of the other rows; None when its metadata of the whole batch is
         theirs, or there are none.
     prompts : Tensor or None
         Boolean, at least as many as there are decode rows: those whose token is the last of a
-        prompt, which a chunk or a prefix hit has left alone. They are prefill (R1).
+        prompt, which a chunk or a prefix hit has left alone, or one of its last few. They are
+        prefill (R1).
+    flagged : bool
+        Whether ``prompts`` may be true of a row of this batch. A captured graph asks them anyway.
+    others : bool
+        Whether there are other rows.
     block_table, seq_lens : Tensor or None
-        Of the decode rows, with padding rows of no tokens after them; None without padding.
+        Of the decode rows, perhaps with padding rows of no tokens after them; None until a layer
+        asks for them.
+    drafts : DraftRows or None
+        Where each query is, in rows of unlike numbers of new tokens.
     """
 
     decode: int
+    tokens: int = 1
+    decode_tokens: int = 0
     prefill: Any = None
     prompts: Tensor | None = None
+    flagged: bool = True
+    others: bool = False
     block_table: Tensor | None = None
     seq_lens: Tensor | None = None
+    drafts: DraftRows | None = None
+
+
+@dataclass
+class DraftRows:
+    """Decode rows of unlike numbers of new tokens, each as the Q last tokens of its sequence.
+
+    Attributes
+    ----------
+    queries : Tensor
+        [rows * Q], the token of the batch that each query is; any, where it is none of them.
+    places : Tensor
+        [tokens], the query that each token of the decode rows is.
+    idle : Tensor
+        Boolean [rows, Q], queries that are no new tokens.
+    """
+
+    queries: Tensor
+    places: Tensor
+    idle: Tensor
 
 
 class PromptRows:
-    """Which rows of one new token belong to prompts, at one address for captured graphs.
+    """Which decode rows belong to prompts, at one address for captured graphs.
 
     Parameters
     ----------
@@ -47,11 +84,16 @@ class PromptRows:
         Most rows of a batch, padding included.
     device : torch.device
         Of the batch.
+
+    Attributes
+    ----------
+    any : bool
+        Whether a row of the last batch may be flagged.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._flags = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._any = False
+        self.any = False
 
     def update(self, prefilling: Tensor | None, count: int) -> Tensor:
         """Set the flags of a batch; nothing goes to the device while no row is flagged.
@@ -62,29 +104,50 @@ class PromptRows:
         flagged = torch.zeros(0, dtype=torch.bool) if prefilling is None else prefilling[:count]
         if not flagged.is_cpu:
             # Reading it here would wait for the device.
+            self.any = True
             self._flags.zero_()
             self._flags[: len(flagged)] = flagged
             return self._flags
         any_flagged = bool(flagged.any())
-        if any_flagged or self._any:
+        if any_flagged or self.any:
             # The memory is not pinned, so the copy has read it before the call returns.
             flags = torch.zeros(self._flags.shape, dtype=torch.bool)
             flags[: len(flagged)] = flagged
             self._flags.copy_(flags)
-        self._any = any_flagged
+        self.any = any_flagged
         return self._flags
 
 
-def count_decode_rows(starts: Tensor, requests: int, tokens: int, longest: int) -> int:
-    """Rows before the first one with more than one new token.
+def divide(
+    starts: Tensor, requests: int, tokens: int, longest: int, most: int, device: torch.device
+) -> Rows:
+    """Decode rows: those before the first one with more than ``most`` new tokens.
 
     ``starts`` has each request's first token and the end of the last one, on the CPU. ``requests``
     and ``tokens`` may include padding. ``longest`` is the most new tokens of a row.
     """
     if longest <= 1:
-        return min(requests, tokens)
-    starts_np = starts[: requests + 1].numpy()
-    return int(((starts_np[1:] - starts_np[:-1]) == 1).cumprod().sum())
+        count = min(requests, tokens)
+        return Rows(count, decode_tokens=count)
+    starts = starts[: requests + 1]
+    new = starts.diff()
+    count = int((new <= most).int().cumprod(0).sum())
+    new, ends = new[:count], starts[1 : count + 1]
+    if bool((new == 1).all()):
+        return Rows(count, decode_tokens=count)
+    # Padding rows of a graph have no tokens, nor have any rows while it is captured.
+    uniform = bool(((new == most) | (new == 0)).all()) and count * most <= tokens
+    if uniform and bool((new.diff() <= 0).all()):
+        return Rows(count, most, count * most)
+    rows = Rows(count, most, int(ends[-1]))
+    back = torch.arange(most - 1, -1, -1)
+    queries = (ends[:, None] - 1 - back).clamp_(min=0)
+    idle = back >= new[:, None]
+    places = (~idle).flatten().nonzero().flatten()
+    rows.drafts = DraftRows(
+        queries.flatten().to(device, torch.int32), places.to(device, torch.int32), idle.to(device)
+    )
+    return rows
 
 
 def padded(count: int) -> int:
@@ -96,15 +159,19 @@ def padded(count: int) -> int:
 
 
 def pad_rows(rows: Rows, block_table: Tensor, seq_lens: Tensor, tokens: int) -> None:
-    """Round the decode rows of a mixed batch up to a size that CUDA graphs are captured for.
+    """Round the decode rows of a batch up to a size that CUDA graphs are captured for.
 
     Such a batch runs outside of graphs, and without this every number of rows would compile kernels
     of its own while requests wait. ``tokens`` of the batch stand in for queries of padding rows.
     """
     size = padded(rows.decode)
-    if size > tokens or size == rows.decode:
+    drafts = rows.drafts
+    if size == rows.decode or (drafts is None and size * rows.tokens > tokens):
         return
     more = size - rows.decode
+    if drafts is not None:
+        drafts.queries = torch.nn.functional.pad(drafts.queries, (0, more * rows.tokens))
+        drafts.idle = torch.nn.functional.pad(drafts.idle, (0, 0, 0, more), value=True)
     rows.block_table = torch.nn.functional.pad(block_table[: rows.decode], (0, 0, 0, more))
     rows.seq_lens = torch.nn.functional.pad(seq_lens[: rows.decode], (0, more))
 

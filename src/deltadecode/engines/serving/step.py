@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from deltadecode.config import Role
 from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.errors import DeltaConfigError
-from deltadecode.ops import decode_attention, select_pages
+from deltadecode.ops import Scratch, decode_attention, select_pages
 
-# Δ-layer -> page ids and counts, within one forward pass: selections end with it (R1).
-Selections = dict[int, tuple[Tensor, Tensor]]
+
+@dataclass
+class ForwardPass:
+    """What the layers of one forward pass share, and what ends with it (R1).
+
+    Attributes
+    ----------
+    selections : dict
+        Δ-layer -> page ids and counts.
+    scratch : Scratch
+        Memory of the kernels.
+    """
+
+    selections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 @dataclass(frozen=True)
@@ -33,22 +46,24 @@ def attend(
     role: Role,
     q: Tensor,
     cache: Cache,
-    selections: Selections,
+    forward: ForwardPass,
     *,
     scale: float,
     sinks: Tensor | None = None,
     softcap: float | None = None,
     prompts: Tensor | None = None,
+    idle: Tensor | None = None,
     over_all_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Attention of the decode rows in one layer: q [B, Hq, D] to [B, Hq, D].
+    """Attention of the decode rows in one layer: q [B, Hq, D] or [B, Q, Hq, D] to the same.
 
-    ``layer`` is the model's own number. A Δ-layer adds to ``selections``, which are those of this
-    forward pass. A sparse layer reads its source's, and raises DeltaConfigError if there are none.
-    Other layers read every page. ``scale``, ``sinks`` and ``softcap`` are those of
+    ``layer`` is the model's own number. A Δ-layer adds to the selections of ``forward``. A sparse
+    layer reads its source's, and raises DeltaConfigError if there are none. Other layers read every
+    page. ``scale``, ``sinks`` and ``softcap`` are those of
     :func:`deltadecode.ops.decode_attention`, ``prompts`` those of
-    :class:`deltadecode.engines.serving.rows.Rows`. ``over_all_ranks`` gives the maximum of s_t over
-    tensor-parallel ranks, for ``sync_heads``.
+    :class:`deltadecode.engines.serving.rows.Rows`, ``idle`` [B, Q] marks queries that count for
+    nothing. ``over_all_ranks`` gives the maximum of s_t over tensor-parallel ranks, for
+    ``sync_heads``.
     """
     page_size = settings.config.page_size
     operation = functools.partial(
@@ -57,12 +72,7 @@ def attend(
     )  # fmt: skip
     out: Tensor
     if role == "sparse":
-        source = settings.plan.source(layer)
-        if source not in selections:
-            raise DeltaConfigError(
-                f"sparse layer {layer} needs Δ-layer {source} before it in the same forward pass"
-            )
-        ids, counts = selections[source]
+        ids, counts = find_selection(forward, layer, settings.plan.source(layer))
         out = operation(page_size=page_size, page_ids=ids, page_counts=counts)
         return out
     if role != "delta":
@@ -71,11 +81,36 @@ def attend(
     scores: Tensor
     if settings.sync_heads and over_all_ranks is not None:
         out, token_scores = operation(page_size=1, return_page_scores=True)
-        scores = over_all_ranks(token_scores).unflatten(1, (-1, page_size)).sum(-1)
+        scores = over_all_ranks(token_scores).unflatten(-1, (-1, page_size)).sum(-1)
     else:
         out, scores = operation(page_size=page_size, return_page_scores=True)
     ids, counts = select_pages(scores, cache.seq_lens, settings.config)
-    if prompts is not None:
-        counts.masked_fill_(prompts[: counts.shape[0]], -1)  # every page
-    selections[layer] = ids, counts
+    keep_selection(forward, layer, ids, counts, prompts, idle)
     return out
+
+
+def keep_selection(
+    forward: ForwardPass,
+    layer: int,
+    ids: Tensor,
+    counts: Tensor,
+    prompts: Tensor | None,
+    idle: Tensor | None,
+) -> None:
+    """Keep what a Δ-layer has selected; arguments as in :func:`attend`."""
+    if prompts is not None:
+        flags = prompts[: counts.shape[0]]
+        counts.masked_fill_(flags if counts.dim() == 1 else flags[:, None], -1)  # every page
+    if idle is not None:
+        counts.masked_fill_(idle, 0)
+    forward.selections[layer] = ids, counts
+
+
+def find_selection(forward: ForwardPass, layer: int, source: int | None) -> tuple[Tensor, Tensor]:
+    """Page ids and counts that a sparse layer reads."""
+    selection = None if source is None else forward.selections.get(source)
+    if selection is None:
+        raise DeltaConfigError(
+            f"sparse layer {layer} needs Δ-layer {source} before it in the same forward pass"
+        )
+    return selection

@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 
-from deltadecode.engines.serving.rows import PromptRows, Rows, count_decode_rows, pad_rows, padded
+from deltadecode.engines.serving.rows import PromptRows, divide, pad_rows, padded
 from deltadecode.engines.vllm import BACKEND, versions
 from deltadecode.engines.vllm.checks import CACHE_DTYPES
 from deltadecode.errors import DeltaDecodeError
@@ -76,9 +76,10 @@ class DeltaBuilder:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # vLLM then puts the rows of one new token first.
-        self._init_reorder_batch_threshold(1)  # type: ignore[attr-defined]
         config = self.vllm_config  # type: ignore[attr-defined]
+        self._most_tokens = versions.most_tokens(config)
+        # vLLM then puts the rows of no more new tokens first.
+        self._init_reorder_batch_threshold(self._most_tokens)  # type: ignore[attr-defined]
         self._prompts = PromptRows(most_rows(config), self.device)  # type: ignore[attr-defined]
         # Which rows of the next batch belong to prompts, where its metadata may not say so.
         self.prefilling: Tensor | None = None
@@ -110,24 +111,27 @@ class DeltaBuilder:
         stock = super().build  # type: ignore[misc]
         common = common_attn_metadata
         metadata = stock(0, common, fast_build, **kwargs)
-        rows = Rows(
-            count_decode_rows(
-                common.query_start_loc_cpu,
-                common.num_reqs,
-                common.num_actual_tokens,
-                common.max_query_len,
-            )
+        rows = divide(
+            common.query_start_loc_cpu,
+            common.num_reqs,
+            common.num_actual_tokens,
+            common.max_query_len,
+            self._most_tokens,
+            self.device,  # type: ignore[attr-defined]
         )
         prefilling, self.prefilling = self.prefilling, None
         if prefilling is None:
             prefilling = getattr(common, "is_prefilling", None)
         rows.prompts = self._prompts.update(prefilling, rows.decode)
+        rows.flagged = self._prompts.any
+        rows.others = rows.decode < common.num_reqs
         if self.splits and 0 < rows.decode < common.num_reqs:
             # The builder may keep its schedule in one buffer, which the second build overwrites.
             schedule = getattr(metadata, "scheduler_metadata", None)
             if isinstance(schedule, Tensor):
                 metadata.scheduler_metadata = schedule.clone()
             rows.prefill = stock(0, versions.rows_after(common, rows.decode), fast_build, **kwargs)
+        if self.splits and (rows.prefill is not None or rows.drafts is not None):
             pad_rows(rows, metadata.block_table, metadata.seq_lens, metadata.num_actual_tokens)
         metadata.delta = rows
         return metadata

@@ -35,6 +35,7 @@ class DeltaCPUBuilder(DeltaBuilder, CPUAttentionMetadataBuilder):
 class DeltaCPUImpl(DeltaImpl, CPUAttentionBackendImpl):
     """CPU attention, and our own in layers whose cache is plain."""
 
+    plans: ClassVar[bool] = False
     _plain: bool | None = None
 
     def is_ours(self, layer: Any) -> bool:

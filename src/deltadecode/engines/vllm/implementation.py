@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,17 +13,23 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 
 from deltadecode.config import Role
+from deltadecode.engines.serving.kernels import LayerKernels
 from deltadecode.engines.serving.rows import Rows, narrow_table
-from deltadecode.engines.serving.step import Cache, Selections, attend
+from deltadecode.engines.serving.step import Cache, ForwardPass, attend
 from deltadecode.engines.vllm import versions
+from deltadecode.engines.vllm.builder import most_rows
 from deltadecode.errors import UnsupportedModelError
+from deltadecode.ops import is_captured
 
-_SELECTIONS = "deltadecode_selections"
+# Where a forward pass's own things are kept, in vLLM's context of it.
+_FORWARD = "deltadecode"
 
 
 class DeltaImpl:
     """Beside a stock implementation: decode rows of Δ- and sparse layers."""
 
+    # Whether decode rows go to planned kernels where these can compute them.
+    plans: ClassVar[bool] = True
     head_size: int
     scale: float
     logits_soft_cap: float
@@ -33,8 +40,10 @@ class DeltaImpl:
         config = get_current_vllm_config()
         self.settings = versions.settings_of(config)
         self._longest = config.model_config.max_model_len
+        self._most_rows = most_rows(config)
         self._number = 0
         self._role: Role | None = None
+        self._kernels: LayerKernels | None = None
 
     def role(self, layer: Any) -> Role:
         """Role of the layer that this implementation belongs to.
@@ -90,13 +99,15 @@ class DeltaImpl:
         rows: Rows | None = getattr(attn_metadata, "delta", None)
         stock = super().forward  # type: ignore[misc]
         if rows is None or not self.is_ours(layer):
+            if attn_metadata is None and kv_cache.is_cuda and kv_cache.numel():
+                self._compile_ahead(layer, query, kv_cache)
             stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             return output
-        count = rows.decode
-        if count < attn_metadata.seq_lens.shape[0]:
-            self.attend_others(layer, query, key, value, kv_cache, attn_metadata, output)
-        if count:
+        if rows.decode:
             self.attend_decode_rows(layer, query, kv_cache, attn_metadata, output)
+        # After decode rows, whose padding rows are written over.
+        if rows.others:
+            self.attend_others(layer, query, key, value, kv_cache, attn_metadata, output)
         return output
 
     def attend_decode_rows(
@@ -104,28 +115,75 @@ class DeltaImpl:
     ) -> None:
         """Attention of the decode rows; arguments as in :meth:`forward`."""
         rows: Rows = attn_metadata.delta
-        count = rows.decode
         table, lengths = rows.block_table, rows.seq_lens
         if table is None or lengths is None:
-            table, lengths = attn_metadata.block_table[:count], attn_metadata.seq_lens[:count]
-        k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
-        table = narrow_table(table, k_cache.shape[1], attn_metadata.max_seq_len)
-        selections: Selections = vars(get_forward_context()).setdefault(_SELECTIONS, {})
-        out = attend(
-            self.settings,
-            self._number,
-            self.role(layer),
-            # Tokens of other rows stand in for those of padding rows: nothing is attended to.
-            query[: lengths.shape[0]],
-            Cache(k_cache, v_cache, table, lengths),
-            selections,
-            scale=self.scale,
-            sinks=self.sinks,
-            softcap=self.logits_soft_cap or None,
-            prompts=rows.prompts,
-            over_all_ranks=_over_all_ranks,
+            table, lengths = self._keep_tables(rows, kv_cache, attn_metadata)
+        context = vars(get_forward_context())
+        forward: ForwardPass | None = context.get(_FORWARD)
+        if forward is None:
+            forward = context[_FORWARD] = ForwardPass()
+        drafts, size = rows.drafts, lengths.shape[0]
+        if drafts is None:
+            q, out = _by_row(query, rows, size), _by_row(output, rows, size)
+        else:
+            q = _by_row(query[drafts.queries], rows, size)
+            out = torch.empty_like(q)
+        idle = None if drafts is None else drafts.idle
+        prompts = rows.prompts
+        if not rows.flagged and not is_captured(q):
+            prompts = None
+        done = self.plans and self._layer_kernels(layer).attend(
+            q, kv_cache, table, lengths, forward, prompts, idle, out
         )
-        output[:count] = out[:count]
+        if not done:
+            k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
+            attended = attend(
+                self.settings,
+                self._number,
+                self.role(layer),
+                q,
+                Cache(k_cache, v_cache, table, lengths),
+                forward,
+                scale=self.scale,
+                sinks=self.sinks,
+                softcap=self.logits_soft_cap or None,
+                prompts=prompts,
+                idle=idle,
+                over_all_ranks=_over_all_ranks,
+            )
+            out.copy_(attended)
+        if drafts is not None:
+            output[: rows.decode_tokens] = out.flatten(0, 1)[drafts.places]
+
+    def _keep_tables(
+        self, rows: Rows, kv_cache: Tensor, attn_metadata: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Block table and lengths of the decode rows, for every layer of the step."""
+        count, k_cache = rows.decode, versions.key_value_views(kv_cache, self.head_size)[0]
+        table, lengths = attn_metadata.block_table[:count], attn_metadata.seq_lens[:count]
+        table = narrow_table(table, k_cache.shape[1], attn_metadata.max_seq_len)
+        rows.block_table, rows.seq_lens = table, lengths
+        return table, lengths
+
+    def _layer_kernels(self, layer: Any) -> LayerKernels:
+        if self._kernels is None:
+            self._kernels = LayerKernels(
+                self.settings,
+                self._number,
+                self.role(layer),
+                functools.partial(versions.key_value_views, head_size=self.head_size),
+                scale=self.scale,
+                sinks=self.sinks,
+                softcap=self.logits_soft_cap or None,
+                rows=self._most_rows,
+                over_ranks=get_tp_group().world_size > 1,
+            )
+        return self._kernels
+
+    def _compile_ahead(self, layer: Any, query: Tensor, kv_cache: Tensor) -> None:
+        """Compile in a run without a batch, of which vLLM has one before the first request."""
+        if self.is_ours(layer):
+            self._layer_kernels(layer).compile_ahead(query, kv_cache, self._longest)
 
     def attend_others(
         self,
@@ -138,7 +196,7 @@ class DeltaImpl:
         output: Tensor,
     ) -> None:
         """Stock attention of the other rows; arguments as in :meth:`forward`."""
-        first, metadata = attn_metadata.delta.decode, attn_metadata.delta.prefill
+        first, metadata = attn_metadata.delta.decode_tokens, attn_metadata.delta.prefill
         if metadata is None:
             first, metadata = 0, attn_metadata
         super().forward(  # type: ignore[misc]
@@ -150,6 +208,17 @@ class DeltaImpl:
             metadata,
             output[first:],
         )
+
+
+def _by_row(tokens: Tensor, rows: Rows, count: int) -> Tensor:
+    """Of ``count`` decode rows: [tokens, Hq, D] to [count, Hq, D], or [count, Q, Hq, D].
+
+    Tokens of other rows stand in for those of padding rows, and are attended to afterwards.
+    """
+    size = count * rows.tokens
+    if size != tokens.shape[0]:
+        tokens = tokens[:size]
+    return tokens if rows.tokens == 1 else tokens.unflatten(0, (count, rows.tokens))
 
 
 def _over_all_ranks(token_scores: Tensor) -> Tensor:

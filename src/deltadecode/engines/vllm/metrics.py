@@ -12,17 +12,19 @@ from typing import Any
 
 from deltadecode.engines.serving.counts import StepCounts, layer_numbers
 from deltadecode.engines.serving.settings import KEY, ServingSettings
+from deltadecode.engines.vllm import versions
 from deltadecode_vllm import wrap_once
 
 
 def count_steps(scheduler: Any, settings: ServingSettings) -> None:
     """Let one scheduler count its decode rows, and send the counts with its statistics."""
     counts = StepCounts(settings)
+    most = versions.most_tokens(scheduler.vllm_config)
     model_name = str(scheduler.vllm_config.model_config.served_model_name)
     update, make_stats = scheduler.update_from_output, scheduler.make_stats
 
     def update_from_output(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        for tokens, new_tokens in _decode_rows(scheduler.requests, scheduler_output):
+        for tokens, new_tokens in _decode_rows(scheduler.requests, scheduler_output, most):
             counts.add_row(tokens, new_tokens)
         return update(scheduler_output, *args, **kwargs)
 
@@ -38,22 +40,22 @@ def count_steps(scheduler: Any, settings: ServingSettings) -> None:
     scheduler.make_stats = make_stats_with_counts
 
 
-def _decode_rows(requests: dict[str, Any], output: Any) -> Iterator[tuple[int, int]]:
+def _decode_rows(requests: dict[str, Any], output: Any, most: int) -> Iterator[tuple[int, int]]:
     """Tokens up to the first new one, and new tokens, of each decode row that ran.
 
     Not of prompts, which every new request begins with, nor of requests that have ended meanwhile.
-    A step's own results are not in ``requests`` yet, while those of every earlier step are.
+    Rows of more than ``most`` tokens are computed again, after a preemption: prefill. A step's own
+    results are not in ``requests`` yet, while those of every earlier step are.
     """
     running = output.scheduled_cached_reqs
-    drafts = output.scheduled_spec_decode_tokens
     for name, computed in zip(running.req_ids, running.num_computed_tokens, strict=True):
         request = requests.get(name)
         if request is None or request.is_finished() or computed < request.num_prompt_tokens:
             continue
         new_tokens = output.num_scheduled_tokens[name]
-        # Several tokens that are no drafts are computed again, after a preemption: prefill.
-        if new_tokens == 1 + len(drafts.get(name, ())):
-            yield request.num_tokens, new_tokens
+        if new_tokens <= most:
+            # With asynchronous scheduling drafts count as computed that are then rejected.
+            yield min(computed + 1, request.num_tokens), new_tokens
 
 
 def install(settings: ServingSettings, model_name: str) -> None:

@@ -35,6 +35,12 @@ def settings_of(vllm_config: Any) -> ServingSettings:
     return resolve(user_values, vllm_config.model_config.hf_config)
 
 
+def most_tokens(vllm_config: Any) -> int:
+    """Most new tokens of a decode row: one, and drafts."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
+
+
 def key_value_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer's cache: [blocks, block_size, Hkv, D] views, last stride 1.
 
@@ -49,10 +55,11 @@ def key_value_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_after(common: Any, first: int) -> Any:
-    """CommonAttentionMetadata of the rows after ``first`` rows of one token each."""
+    """CommonAttentionMetadata of the rows after the ``first`` ones."""
     from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 
-    rest = UBatchSlice(slice(first, common.num_reqs), slice(first, common.num_actual_tokens))
+    token = int(common.query_start_loc_cpu[first])
+    rest = UBatchSlice(slice(first, common.num_reqs), slice(token, common.num_actual_tokens))
     return split_attn_metadata([rest], common)[0]
 
 

@@ -11,19 +11,17 @@ import os
 from dataclasses import replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.inputs import DecodeInputs
-from deltadecode.ops.triton import attention, selection
-from deltadecode.ops.triton.launch import (
-    attention_shape,
-    finish_shape,
-    hardware,
-    page_list,
-    selection_shape,
+from deltadecode.ops.triton.decode import DecodePlan, compile_ahead
+from deltadecode.ops.triton.launch import hardware
+from deltadecode.ops.triton.plans import (
+    attention_kind,
+    attention_plan,
+    selection_kind,
+    selection_plan,
 )
 
 # Read when Triton defines the kernels, and not again.
@@ -33,19 +31,15 @@ _DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 _LEAST_CAPABILITY, _FLOAT8_CAPABILITY = (8, 0), (8, 9)
 MOST_HEAD_DIM = 256
 MOST_GROUP = 32
-# Block size where one block is the whole row: a cache that grows compiles nothing anew.
-_WHOLE_ROW = 1 << 30
 # Logits of a Δ-layer that may exist at a time. Engines capture batches of hundreds of rows, each as
 # long as the model allows: those go some rows at a time.
 _LOGITS_BYTES = 2**29
-# Page ids that the selection writes at a time, where it need not rank them; pieces select no more.
-_FILL = 4096
 
 
 def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
     """Both sides of what does not fit these kernels, in one line; None when they can.
 
-    ``tensor`` is q [B, Hq, D], or page scores [B, pages] when there is no cache
+    ``tensor`` is q [..., Hq, D], or page scores [B, pages] when there is no cache
     [blocks, block_size, Hkv, D].
     """
     if not tensor.is_cuda and not _INTERPRETED:
@@ -60,19 +54,13 @@ def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
         return f"needs {needs} or more, got {capability[0]}.{capability[1]}"
     if k_cache is None:
         return None
-    if tensor.shape[2] > MOST_HEAD_DIM:
-        return f"takes head sizes up to {MOST_HEAD_DIM}, got {tensor.shape[2]}"
-    group = tensor.shape[1] // k_cache.shape[2]
+    heads, dim = tensor.shape[-2:]
+    if dim > MOST_HEAD_DIM:
+        return f"takes head sizes up to {MOST_HEAD_DIM}, got {dim}"
+    group = heads // k_cache.shape[2]
     if group > MOST_GROUP:
         return f"takes up to {MOST_GROUP} query heads per KV head, got {group}"
     return None
-
-
-def _operand(q: Tensor) -> tl.dtype:
-    """Type of the factors of matrix products: that of q, whatever the cache holds."""
-    if not q.is_cuda:
-        return tl.float32  # the interpreter multiplies nothing smaller
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(q.dtype, tl.float32)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -81,48 +69,59 @@ def _name(dtype: torch.dtype) -> str:
 
 def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:
     """Select pages (R3, R4); see :func:`deltadecode.ops.select_pages`."""
-    rows, width = page_scores.shape
+    *queries, width = page_scores.shape
+    if len(queries) == 2:
+        page_scores = page_scores.flatten(0, 1)
     if width and page_scores.stride(1) != 1:
         page_scores = page_scores.contiguous()
-    most, columns = cfg.pages_for(width), cfg.table_width(width)
-    page_ids = page_scores.new_empty((rows, columns), dtype=torch.int32)
-    page_counts = torch.empty_like(seq_lens)
-    if rows == 0:
-        return page_ids, page_counts
-    shape = selection_shape(rows, width, most)
-    launches, candidates = 1, page_ids
-    if shape.pieces > 1:
-        launches, candidates = 2, page_ids.new_empty((rows, shape.pieces * most))
-    for last in range(launches):
-        selection.select[(1 if last else shape.pieces, rows)](
-            page_scores, seq_lens, page_ids, page_counts, candidates,
-            page_scores.stride(0), candidates.stride(0), width, cfg.recent_pages, cfg.sink_pages,
-            last, BUDGET=cfg.budget_pages, SHARE=cfg.share_num,
-            WIDTH=columns, FILL=min(triton.next_power_of_2(columns), _FILL), PAGE=cfg.page_size,
-            LEAST=shape.least, SIZES=shape.sizes, PIECE=shape.piece, num_warps=shape.warps,
-        )  # fmt: skip
-    return page_ids, page_counts
+    kind = selection_kind(cfg, queries, width, page_scores.dtype, page_scores.stride(0))
+    return selection_plan(kind).run(page_scores, seq_lens)
 
 
 def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
-    """Attend with one query token per sequence; see :func:`deltadecode.ops.decode_attention`."""
+    """Attend with the new tokens of each row; see :func:`deltadecode.ops.decode_attention`."""
     q, k_cache, scored = inputs.q, inputs.k_cache, inputs.return_page_scores
-    rows, heads, _ = q.shape
+    rows = q.shape[0]
     reach = inputs.block_table.shape[1] * k_cache.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    scores = _floats(q, rows, reach // inputs.page_size if scored else 0)
+    scores = _floats(q, *q.shape[:-2], reach // inputs.page_size if scored else 0)
     if rows == 0 or reach == 0 or k_cache.shape[0] == 0:
         return out.zero_(), scores.zero_() if scored else None
-    turns = -(-rows * heads * reach * 4 // _LOGITS_BYTES) if scored else 1
-    # Multiples of 4, so that the rows' lengths stay aligned as a kernel was compiled for.
-    per_turn = -(-rows // (4 * turns)) * 4
+    per_turn = _rows_at_once(inputs)
     if rows <= per_turn:
-        _launch(inputs, out, scores)
+        _run(inputs, out, scores)
     else:
         for first in range(0, rows, per_turn):
             part = slice(first, first + per_turn)
-            _launch(_rows_of(inputs, part), out[part], scores[part])
+            _run(_rows_of(inputs, part), out[part], scores[part])
     return out, scores if scored else None
+
+
+def plan_decode(
+    inputs: DecodeInputs, cfg: DeltaConfig | None, compile_rows: int
+) -> DecodePlan | None:
+    """Plan of one layer; see :func:`deltadecode.ops.plan_decode`."""
+    rows, last_strides = inputs.q.shape[0], (inputs.q.stride(-1), inputs.block_table.stride(1))
+    reach = inputs.block_table.shape[1] * inputs.k_cache.shape[1]
+    if rows == 0 or reach == 0 or inputs.k_cache.shape[0] == 0:
+        return None
+    if last_strides != (1, 1) or rows > _rows_at_once(inputs):
+        return None
+    kind = attention_kind(inputs)
+    if compile_rows and kind.device.type == "cuda":
+        compile_ahead(kind, cfg, compile_rows)
+    return DecodePlan(kind, cfg)
+
+
+def _rows_at_once(inputs: DecodeInputs) -> int:
+    """Rows whose logits may exist at a time."""
+    rows = inputs.q.shape[0]
+    if not inputs.return_page_scores:
+        return rows
+    reach = inputs.block_table.shape[1] * inputs.k_cache.shape[1]
+    turns = -(-inputs.q.shape[:-1].numel() * reach * 4 // _LOGITS_BYTES)
+    # Multiples of 4, so that the rows' lengths stay aligned as a kernel was compiled for.
+    return -(-rows // (4 * turns)) * 4
 
 
 def _rows_of(inputs: DecodeInputs, part: slice) -> DecodeInputs:
@@ -135,67 +134,20 @@ def _rows_of(inputs: DecodeInputs, part: slice) -> DecodeInputs:
     )
 
 
-def _launch(inputs: DecodeInputs, out: Tensor, scores: Tensor) -> None:
-    """Fill ``out`` [B, Hq, D] and ``scores`` [B, pages]."""
-    q, table, seq_lens = inputs.q, inputs.block_table, inputs.seq_lens
-    q = q if q.stride(2) == 1 else q.contiguous()
-    table = table if table.stride(1) == 1 else table.contiguous()
-    page_ids = None if inputs.page_ids is None else inputs.page_ids.contiguous()
-    k_cache, v_cache, sinks = inputs.k_cache, inputs.v_cache, inputs.sinks
-    page_size, softcap, v_scale = inputs.page_size, inputs.softcap, inputs.v_scale
-    scored = inputs.return_page_scores
-    rows, heads, dim = q.shape
-    block_size, kv_heads = k_cache.shape[1:3]
-    reach = table.shape[1] * block_size
-    pages = reach // page_size
-    sparse = page_ids is not None
-    attended = reach if page_ids is None else min(reach, page_ids.shape[1] * page_size)
-    dim_pad = max(16, triton.next_power_of_2(dim))
-    shape, parts = attention_shape(
-        dim_pad, k_cache.element_size(), rows * kv_heads, attended, sparse, q.device
+def _run(inputs: DecodeInputs, out: Tensor, scores: Tensor) -> None:
+    """Fill ``out`` [..., Hq, D] and ``scores`` [..., pages]."""
+    q, table, page_ids = inputs.q, inputs.block_table, inputs.page_ids
+    inputs = replace(
+        inputs,
+        q=q if q.stride(-1) == 1 else q.contiguous(),
+        block_table=table if table.stride(1) == 1 else table.contiguous(),
+        page_ids=None if page_ids is None else page_ids.contiguous(),
     )
-    listed, step = page_list(0 if page_ids is None else page_ids.shape[1], shape.tokens, page_size)
-    # A pointer that a launch never follows is that of q.
-    part = _floats(q, rows, heads, parts, dim) if parts > 1 else q
-    lse = _floats(q, rows, heads, parts) if parts > 1 or scored else q
-    logits = _floats(q, rows, heads, reach) if scored else q
-    ids = table if page_ids is None else page_ids
-    counts = seq_lens if inputs.page_counts is None else inputs.page_counts
-    group = heads // kv_heads
-    common = {
-        "HEADS": heads,
-        "DIM": dim,
-        "PAGE": page_size,
-        "SPLITS": parts,
-        "SCORES": scored,
-        "SINKS": sinks is not None,
-    }
-    attention.attend[(kv_heads, parts, rows)](
-        q, k_cache, v_cache, table, seq_lens, ids, counts, q if sinks is None else sinks,
-        out, part, lse, logits,
-        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-        v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), table.stride(0), ids.stride(0),
-        reach, inputs.scale * inputs.k_scale, softcap or 1.0, v_scale,
-        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
-        BLOCK=block_size if table.shape[1] > 1 else _WHOLE_ROW, TILE=shape.tokens,
-        WIDTH=ids.shape[1] if sparse else 0, LISTED=listed, STEP=step,
-        SPARSE=sparse, SOFTCAP=softcap is not None, OPERAND=_operand(q), DIM_PAD=dim_pad,
-        num_warps=shape.warps, num_stages=shape.stages, **common,
+    plan = attention_plan(attention_kind(inputs))
+    plan.run(
+        inputs.q, inputs.k_cache, inputs.v_cache, inputs.block_table, inputs.seq_lens,
+        inputs.page_ids, inputs.page_counts, inputs.sinks, out, scores, _floats(q, plan.floats),
     )  # fmt: skip
-    if parts > 1 or scored:
-        page_pad = triton.next_power_of_2(page_size)
-        heads_pad = triton.next_power_of_2(heads)
-        programs, at_once, warps, dims = finish_shape(
-            heads_pad * page_pad, pages, rows, parts, dim_pad, q.device
-        )
-        merges = heads * (dim_pad // dims) if parts > 1 else 0
-        attention.finish[(rows, (programs if scored else 0) + merges)](
-            part, lse, q if sinks is None else sinks, logits, seq_lens, out, scores,
-            reach, pages, v_scale,
-            HEADS_PAD=heads_pad, PAGE_PAD=page_pad, PAGES=at_once,
-            SPLITS_PAD=triton.next_power_of_2(parts), DIMS=dims, MERGES=merges,
-            num_warps=warps, **common,
-        )  # fmt: skip
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

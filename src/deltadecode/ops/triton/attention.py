@@ -42,7 +42,7 @@ def _logits(scores, scale, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def _tiles(
     q, highest, total, acc, first, last, length, n, pages, blocks, page_0, table_ptr, k_ptr, v_ptr,
-    logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head, real, dim, in_head,
+    logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr,
     SCORES: tl.constexpr, SOFTCAP: tl.constexpr, OPERAND: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def _tiles(
         scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee")
         scores = _logits(scores, scale, softcap, SOFTCAP)
         if SCORES:
-            at = head.to(tl.int64)[:, None] * width + token[None, :]
+            at = line.to(tl.int64)[:, None] * width + token[None, :]
             tl.store(logits_ptr + at, scores, mask=real[:, None] & valid[None, :])
         scores = tl.where(valid[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
@@ -87,27 +87,77 @@ def _tiles(
 
 
 @triton.jit
+def _drafts(
+    q, highest, total, acc, first, last, seen, table_ptr, k_ptr, v_ptr, logits_ptr, k_block, k_slot,
+    v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
+    MOST: tl.constexpr, BLOCK: tl.constexpr, SCORES: tl.constexpr, SOFTCAP: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Attend to the MOST tokens, at most, that only some of the queries see: their own ``seen``.
+
+    One by one and without matrix products: those multiply a value that a query does not see by 0,
+    which NaN does not mind.
+    """
+    for place in tl.static_range(MOST):
+        token = first + place
+        exists = token < last
+        sees = exists & (token < seen)
+        block = tl.load(table_ptr + token // BLOCK, mask=exists, other=0).to(tl.int64)
+        slot = (token % BLOCK).to(tl.int64)
+        held = exists & in_head
+        k = tl.load(k_ptr + block * k_block + slot * k_slot + dim, mask=held, other=0.0)
+        k = k.to(OPERAND).to(tl.float32)
+        scores = _logits(tl.sum(q.to(tl.float32) * k[None, :], 1), scale, softcap, SOFTCAP)
+        if SCORES:
+            tl.store(logits_ptr + line.to(tl.int64) * width + token, scores, mask=real & sees)
+        scores = tl.where(sees, scores, float("-inf"))
+        higher = tl.maximum(highest, scores)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - base)
+        shrink = tl.exp2(highest - base)
+        total = total * shrink + weights
+        v = tl.load(v_ptr + block * v_block + slot * v_slot + dim, mask=held, other=0.0)
+        value = weights[:, None] * v.to(OPERAND).to(tl.float32)[None, :]
+        acc = acc * shrink[:, None] + tl.where(sees[:, None], value, 0.0)
+        highest = higher
+    return highest, total, acc
+
+
+@triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, ids_ptr, counts_ptr, sinks_ptr,
     out_ptr, part_ptr, lse_ptr, logits_ptr,
-    q_row, q_head, k_block, k_slot, k_head, v_block, v_slot, v_head, table_row, ids_row,
+    q_row, q_token, q_head, k_block, k_slot, k_head, v_block, v_slot, v_head, table_row, ids_row,
     width, scale, softcap, v_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    TOKENS: tl.constexpr, PACKED: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, SCORES: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, WIDTH: tl.constexpr,
     LISTED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B).
+    """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B * turns).
+
+    A row has TOKENS queries, which see one token more each. PACKED of them at a time, in as many
+    turns as that takes, stand beside the heads in one tile, so that its keys are read once. All see
+    the first n tokens; what the last of them see besides are the drafts.
 
     Of a row's WIDTH page ids, LISTED are kept at a time, for STEP tokens; all, where STEP is 0.
     """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    n = tl.load(lens_ptr + row)
+    turns: tl.constexpr = (TOKENS + PACKED - 1) // PACKED
+    row = tl.program_id(2).to(tl.int64) // turns
+    query = tl.program_id(2) % turns * PACKED
+    tokens = tl.load(lens_ptr + row)
+    n = tokens - (TOKENS - 1) + query
+    seen = n
+    if TOKENS > 1:
+        n = tl.maximum(n, 0)
     length = n
     table_ptr += row * table_row
+    q_ptr += row * q_row + query * q_token
+    row = row * TOKENS + query  # of the outputs
     if SPARSE:
         count = tl.load(counts_ptr + row)
         # Fewer than no pages stands for all of them.
@@ -120,11 +170,13 @@ def attend(
 
     group = tl.arange(0, GROUP_PAD)
     dim = tl.arange(0, DIM_PAD)
-    head = kv_head * GROUP + group
-    real = group < GROUP
+    head = kv_head * GROUP + group % GROUP
+    packed = group // GROUP
+    real = (packed < PACKED) & (query + packed < TOKENS)
+    line = packed * HEADS + head
     in_head = dim < DIM
     q = tl.load(
-        q_ptr + row * q_row + head[:, None] * q_head + dim[None, :],
+        q_ptr + packed[:, None] * q_token + head[:, None] * q_head + dim[None, :],
         mask=real[:, None] & in_head[None, :],
         other=0.0,
     ).to(OPERAND)
@@ -143,7 +195,7 @@ def attend(
                 highest, total, acc = _tiles(
                     q, highest, total, acc, first, last, length, n, pages, blocks, 0, table_ptr,
                     k_ptr, v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale,
-                    softcap, head, real, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
+                    softcap, line, real, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
                     OPERAND, LISTED,
                 )  # fmt: skip
             else:
@@ -156,26 +208,34 @@ def attend(
                     highest, total, acc = _tiles(
                         q, highest, total, acc, start, tl.minimum(start + STEP, last), length, n,
                         pages, blocks, page_0, table_ptr, k_ptr, v_ptr, logits_ptr, k_block,
-                        k_slot, v_block, v_slot, width, scale, softcap, head, real, dim, in_head,
+                        k_slot, v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
                         PAGE, BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED,
                     )  # fmt: skip
         else:
             highest, total, acc = _tiles(
                 q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
-                v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head,
+                v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, line,
                 real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED,
             )  # fmt: skip
     else:
         highest, total, acc = _tiles(
             q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
-            v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, head,
+            v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, line,
             real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED,
         )  # fmt: skip
 
+    if PACKED > 1:  # noqa: SIM102 - known when it is compiled, unlike the other one
+        if split == SPLITS - 1:
+            last = tl.minimum(seen + (PACKED - 1), tokens)
+            highest, total, acc = _drafts(
+                q, highest, total, acc, n, last, seen + packed, table_ptr, k_ptr, v_ptr, logits_ptr,
+                k_block, k_slot, v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
+                PACKED - 1, BLOCK, SCORES, SOFTCAP, OPERAND,
+            )  # fmt: skip
+    at_head = row * HEADS + line
     if SPLITS > 1 or SCORES:
         lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(total))
-        tl.store(lse_ptr + (row * HEADS + head) * SPLITS + split, lse, mask=real)
-    at_head = row * HEADS + head
+        tl.store(lse_ptr + at_head * SPLITS + split, lse, mask=real)
     stored = real[:, None] & in_head[None, :]
     if SPLITS > 1:
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -252,8 +312,9 @@ def finish(
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
     MERGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, PAGES: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, SCORES: tl.constexpr, SINKS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Score pages, PAGES at a time (R2), or merge splits; grid (B, scoring + MERGES).
+    """Score pages, PAGES at a time (R2), or merge splits; grid (B * TOKENS, scoring + MERGES).
 
     The last MERGES programs of a row merge DIMS numbers of one head each. They come after all
     others, since what they do is the least.
@@ -270,7 +331,7 @@ def finish(
                 v_scale, HEADS, DIM, DIMS, SPLITS, SPLITS_PAD, SINKS,
             )  # fmt: skip
     elif SCORES:
-        n = tl.load(lens_ptr + row)
+        n = tl.load(lens_ptr + row // TOKENS) - (TOKENS - 1) + row % TOKENS
         heads = tl.arange(0, HEADS_PAD)
         _, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
         # A head that is none has no weight; -inf - -inf would be NaN.

@@ -26,6 +26,8 @@ _SMALL_FROM, _SMALL_PARTS = 512, 8
 _FINISHING = 16
 # Numbers that a thread block merges, over all splits: a head of 128 splits is too much for one.
 _MERGED = 4096
+# Queries of a tile, over the heads of a group and the tokens of a verify row.
+_QUERIES = 32
 # Pages of the shortest row that the selection has code for.
 _LEAST_PAGES = 512
 # Longer rows than that are selected from in pieces, where they are so few: a second launch costs
@@ -116,6 +118,12 @@ def attention_shape(
         parts = 1 << max(1, 2 * sms // programs).bit_length() - 1
         return _by_bytes(_SPARSE_SPLIT, key_bytes), min(most, parts)
     return _quickest(_by_bytes(_FULL, key_bytes), programs, most, sms)
+
+
+def tokens_in_tile(tokens: int, group: int) -> int:
+    """How many of a row's ``tokens`` queries share a tile of keys, ``group`` heads to each."""
+    turns = math.ceil(tokens / max(1, _QUERIES // group))
+    return math.ceil(tokens / turns)
 
 
 def page_list(width: int, tile: int, page_size: int) -> tuple[int, int]:

@@ -263,16 +263,19 @@ def select(
     recent, sinks, last,
     BUDGET: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, FILL: tl.constexpr,
     PAGE: tl.constexpr, LEAST: tl.constexpr, SIZES: tl.constexpr, PIECE: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Select the pages of a row (R3, R4); grid (pieces, B), and (1, B) with ``last``.
+    """Select the pages of a row (R3, R4); grid (pieces, rows), and (1, rows) with ``last``.
 
-    A row has WIDTH places for them; without a SHARE these are BUDGET, which is what it selects.
+    Here a row is one of the TOKENS new tokens of a sequence (R10). It has WIDTH places for pages;
+    without a SHARE these are BUDGET, which is what it selects.
     """
     piece = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     scores_ptr += row * scores_row
     ids_ptr += row * WIDTH
-    pages = tl.minimum(tl.cdiv(tl.load(lens_ptr + row), PAGE), width)
+    n = tl.load(lens_ptr + row // TOKENS) - (TOKENS - 1) + (row % TOKENS).to(tl.int32)
+    pages = tl.minimum(tl.cdiv(tl.maximum(n, 0), PAGE), width)
     budget = BUDGET
     if SHARE > 0:
         share = tl.cdiv(pages.to(tl.int64) * SHARE, _SHARE_DEN).to(tl.int32)

@@ -1,0 +1,171 @@
+"""The GPU's part of a decode step: kernels of one layer, planned once for every shape it meets.
+
+Outside of CUDA graphs a step takes as long as Python does. What a step costs is therefore one
+look-up a layer, and the launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltadecode.config import Role
+from deltadecode.engines.serving.settings import ServingSettings
+from deltadecode.engines.serving.step import ForwardPass, find_selection, keep_selection
+from deltadecode.ops import DecodeInputs, Pointer, is_captured, plan_decode
+
+# Keys and values of a layer's cache: [blocks, block_size, Hkv, D] views, last stride 1.
+Views = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class _Planned(NamedTuple):
+    """A plan, and where in a layer's cache keys and values begin, in bytes."""
+
+    plan: Any
+    k_offset: int
+    v_offset: int
+    dtype: torch.dtype
+
+
+class LayerKernels:
+    """Kernels of one Δ- or sparse layer.
+
+    Parameters
+    ----------
+    settings, layer, role
+        As in :func:`deltadecode.engines.serving.step.attend`.
+    views : callable
+        Gives keys and values of the engine's cache.
+    scale, sinks, softcap
+        As in :func:`deltadecode.ops.decode_attention`.
+    rows : int
+        Most decode rows of a batch; kernels for all numbers of them are compiled at the first step.
+    over_ranks : bool
+        Whether there are several ranks, whose scores ``sync_heads`` has to gather on the way.
+    """
+
+    def __init__(
+        self,
+        settings: ServingSettings,
+        layer: int,
+        role: Role,
+        views: Views,
+        *,
+        scale: float,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
+        rows: int = 0,
+        over_ranks: bool = False,
+    ) -> None:
+        self._settings, self._layer, self._views = settings, layer, views
+        self._source = settings.plan.source(layer) if role == "sparse" else None
+        self._scale, self._softcap, self._sinks, self._rows = scale, softcap, sinks, rows
+        self._synced = settings.sync_heads and over_ranks
+        self._ahead = False
+        self._planned: dict[Any, _Planned | None] = {}
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        forward: ForwardPass,
+        prompts: Tensor | None,
+        idle: Tensor | None,
+        out: Tensor,
+    ) -> bool:
+        """Write ``out``, shaped like q; False, and nothing done, where kernels do not compute this.
+
+        ``cache`` is the engine's tensor; the rest is as in
+        :func:`deltadecode.engines.serving.step.attend`.
+        """
+        key = (
+            q.shape, q.stride(), cache.stride(), block_table.shape, block_table.stride(),
+            out.stride(),
+        )  # fmt: skip
+        if key in self._planned:
+            planned = self._planned[key]
+        else:
+            planned = self._plan(q, cache, block_table, seq_lens, forward, out)
+            self._planned[key] = planned
+        if planned is None:
+            return False
+        plan, k_offset, v_offset, dtype = planned
+        k_cache: Any
+        v_cache: Any
+        if cache.is_cuda:
+            start = cache.data_ptr()
+            k_cache, v_cache = Pointer(start + k_offset, dtype), Pointer(start + v_offset, dtype)
+        else:
+            k_cache, v_cache = self._views(cache)
+        if self._source is None:
+            ids, counts = plan.run(
+                q, k_cache, v_cache, block_table, seq_lens, self._sinks, out, forward.scratch
+            )
+            keep_selection(forward, self._layer, ids, counts, prompts, idle)
+        else:
+            ids, counts = find_selection(forward, self._layer, self._source)
+            plan.run(
+                q, k_cache, v_cache, block_table, seq_lens, self._sinks, out, forward.scratch,
+                ids, counts,
+            )  # fmt: skip
+        return True
+
+    def compile_ahead(self, q: Tensor, cache: Tensor, longest: int) -> None:
+        """Compile what steps of sequences of up to ``longest`` tokens will launch; once.
+
+        ``q`` is [any, Hq, D], and ``cache`` the engine's tensor, whose blocks may hold anything.
+        """
+        if self._ahead or is_captured(q):
+            return
+        self._ahead = True
+        block_size = self._views(cache)[0].shape[1]
+        table = torch.zeros(1, -(-longest // block_size), dtype=torch.int32, device=q.device)
+        seq_lens = torch.zeros(1, dtype=torch.int32, device=q.device)
+        selection = None
+        if self._source is not None:
+            config = self._settings.config
+            columns = config.table_width(table.shape[1] * block_size // config.page_size)
+            selection = table.new_zeros((1, columns)), seq_lens
+        self._plan_decode(q[:1], cache, table, seq_lens, selection)
+
+    def _plan(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        forward: ForwardPass,
+        out: Tensor,
+    ) -> _Planned | None:
+        if self._synced or not out.is_contiguous():
+            return None
+        selection = None
+        if self._source is not None:
+            selection = find_selection(forward, self._layer, self._source)
+        plan = self._plan_decode(q, cache, block_table, seq_lens, selection)
+        if plan is None:
+            return None
+        k_cache, v_cache = self._views(cache)
+        start = cache.data_ptr()
+        return _Planned(plan, k_cache.data_ptr() - start, v_cache.data_ptr() - start, k_cache.dtype)
+
+    def _plan_decode(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        selection: tuple[Tensor, Tensor] | None,
+    ) -> Any:
+        config = self._settings.config
+        ids, counts = selection or (None, None)
+        inputs = DecodeInputs(
+            q, *self._views(cache), block_table, seq_lens, self._scale, config.page_size,
+            ids, counts, self._sinks, self._softcap, return_page_scores=selection is None,
+        )  # fmt: skip
+        return plan_decode(inputs, config if selection is None else None, self._rows)

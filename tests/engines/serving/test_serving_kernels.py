@@ -1,0 +1,142 @@
+"""The planned kernels of a layer give what the operations give, in place."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from deltadecode import DeltaConfig, DeltaConfigError, ops
+from deltadecode.engines.serving import kernels as module
+from deltadecode.engines.serving.kernels import LayerKernels
+from deltadecode.engines.serving.settings import ServingSettings
+from deltadecode.engines.serving.step import Cache, ForwardPass, attend
+
+CONFIG = DeltaConfig(
+    page_size=4, budget_pages=3, recent_pages=1, dense_layers=(0,), delta_layers=(1,)
+)
+SETTINGS = ServingSettings(CONFIG, CONFIG.layer_plan(3))
+HEADS, KV_HEADS, DIM, BLOCK, BLOCKS = 4, 2, 16, 8, 6
+SCALE = DIM**-0.5
+
+
+def views(cache):
+    return cache.unbind(1)
+
+
+@dataclass
+class Step:
+    """One step of some rows, and each layer's cache."""
+
+    lengths: list
+    blocks: int = BLOCKS
+    tokens: int = 0  # of a verify row
+
+    def __post_init__(self):
+        rows = len(self.lengths)
+        self.caches = [torch.randn(rows * self.blocks, 2, BLOCK, KV_HEADS, DIM) for _ in range(3)]
+        table = torch.randperm(rows * self.blocks).view(rows, self.blocks).int()
+        self.table, self.lens = table, torch.tensor(self.lengths, dtype=torch.int32)
+        # As an engine hands them on: a part of one projection.
+        self.q = torch.randn(3, (rows + 1) * max(self.tokens, 1), HEADS + 2, DIM)[:, :, 1:-1]
+        self.q = self.q[:, : rows * max(self.tokens, 1)]
+        if self.tokens:
+            self.q = self.q.unflatten(1, (rows, self.tokens))
+        self.forward = ForwardPass()
+
+    def expected(self, layer, **more):
+        """What the operations give, of this layer and those before."""
+        forward = ForwardPass()
+        for number in range(1, layer + 1):
+            out = attend(
+                SETTINGS, number, SETTINGS.plan.role(number), self.q[number],
+                Cache(*views(self.caches[number]), self.table, self.lens), forward,
+                scale=SCALE, **more,
+            )  # fmt: skip
+        return out, forward.selections
+
+    def run(self, planned, layer, prompts=None, idle=None):
+        shape = self.q[layer].shape
+        out = torch.full((len(self.lengths) + 2, *shape[1:]), 7.0)
+        done = planned[layer].attend(
+            self.q[layer], self.caches[layer], self.table, self.lens, self.forward, prompts, idle,
+            out[: len(self.lengths)],
+        )  # fmt: skip
+        assert done and (out[len(self.lengths) :] == 7).all()
+        return out[: len(self.lengths)]
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    pytest.importorskip("triton")
+    if ops.kernels_refuse(torch.zeros(1, HEADS, DIM), torch.zeros(1, BLOCK, KV_HEADS, DIM)):
+        pytest.skip("needs the interpreter")
+    counted = []
+
+    def counting(*args):
+        counted.append(args)
+        return ops.plan_decode(*args)
+
+    monkeypatch.setattr(module, "plan_decode", counting)
+    layers = {
+        layer: LayerKernels(SETTINGS, layer, SETTINGS.plan.role(layer), views, scale=SCALE)
+        for layer in (1, 2)
+    }
+    layers["counted"] = counted
+    return layers
+
+
+def check(step, planned, **more):
+    for layer in (1, 2):
+        out, selections = step.expected(layer, **more)
+        torch.testing.assert_close(step.run(planned, layer, **more), out, rtol=1e-4, atol=1e-5)
+        for kept, expected in zip(step.forward.selections[1], selections[1], strict=True):
+            assert torch.equal(kept, expected)
+
+
+def test_layers_are_what_the_operations_are(planned):
+    check(Step([40, 9, 1]), planned)
+
+
+def test_a_plan_is_made_once_for_a_shape(planned):
+    check(Step([40, 9, 1]), planned)
+    check(Step([3, 45, 12]), planned)
+    assert len(planned["counted"]) == 2
+    # Another number of rows, or another width of the table, has its own.
+    check(Step([40, 9]), planned)
+    check(Step([40, 9, 1], blocks=5), planned)
+    assert len(planned["counted"]) == 6
+
+
+def test_padding_rows_and_rows_of_prompts(planned):
+    prompts = torch.tensor([False, True, False, False, True])
+    step = Step([40, 30, 0, 17])
+    check(step, planned, prompts=prompts)
+    assert step.forward.selections[1][1].tolist() == [3, -1, 0, 3]
+
+
+def test_rows_of_drafts(planned):
+    idle = torch.tensor([[False, False], [True, False], [True, True]])
+    check(Step([40, 9, 0], tokens=2), planned)
+    check(
+        Step([3, 45, 0], tokens=2), planned, idle=idle, prompts=torch.tensor([True, False, False])
+    )
+    assert len(planned["counted"]) == 2
+
+
+def test_a_sparse_layer_needs_its_delta_layer(planned):
+    with pytest.raises(DeltaConfigError, match="sparse layer 2 needs Δ-layer 1 before it"):
+        Step([5]).run(planned, 2)
+    step = Step([5])
+    check(step, planned)
+    step.forward = ForwardPass()
+    with pytest.raises(DeltaConfigError, match="sparse layer 2 needs Δ-layer 1 before it"):
+        step.run(planned, 2)
+
+
+def test_where_the_kernels_do_not_compute_nothing_is_done(planned):
+    step = Step([5])
+    out = torch.full((1, DIM, HEADS), 7.0).transpose(1, 2)
+    done = planned[1].attend(
+        step.q[1], step.caches[1], step.table, step.lens, step.forward, None, None, out
+    )
+    assert not done and (out == 7).all() and not step.forward.selections

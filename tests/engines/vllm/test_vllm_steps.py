@@ -1,0 +1,137 @@
+"""A layer's part in a step, with kernels in Triton's interpreter and a stand-in for the engine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+from deltadecode import DeltaConfig, ops
+from deltadecode.engines.serving.rows import divide, pad_rows
+from deltadecode.engines.serving.settings import ServingSettings
+from deltadecode.engines.serving.step import Cache, ForwardPass, attend
+from deltadecode.engines.vllm import implementation
+from deltadecode.engines.vllm.implementation import DeltaImpl
+
+CONFIG = DeltaConfig(4, 3, 1, 1, (), (0,))
+SETTINGS = ServingSettings(CONFIG, CONFIG.layer_plan(2))
+HEADS, KV_HEADS, DIM, BLOCK, BLOCKS = 4, 2, 16, 8, 6
+STOCK = 5.0
+
+
+class Stock:
+    """Writes one number for every token that it is asked for."""
+
+    def forward(self, layer, query, key, value, kv_cache, metadata, output):
+        assert query.shape == output.shape
+        output.fill_(STOCK)
+
+
+class Impl(DeltaImpl, Stock):
+    head_size, scale, logits_soft_cap, sinks = DIM, DIM**-0.5, 0.0, None
+
+    def __init__(self, number, plans):
+        self.settings, self.plans, self._longest, self._most_rows = SETTINGS, plans, 4096, 0
+        self._number, self._role, self._kernels = number, SETTINGS.plan.role(number), None
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "operations"])
+def run(request, monkeypatch):
+    """Run both layers over a batch; gives the outputs of every token."""
+    heads = torch.zeros(1, HEADS, DIM), torch.zeros(1, BLOCK, KV_HEADS, DIM)
+    if request.param and ops.kernels_refuse(*heads):
+        pytest.skip("needs the interpreter")
+    context = SimpleNamespace()
+    monkeypatch.setattr(implementation, "get_forward_context", lambda: context)
+    monkeypatch.setattr(
+        implementation, "get_tp_group", lambda: SimpleNamespace(world_size=1, device_group=None)
+    )
+    layers = [Impl(number, request.param) for number in range(2)]
+
+    def run(batch):
+        vars(context).clear()
+        outputs = []
+        for layer in layers:
+            output = torch.full_like(batch.q, 7.0)
+            layer.forward(None, batch.q, None, None, batch.caches[layer._number], batch, output)
+            outputs.append(output)
+        assert all((layer._kernels is not None) == request.param for layer in layers)
+        return outputs
+
+    return run
+
+
+class Batch:
+    """Metadata of a batch of rows with ``new`` tokens each, up to ``most`` of them decode rows."""
+
+    def __init__(self, new, lengths, most=1, padded=False):
+        starts = torch.tensor([0, *new]).cumsum(0)
+        count, tokens = len(new), sum(new)
+        self.caches = torch.randn(2, count * BLOCKS, 2, BLOCK, KV_HEADS, DIM)
+        self.block_table = torch.randperm(count * BLOCKS).view(count, BLOCKS).int()
+        self.seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        self.max_seq_len = BLOCKS * BLOCK
+        self.q = torch.randn(tokens, HEADS, DIM)
+        rows = self.delta = divide(starts, count, tokens, max(new), most, self.q.device)
+        rows.others, rows.prefill = rows.decode < count, SimpleNamespace()
+        if padded:
+            pad_rows(rows, self.block_table, self.seq_lens, tokens)
+        self.new, self.starts = new, starts
+
+    def expected(self):
+        """Each decode row alone."""
+        outputs = [torch.full_like(self.q, STOCK) for _ in range(2)]
+        for row in range(self.delta.decode):
+            span = slice(self.starts[row], self.starts[row + 1])
+            forward = ForwardPass()
+            for layer, output in enumerate(outputs):
+                cache = Cache(
+                    *self.caches[layer].unbind(1), self.block_table[row : row + 1],
+                    self.seq_lens[row : row + 1],
+                )  # fmt: skip
+                output[span] = attend(
+                    SETTINGS, layer, SETTINGS.plan.role(layer), self.q[None, span], cache, forward,
+                    scale=DIM**-0.5,
+                )[0]  # fmt: skip
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        (([1, 1, 1], [40, 9, 33]), 3),
+        # Padding rows write where stock attention writes afterwards.
+        (([1, 1, 1, 5, 2], [40, 9, 33, 20, 2], 1, True), 4),
+        (([1, 1, 1, 2], [40, 9, 33, 2]), 3),
+        (([3, 3, 3, 9], [40, 9, 33, 9], 3, True), 4),
+        (([3, 1, 2, 9], [40, 9, 33, 9], 3, True), 4),
+    ],
+)
+def test_every_row_is_what_it_is_alone(run, batch, size, request):
+    batch = Batch(*batch)
+    if batch.delta.tokens > 1 and "kernels" in request.node.name and triton.__version__ >= "3.8":
+        pytest.skip("the interpreter of this Triton refuses a mask that its compiler takes")
+    for _ in range(2):
+        for found, expected in zip(run(batch), batch.expected(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert batch.delta.seq_lens.shape[0] == size
+
+
+def test_rows_of_prompts_are_asked_for_where_there_may_be_some(run):
+    batch = Batch([1, 1], [40, 33])
+    batch.delta.prompts = torch.tensor([False, True])
+    full, sparse = run(batch)
+    assert not torch.allclose(sparse[0], batch.expected()[1][1])
+    every = Cache(*batch.caches[1].unbind(1), batch.block_table, batch.seq_lens)
+    expected = attend(SETTINGS, 0, "dense", batch.q, every, ForwardPass(), scale=DIM**-0.5)
+    torch.testing.assert_close(sparse[1], expected[1], rtol=1e-4, atol=1e-5)
+    # In a batch that has none, flags are not looked at outside of graphs.
+    batch.delta.flagged = False
+    torch.testing.assert_close(run(batch)[1], batch.expected()[1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(full, run(batch)[0])
+
+
+def test_a_run_without_a_batch_is_stock_attention(run):
+    output = torch.zeros(3, HEADS, DIM)
+    Impl(0, False).forward(None, output, None, None, torch.zeros(0), None, output)
+    assert (output == STOCK).all()
