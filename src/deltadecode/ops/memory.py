@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class HasAddress(Protocol):
         """Address of the first element."""
 
 
-class Pointer(NamedTuple):
+@dataclass(slots=True)
+class Pointer:
     """An address in a tensor, for less than a view of it costs."""
 
     address: int
