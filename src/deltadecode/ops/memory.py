@@ -22,7 +22,10 @@ class HasAddress(Protocol):
 
 @dataclass(slots=True)
 class Pointer:
-    """An address in a tensor, for less than a view of it costs."""
+    """An address in a tensor, for less than a view of it costs.
+
+    No tuple: Triton takes those apart.
+    """
 
     address: int
     dtype: torch.dtype
