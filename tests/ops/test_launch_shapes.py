@@ -1,9 +1,13 @@
 """Shapes of the launches."""
 
 import pytest
+import torch
+
+from deltadecode import DeltaConfig
 
 launch = pytest.importorskip("deltadecode.ops.triton.launch")
 selection_shape = launch.selection_shape
+plans = pytest.importorskip("deltadecode.ops.triton.plans")
 
 
 @pytest.mark.parametrize("budget", [1, 64, 100, 512, 4096, 9000])
@@ -41,3 +45,25 @@ def test_pages_that_are_kept_cover_what_is_attended_to_before_the_next(width, pa
     assert all(
         (first + step - 1) // page - first // page < listed for first in range(0, 9999, tile)
     )
+
+
+def kernels(rows, tokens, sparse):
+    """Compile-time constants of all launches of a step."""
+    queries, float32 = (rows, tokens) if tokens else (rows,), torch.float32
+    kind = plans.AttentionKind(
+        torch.device("cpu"), queries, 12, 64, float32, (1, 1, 1), float32, 16, 2, (1, 1, 1),
+        (1, 1, 1), 512, 512, 16, 64, 64, sparse, not sparse, None, 1.0, None, 1.0,
+    )  # fmt: skip
+    plan = plans.AttentionPlan(kind)
+    selection = plans.selection_kind(DeltaConfig(), queries, 5000, float32, 5000)
+    launches = [plan._attend, plan._finish, *plans.SelectionPlan(selection)._launches]
+    return [None if launch is None else launch._constants for launch in launches]
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_every_number_of_rows_runs_kernels_of_a_captured_size(sparse, tokens):
+    sizes = {rows: launch.padded(rows) for rows in range(1, 300)}
+    assert [sizes[rows] for rows in (1, 3, 5, 9, 250, 257)] == [1, 4, 8, 16, 256, 272]
+    for rows, size in sizes.items():
+        assert kernels(rows, tokens, sparse) == kernels(size, tokens, sparse)

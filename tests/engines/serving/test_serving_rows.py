@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltadecode.engines.serving.rows import PromptRows, Rows, divide, narrow_table, pad_rows
+from deltadecode.engines.serving.rows import PromptRows, divide, narrow_table
 
 CPU = torch.device("cpu")
 
@@ -66,36 +66,6 @@ def test_padding_rows_of_a_graph_are_decode_rows():
         assert found.drafts is None
 
 
-def test_drafts_of_unlike_rows_are_padded_with_rows_that_are_idle():
-    rows = divided([1, 3, 2, 1, 1], most=3)
-    pad_rows(rows, torch.ones(5, 2), torch.full((5,), 9), tokens=8)
-    assert rows.seq_lens.tolist() == [9] * 5 + [0] * 3
-    assert rows.drafts.queries.shape == (24,) and rows.drafts.idle.shape == (8, 3)
-    assert rows.drafts.idle[5:].all() and rows.drafts.places.shape == (8,)
-
-
-def test_too_few_tokens_to_stand_in_for_padding_rows_of_drafts():
-    rows = divided([3] * 5, most=3)
-    pad_rows(rows, torch.ones(5, 2), torch.ones(5), tokens=23)
-    assert rows.seq_lens is None
-    pad_rows(rows, torch.ones(5, 2), torch.ones(5), tokens=24)
-    assert rows.seq_lens.shape == (8,)
-
-
-@pytest.mark.parametrize(
-    ("count", "size"), [(1, 1), (3, 4), (5, 8), (9, 16), (250, 256), (257, 272)]
-)
-def test_decode_rows_of_mixed_batches_are_rounded_up_to_captured_sizes(count, size):
-    table = torch.ones(count + 1, 3, dtype=torch.int32)
-    rows = Rows(count)
-    pad_rows(rows, table, torch.full((count + 1,), 9, dtype=torch.int32), count + 100)
-    if size == count:
-        assert rows.block_table is None and rows.seq_lens is None
-        return
-    assert rows.block_table.shape == (size, 3)
-    assert rows.seq_lens.tolist() == [9] * count + [0] * (size - count)
-
-
 def test_rows_of_prompts_are_kept_in_one_place_and_forgotten():
     prompts = PromptRows(6, torch.device("cpu"))
     first = prompts.update(None, 3)
@@ -112,12 +82,6 @@ def test_padding_rows_may_be_missing_from_the_rows_of_prompts():
     # A captured batch of 4 rows, two of them padding.
     flags = prompts.update(torch.tensor([False, True]), 4)
     assert flags.tolist() == [False, True, False, False, False, False]
-
-
-def test_too_few_tokens_to_stand_in_for_padding_rows():
-    rows = Rows(5)
-    pad_rows(rows, torch.ones(6, 3), torch.ones(6), tokens=7)
-    assert rows.seq_lens is None
 
 
 def test_narrow_table_keeps_the_last_token_s_block():

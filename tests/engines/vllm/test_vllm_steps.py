@@ -7,7 +7,7 @@ import torch
 import triton
 
 from deltadecode import DeltaConfig, ops
-from deltadecode.engines.serving.rows import divide, pad_rows
+from deltadecode.engines.serving.rows import divide
 from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.serving.step import Cache, ForwardPass, attend
 from deltadecode.engines.vllm import implementation
@@ -64,7 +64,7 @@ def run(request, monkeypatch):
 class Batch:
     """Metadata of a batch of rows with ``new`` tokens each, up to ``most`` of them decode rows."""
 
-    def __init__(self, new, lengths, most=1, padded=False):
+    def __init__(self, new, lengths, most=1):
         starts = torch.tensor([0, *new]).cumsum(0)
         count, tokens = len(new), sum(new)
         self.caches = torch.randn(2, count * BLOCKS, 2, BLOCK, KV_HEADS, DIM)
@@ -74,8 +74,6 @@ class Batch:
         self.q = torch.randn(tokens, HEADS, DIM)
         rows = self.delta = divide(starts, count, tokens, max(new), most, self.q.device)
         rows.others, rows.prefill = rows.decode < count, SimpleNamespace()
-        if padded:
-            pad_rows(rows, self.block_table, self.seq_lens, tokens)
         self.new, self.starts = new, starts
 
     def expected(self):
@@ -97,24 +95,21 @@ class Batch:
 
 
 @pytest.mark.parametrize(
-    ("batch", "size"),
+    "batch",
     [
-        (([1, 1, 1], [40, 9, 33]), 3),
-        # Padding rows write where stock attention writes afterwards.
-        (([1, 1, 1, 5, 2], [40, 9, 33, 20, 2], 1, True), 4),
-        (([1, 1, 1, 2], [40, 9, 33, 2]), 3),
-        (([3, 3, 3, 9], [40, 9, 33, 9], 3, True), 4),
-        (([3, 1, 2, 9], [40, 9, 33, 9], 3, True), 4),
+        ([1, 1, 1], [40, 9, 33]),
+        ([1, 1, 1, 5, 2], [40, 9, 33, 20, 2]),
+        ([3, 3, 3, 9], [40, 9, 33, 9], 3),
+        ([3, 1, 2, 9], [40, 9, 33, 9], 3),
     ],
 )
-def test_every_row_is_what_it_is_alone(run, batch, size, request):
+def test_every_row_is_what_it_is_alone(run, batch, request):
     batch = Batch(*batch)
     if batch.delta.tokens > 1 and "kernels" in request.node.name and triton.__version__ >= "3.8":
         pytest.skip("the interpreter of this Triton refuses a mask that its compiler takes")
     for _ in range(2):
         for found, expected in zip(run(batch), batch.expected(), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert batch.delta.seq_lens.shape[0] == size
 
 
 def test_rows_of_prompts_are_asked_for_where_there_may_be_some(run):

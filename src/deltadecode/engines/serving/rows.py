@@ -38,8 +38,7 @@ class Rows:
     others : bool
         Whether there are other rows.
     block_table, seq_lens : Tensor or None
-        Of the decode rows, perhaps with padding rows of no tokens after them; None until a layer
-        asks for them.
+        Of the decode rows; None until a layer asks for them.
     drafts : DraftRows or None
         Where each query is, in rows of unlike numbers of new tokens.
     """
@@ -148,32 +147,6 @@ def divide(
         queries.flatten().to(device, torch.int32), places.to(device, torch.int32), idle.to(device)
     )
     return rows
-
-
-def padded(count: int) -> int:
-    """The size that ``count`` ≥ 1 rows are rounded up to: one that CUDA graphs are captured for."""
-    if count <= 4:
-        return 1 << (count - 1).bit_length()
-    step = 8 if count <= 256 else 16
-    return -(-count // step) * step
-
-
-def pad_rows(rows: Rows, block_table: Tensor, seq_lens: Tensor, tokens: int) -> None:
-    """Round the decode rows of a batch up to a size that CUDA graphs are captured for.
-
-    Such a batch runs outside of graphs, and without this every number of rows would compile kernels
-    of its own while requests wait. ``tokens`` of the batch stand in for queries of padding rows.
-    """
-    size = padded(rows.decode)
-    drafts = rows.drafts
-    if size == rows.decode or (drafts is None and size * rows.tokens > tokens):
-        return
-    more = size - rows.decode
-    if drafts is not None:
-        drafts.queries = torch.nn.functional.pad(drafts.queries, (0, more * rows.tokens))
-        drafts.idle = torch.nn.functional.pad(drafts.idle, (0, 0, 0, more), value=True)
-    rows.block_table = torch.nn.functional.pad(block_table[: rows.decode], (0, 0, 0, more))
-    rows.seq_lens = torch.nn.functional.pad(seq_lens[: rows.decode], (0, more))
 
 
 def narrow_table(block_table: Tensor, block_size: int, longest: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 
-from deltadecode.engines.serving.rows import PromptRows, divide, pad_rows, padded
+from deltadecode.engines.serving.rows import PromptRows, divide
 from deltadecode.engines.vllm import BACKEND, versions
 from deltadecode.engines.vllm.checks import CACHE_DTYPES
 from deltadecode.errors import DeltaDecodeError
@@ -131,8 +131,6 @@ class DeltaBuilder:
             if isinstance(schedule, Tensor):
                 metadata.scheduler_metadata = schedule.clone()
             rows.prefill = stock(0, versions.rows_after(common, rows.decode), fast_build, **kwargs)
-        if self.splits and (rows.prefill is not None or rows.drafts is not None):
-            pad_rows(rows, metadata.block_table, metadata.seq_lens, metadata.num_actual_tokens)
         metadata.delta = rows
         return metadata
 
@@ -140,4 +138,4 @@ class DeltaBuilder:
 def most_rows(vllm_config: Any) -> int:
     """Most decode rows of a batch, padding rows included."""
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return padded(max(vllm_config.scheduler_config.max_num_seqs, captured))
+    return max(int(vllm_config.scheduler_config.max_num_seqs), int(captured))

@@ -105,7 +105,6 @@ class DeltaImpl:
             return output
         if rows.decode:
             self.attend_decode_rows(layer, query, kv_cache, attn_metadata, output)
-        # After decode rows, whose padding rows are written over.
         if rows.others:
             self.attend_others(layer, query, key, value, kv_cache, attn_metadata, output)
         return output
@@ -211,10 +210,7 @@ class DeltaImpl:
 
 
 def _by_row(tokens: Tensor, rows: Rows, count: int) -> Tensor:
-    """Of ``count`` decode rows: [tokens, Hq, D] to [count, Hq, D], or [count, Q, Hq, D].
-
-    Tokens of other rows stand in for those of padding rows, and are attended to afterwards.
-    """
+    """Of ``count`` decode rows: [tokens, Hq, D] to [count, Hq, D], or [count, Q, Hq, D]."""
     size = count * rows.tokens
     if size != tokens.shape[0]:
         tokens = tokens[:size]

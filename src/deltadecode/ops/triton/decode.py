@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.memory import HasAddress, Pointer, Scratch
+from deltadecode.ops.triton.launch import padded
 from deltadecode.ops.triton.plans import (
     AttentionKind,
     attention_plan,
@@ -110,7 +111,7 @@ def compile_ahead(kind: AttentionKind, cfg: DeltaConfig | None, rows: int) -> No
     _compiled.add(known)
     plans = [
         DecodePlan(kind._replace(queries=(count, *kind.queries[1:])), cfg)
-        for count in range(1, rows + 1)
+        for count in sorted({padded(count) for count in range(1, rows + 1)})
     ]
     if AsyncCompileMode is not None:
         # Only compiles, in several threads; what follows loads what it has compiled.

@@ -89,6 +89,17 @@ _SPARSE_SPLIT = (
 )
 
 
+def padded(rows: int) -> int:
+    """Rows that a launch of ``rows`` ≥ 1 is shaped for: a size that CUDA graphs are captured for.
+
+    Engines have any number of rows outside of graphs, and each would compile kernels of its own.
+    """
+    if rows <= 4:
+        return 1 << (rows - 1).bit_length()
+    step = 8 if rows <= 256 else 16
+    return -(-rows // step) * step
+
+
 @functools.lru_cache(maxsize=4096)
 def attention_shape(
     dim: int, itemsize: int, programs: int, tokens: int, sparse: bool, device: torch.device

@@ -24,6 +24,7 @@ from deltadecode.ops.triton.direct import Launch
 from deltadecode.ops.triton.launch import (
     attention_shape,
     finish_shape,
+    padded,
     page_list,
     selection_shape,
     tokens_in_tile,
@@ -105,15 +106,15 @@ class AttentionPlan:
         tokens = kind.queries[1] if len(kind.queries) == 2 else 1
         group = heads // kind.kv_heads
         packed = 1 if kind.sparse else tokens_in_tile(tokens, group)
-        programs = kind.queries[0] * -(-tokens // packed)
+        turns = -(-tokens // packed)
         rows = kind.queries[0] * tokens
         reach = kind.blocks * kind.block_size
         self.pages = reach // kind.page_size
         attended = min(reach, kind.ids_width * kind.page_size) if kind.sparse else reach
         dim_pad = max(16, triton.next_power_of_2(dim))
         tile, parts = attention_shape(
-            dim_pad, kind.cache_dtype.itemsize, programs * kind.kv_heads, attended, kind.sparse,
-            kind.device,
+            dim_pad, kind.cache_dtype.itemsize, padded(kind.queries[0]) * turns * kind.kv_heads,
+            attended, kind.sparse, kind.device,
         )  # fmt: skip
         listed, step = page_list(kind.ids_width, tile.tokens, kind.page_size)
         common = {
@@ -127,7 +128,7 @@ class AttentionPlan:
         }
         self._attend = Launch(
             attention.attend,
-            (kind.kv_heads, parts, programs),
+            (kind.kv_heads, parts, kind.queries[0] * turns),
             (*kind.q_strides, *kind.k_strides, *kind.v_strides, kind.table_row, kind.ids_row,
              reach, kind.scale, kind.softcap or 1.0, kind.v_scale),
             dict(
@@ -274,14 +275,16 @@ class SelectionPlan:
     def __init__(self, kind: SelectionKind) -> None:
         self.kind = kind
         self._rows = math.prod(kind.queries)
-        shape = selection_shape(self._rows, kind.width, kind.most)
+        tokens = kind.queries[1] if len(kind.queries) == 2 else 1
+        rows = padded(max(1, kind.queries[0])) * tokens
+        shape = selection_shape(rows, kind.width, kind.most)
         # Pages that the pieces of a row find, if it goes in pieces.
         self._candidates = shape.pieces * kind.most if shape.pieces > 1 else 0
         constants: dict[str, Any] = dict(
             BUDGET=kind.budget, SHARE=kind.share_num, WIDTH=kind.columns,
             FILL=min(triton.next_power_of_2(kind.columns), _FILL), PAGE=kind.page_size,
             LEAST=shape.least, SIZES=shape.sizes, PIECE=shape.piece,
-            TOKENS=kind.queries[1] if len(kind.queries) == 2 else 1, num_warps=shape.warps,
+            TOKENS=tokens, num_warps=shape.warps,
         )  # fmt: skip
         row = self._candidates or kind.columns
         self._launches = [
