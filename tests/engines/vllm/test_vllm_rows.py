@@ -88,8 +88,8 @@ def test_rows_of_prompts_are_those_of_the_runner_where_it_passes_them_on():
     assert builder.build(0, common).delta.prompts.tolist() == [True, False, False, False]
 
 
-@pytest.mark.parametrize(("seqs", "captured", "rows"), [(32, 0, 32), (5, None, 8), (200, 257, 272)])
-def test_most_rows_hold_every_padded_batch(seqs, captured, rows):
+@pytest.mark.parametrize(("seqs", "captured", "rows"), [(32, 0, 32), (5, None, 5), (200, 257, 257)])
+def test_most_rows_hold_every_captured_batch(seqs, captured, rows):
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=captured),
         scheduler_config=SimpleNamespace(max_num_seqs=seqs),
