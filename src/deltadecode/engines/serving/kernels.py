@@ -120,7 +120,7 @@ class LayerKernels:
 
         ``q`` is [any, Hq, D], and ``cache`` the engine's tensor, whose blocks may hold anything.
         """
-        if self._ahead or is_captured(q):
+        if self._ahead or self._synced or is_captured(q):
             return
         self._ahead = True
         block_size = self._views(cache)[0].shape[1]
