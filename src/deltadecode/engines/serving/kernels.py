@@ -39,7 +39,7 @@ class LayerKernels:
         As in :func:`deltadecode.engines.serving.step.attend`.
     views : callable
         Gives keys and values of the engine's cache.
-    scale, sinks, softcap
+    scale, sinks, softcap, k_scale, v_scale
         As in :func:`deltadecode.ops.decode_attention`.
     rows : int
         Most decode rows of a batch; kernels for all numbers of them are compiled at the first step.
@@ -57,12 +57,15 @@ class LayerKernels:
         scale: float,
         sinks: Tensor | None = None,
         softcap: float | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
         rows: int = 0,
         over_ranks: bool = False,
     ) -> None:
         self._settings, self._layer, self._views = settings, layer, views
         self._source = settings.plan.source(layer) if role == "sparse" else None
         self._scale, self._softcap, self._sinks, self._rows = scale, softcap, sinks, rows
+        self._cache_scales = k_scale, v_scale
         self._synced = settings.sync_heads and over_ranks
         self._ahead = False
         self._planned: dict[Any, _Planned | None] = {}
@@ -166,6 +169,7 @@ class LayerKernels:
         ids, counts = selection or (None, None)
         inputs = DecodeInputs(
             q, *self._views(cache), block_table, seq_lens, self._scale, config.page_size,
-            ids, counts, self._sinks, self._softcap, return_page_scores=selection is None,
+            ids, counts, self._sinks, self._softcap, *self._cache_scales,
+            return_page_scores=selection is None,
         )  # fmt: skip
         return plan_decode(inputs, config if selection is None else None, self._rows)
