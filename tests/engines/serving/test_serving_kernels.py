@@ -11,6 +11,8 @@ from deltadecode.engines.serving.kernels import LayerKernels
 from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.serving.step import Cache, ForwardPass, attend
 
+plans = pytest.importorskip("deltadecode.ops.triton.plans")
+
 CONFIG = DeltaConfig(
     page_size=4, budget_pages=3, recent_pages=1, dense_layers=(0,), delta_layers=(1,)
 )
@@ -140,3 +142,25 @@ def test_where_the_kernels_do_not_compute_nothing_is_done(planned):
         step.q[1], step.caches[1], step.table, step.lens, step.forward, None, None, out
     )
     assert not done and (out == 7).all() and not step.forward.selections
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_what_is_compiled_ahead_is_planned_like_a_step(planned, layer):
+    """Once, for rows of one new token and of drafts; longer tables than that make other plans."""
+    step = Step([40, 9], tokens=3)
+    kernels = LayerKernels(
+        SETTINGS, layer, SETTINGS.plan.role(layer), views, scale=SCALE, rows=5, tokens=3
+    )
+    for _ in range(2):
+        kernels.compile_ahead(step.q[layer].flatten(0, 1), step.caches[layer], BLOCKS * BLOCK - 1)
+    found = {inputs.q.shape: inputs for inputs, *_ in planned["counted"]}
+    assert set(found) == {(1, HEADS, DIM), (1, 3, HEADS, DIM)} and len(planned["counted"]) == 2
+    assert all(rows == 5 for *_, rows in planned["counted"])
+    for lengths, tokens in (([7], 0), ([40], 3)):
+        step = Step(lengths, tokens=tokens)
+        for number in range(1, layer + 1):
+            step.run(planned, number)
+        real, ahead = planned["counted"][-1][0], found[step.q[layer].shape]
+        assert plans.attention_kind(real)._replace(q_strides=()) == plans.attention_kind(
+            ahead
+        )._replace(q_strides=())

@@ -31,7 +31,8 @@ class Impl(DeltaImpl, Stock):
     head_size, scale, logits_soft_cap, sinks = DIM, DIM**-0.5, 0.0, None
 
     def __init__(self, number, plans):
-        self.settings, self.plans, self._longest, self._most_rows = SETTINGS, plans, 4096, 0
+        self.settings, self.plans, self._longest = SETTINGS, plans, 4096
+        self._most_rows, self._most_tokens = 0, 1
         self._number, self._role, self._kernels = number, SETTINGS.plan.role(number), None
 
 

@@ -43,6 +43,8 @@ class LayerKernels:
         As in :func:`deltadecode.ops.decode_attention`.
     rows : int
         Most decode rows of a batch; kernels for all numbers of them are compiled at the first step.
+    tokens : int
+        Most new tokens of a row.
     over_ranks : bool
         Whether there are several ranks, whose scores ``sync_heads`` has to gather on the way.
     """
@@ -60,11 +62,13 @@ class LayerKernels:
         k_scale: float = 1.0,
         v_scale: float = 1.0,
         rows: int = 0,
+        tokens: int = 1,
         over_ranks: bool = False,
     ) -> None:
         self._settings, self._layer, self._views = settings, layer, views
         self._source = settings.plan.source(layer) if role == "sparse" else None
         self._scale, self._softcap, self._sinks, self._rows = scale, softcap, sinks, rows
+        self._tokens = tokens
         self._cache_scales = k_scale, v_scale
         self._synced = settings.sync_heads and over_ranks
         self._ahead = False
@@ -121,7 +125,7 @@ class LayerKernels:
     def compile_ahead(self, q: Tensor, cache: Tensor, longest: int) -> None:
         """Compile what steps of sequences of up to ``longest`` tokens will launch; once.
 
-        ``q`` is [any, Hq, D], and ``cache`` the engine's tensor, whose blocks may hold anything.
+        ``q`` is [at least ``tokens``, Hq, D], and ``cache`` the engine's tensor.
         """
         if self._ahead or self._synced or is_captured(q):
             return
@@ -129,12 +133,15 @@ class LayerKernels:
         block_size = self._views(cache)[0].shape[1]
         table = torch.zeros(1, -(-longest // block_size), dtype=torch.int32, device=q.device)
         seq_lens = torch.zeros(1, dtype=torch.int32, device=q.device)
-        selection = None
-        if self._source is not None:
-            config = self._settings.config
-            columns = config.table_width(table.shape[1] * block_size // config.page_size)
-            selection = table.new_zeros((1, columns)), seq_lens
-        self._plan_decode(q[:1], cache, table, seq_lens, selection)
+        config = self._settings.config
+        columns = config.table_width(table.shape[1] * block_size // config.page_size)
+        # Rows of one new token, and rows of drafts.
+        for queries in {(1,), (1, self._tokens)} if self._tokens > 1 else {(1,)}:
+            selection = None
+            if self._source is not None:
+                selection = table.new_zeros((*queries, columns)), table.new_zeros(queries)
+            rows = q[: queries[-1]].view(*queries, *q.shape[1:])
+            self._plan_decode(rows, cache, table, seq_lens, selection)
 
     def _plan(
         self,

@@ -40,7 +40,7 @@ class DeltaImpl:
         config = get_current_vllm_config()
         self.settings = versions.settings_of(config)
         self._longest = config.model_config.max_model_len
-        self._most_rows = most_rows(config)
+        self._most_rows, self._most_tokens = most_rows(config), versions.most_tokens(config)
         self._number = 0
         self._role: Role | None = None
         self._kernels: LayerKernels | None = None
@@ -175,13 +175,14 @@ class DeltaImpl:
                 sinks=self.sinks,
                 softcap=self.logits_soft_cap or None,
                 rows=self._most_rows,
+                tokens=self._most_tokens,
                 over_ranks=get_tp_group().world_size > 1,
             )
         return self._kernels
 
     def _compile_ahead(self, layer: Any, query: Tensor, kv_cache: Tensor) -> None:
         """Compile in a run without a batch, of which vLLM has one before the first request."""
-        if self.is_ours(layer):
+        if self.is_ours(layer) and query.shape[0] >= self._most_tokens:
             self._layer_kernels(layer).compile_ahead(query, kv_cache, self._longest)
 
     def attend_others(
