@@ -238,7 +238,7 @@ def _operand(kind: AttentionKind) -> tl.dtype:
 
 
 # A growing cache gives every step a plan of its own.
-attention_plan = functools.lru_cache(maxsize=8192)(AttentionPlan)
+attention_plan = functools.lru_cache(maxsize=2048)(AttentionPlan)
 
 
 class SelectionKind(NamedTuple):
@@ -317,4 +317,4 @@ class SelectionPlan:
             launch.compile(self.kind.scores_dtype, *[torch.int32] * 4)
 
 
-selection_plan = functools.lru_cache(maxsize=8192)(SelectionPlan)
+selection_plan = functools.lru_cache(maxsize=2048)(SelectionPlan)
