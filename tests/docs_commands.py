@@ -166,7 +166,7 @@ def _vllm(arguments):
         raise WrongCommand(f"vllm {shlex.join(arguments)} serves without DELTA")
     if "--additional-config" in arguments:
         settings = json.loads(arguments[arguments.index("--additional-config") + 1])["deltadecode"]
-        keys = {"plan", "sync_heads", "on_unsupported"}
+        keys = {"plan", "sync_heads", "on_unsupported", "min_tokens"}
         DeltaConfig(**{key: value for key, value in settings.items() if key not in keys})
 
 

@@ -1,6 +1,7 @@
 """The planned kernels of a layer give what the operations give, in place."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_padding_rows_and_rows_of_prompts(planned):
     prompts = torch.tensor([False, True, False, False, True])
     step = Step([40, 30, 0, 17])
     check(step, planned, prompts=prompts)
+    assert step.forward.selections[1][1].tolist() == [3, -1, 0, 3]
+
+
+def test_rows_below_min_tokens(planned, monkeypatch):
+    given = replace(SETTINGS, min_tokens=31)
+    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", given)
+    for layer in (1, 2):
+        monkeypatch.setattr(planned[layer], "_settings", given)
+    step = Step([40, 30, 0, 31])
+    check(step, planned)
     assert step.forward.selections[1][1].tolist() == [3, -1, 0, 3]
 
 

@@ -27,6 +27,8 @@ class Model:
         ("64", "must be an object, got '64'"),
         ({"sync_heads": "yes"}, "sync_heads must be true or false, got 'yes'"),
         ({"on_unsupported": "full"}, "on_unsupported must be 'error' or 'stock', got 'full'"),
+        ({"min_tokens": -1}, "min_tokens must be an int of at least 0, got -1"),
+        ({"min_tokens": True}, "min_tokens must be an int of at least 0, got True"),
         ({"plan": 3}, "plan must be the path of a JSON file, got 3"),
     ],
 )
@@ -65,7 +67,8 @@ def test_settings_replace_fields_of_a_file(tmp_path):
 
 def test_resolved_settings_resolve_to_themselves():
     """Workers on other machines read them, where the file of the plan need not exist."""
-    settings = resolve({"budget_pages": 32, "sync_heads": True}, Model())
+    settings = resolve({"budget_pages": 32, "sync_heads": True, "min_tokens": 9}, Model())
+    assert settings.min_tokens == 9
     assert resolve(settings.as_dict(), Model()) == settings
 
 
@@ -106,3 +109,15 @@ def test_rule11_each_token_of_a_verify_row_is_counted_with_pages_of_its_own():
     assert [attended == full for attended, full in each] == [True, True, False]
     assert counts.take() == tuple(map(sum, zip(*each, strict=True)))
     assert counts.take() == (0, 0)
+
+
+def test_rule11_rows_below_min_tokens_are_counted_in_full():
+    config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
+    settings = ServingSettings(config, config.layer_plan(7, (0, 1, 3, 4, 6)), min_tokens=201)
+    counts = StepCounts(settings)
+    counts.add_row(200)
+    assert counts.take() == (1000, 1000)
+    counts.add_row(200, 2)
+    assert counts.take() == (1000 + attended_tokens(settings, 201)[0], 1000 + 1005)
+    assert attended_tokens(settings, 201) == attended_tokens(replace(settings, min_tokens=0), 201)
+    assert ", all below 201 tokens; " in describe(settings, 300)

@@ -67,3 +67,23 @@ def test_queries_that_are_no_new_tokens_cost_nothing_in_sparse_layers(batch):
     _, every = step(q, cache, settings(), prompts=prompts)
     assert not sparse[idle].any()
     assert torch.equal(sparse[~idle], every[~idle])
+
+
+def test_rule6_tokens_that_see_less_than_min_tokens_read_everything_in_any_batch(batch):
+    q, cache = batch
+    full, sparse = step(q, cache, settings(min_tokens=22))
+    every = torch.tensor([[False] * 3, [True, True, False], [True] * 3])
+    torch.testing.assert_close(sparse[every], full[every])
+    assert torch.equal(sparse[~every], step(q, cache, settings())[1][~every])
+    for row in range(3):
+        for place in range(3):
+            one = step(*alone(q, cache, row, place), settings(min_tokens=22))[1]
+            torch.testing.assert_close(sparse[row, place], one[0])
+
+
+def test_padding_rows_stay_empty_with_min_tokens(batch):
+    q, cache = batch
+    cache.seq_lens[1] = 0
+    forward = ForwardPass()
+    attend(settings(min_tokens=22), 0, "delta", q[:, 0].contiguous(), cache, forward, scale=0.4)
+    assert forward.selections[0][1].tolist() == [3, 0, -1]

@@ -15,6 +15,11 @@ WORDS = {
     "unknown key": ({"budget": 3}, {}, "unknown key 'budget'"),
     "wrong type": ({"budget_pages": "64"}, {}, "budget_pages must be an int, got '64'"),
     "wrong sync": ({"sync_heads": 1}, {}, "sync_heads must be true or false, got 1"),
+    "wrong minimum": (
+        {"min_tokens": "4k"},
+        {},
+        "min_tokens must be an int of at least 0, got '4k'",
+    ),
     "no object": ([1], {}, "additional_config.deltadecode must be an object, got [1]"),
     "bad rule": ({"budget_pages": 8}, {}, "budget_pages must be greater than recent_pages"),
     "no plan file": ({"plan": "/no/such.json"}, {}, "cannot read a DeltaConfig"),

@@ -1,5 +1,6 @@
 """A layer's part in a step, with kernels in Triton's interpreter and a stand-in for the engine."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -131,3 +132,25 @@ def test_a_run_without_a_batch_is_stock_attention(run):
     output = torch.zeros(3, HEADS, DIM)
     Impl(0, False).forward(None, output, None, None, torch.zeros(0), None, output)
     assert (output == STOCK).all()
+
+
+@pytest.mark.parametrize(("longest", "captured", "stock"), [
+    (43, False, True), (44, False, False), (43, True, False),
+])  # fmt: skip
+def test_a_batch_below_min_tokens_is_stock_attention_outside_of_graphs(
+    monkeypatch, longest, captured, stock
+):
+    monkeypatch.setattr(implementation, "is_captured", lambda q: captured)
+    monkeypatch.setattr(implementation, "get_forward_context", SimpleNamespace)
+    batch = Batch([1, 1, 5], [40, 9, 43])
+    batch.max_seq_len = longest
+    layer = Impl(0, plans=False)
+    layer.settings = replace(SETTINGS, min_tokens=44)
+    output = torch.full_like(batch.q, 7.0)
+    layer.forward(None, batch.q, None, None, batch.caches[0], batch, output)
+    assert (output[2:] == STOCK).all()
+    assert (output[:2] == STOCK).all() == stock
+    # Caches that stock attention cannot read stay with ours.
+    layer.stock_reads = False
+    layer.forward(None, batch.q, None, None, batch.caches[0], batch, output)
+    torch.testing.assert_close(output, batch.expected()[0], rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ def attended_tokens(settings: ServingSettings, tokens: int) -> tuple[int, int]:
     page = config.page_size
     pages, selected = -(-tokens // page), tokens
     budget = config.pages_for(pages)
-    if pages > budget:
+    if pages > budget and tokens >= settings.min_tokens:
         last = (tokens - 1) % page + 1 if config.recent_pages else page
         selected = (budget - 1) * page + last
     sparse, planned = settings.layer_counts
@@ -63,10 +63,11 @@ def describe(settings: ServingSettings, longest: int) -> str:
     if config.budget_share:
         pages = f"{config.budget_share:.4g} of all, if more; {pages}"
     sync = ", selection over the heads of all ranks" if settings.sync_heads else ""
+    short = f", all below {settings.min_tokens} tokens" if settings.min_tokens else ""
     return (
         f"dense layers {layer_numbers(config.dense_layers) or 'none'}, "
         f"Δ-layers {layer_numbers(config.delta_layers)}, {config.budget_pages} pages of "
-        f"{config.page_size} tokens ({pages}){sync}; "
+        f"{config.page_size} tokens ({pages}){sync}{short}; "
         f"a step at {longest} tokens attends to {attended / full:.1%} of them"
     )
 

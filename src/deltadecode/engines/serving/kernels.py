@@ -14,7 +14,12 @@ from torch import Tensor
 
 from deltadecode.config import Role
 from deltadecode.engines.serving.settings import ServingSettings
-from deltadecode.engines.serving.step import ForwardPass, find_selection, keep_selection
+from deltadecode.engines.serving.step import (
+    ForwardPass,
+    find_selection,
+    find_short,
+    keep_selection,
+)
 from deltadecode.ops import DecodeInputs, Pointer, is_captured, plan_decode
 
 # Keys and values of a layer's cache: [blocks, block_size, Hkv, D] views, last stride 1.
@@ -113,7 +118,8 @@ class LayerKernels:
             ids, counts = plan.run(
                 q, k_cache, v_cache, block_table, seq_lens, self._sinks, out, forward.scratch
             )
-            keep_selection(forward, self._layer, ids, counts, prompts, idle)
+            short = find_short(self._settings, seq_lens, counts)
+            keep_selection(forward, self._layer, ids, counts, prompts, idle, short)
         else:
             ids, counts = find_selection(forward, self._layer, self._source)
             plan.run(

@@ -14,7 +14,7 @@ from deltadecode.errors import DeltaConfigError
 KEY = "deltadecode"
 OnUnsupported = Literal["error", "stock"]
 _CONFIG_KEYS = tuple(field.name for field in fields(DeltaConfig))
-_OWN_KEYS = ("plan", "sync_heads", "on_unsupported")
+_OWN_KEYS = ("plan", "sync_heads", "on_unsupported", "min_tokens")
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,23 @@ class ServingSettings:
         not of each rank alone; costs a reduction over every token in each Δ-layer.
     on_unsupported : {"error", "stock"}
         What to do with a model that has nothing to plan.
+    min_tokens : int
+        A decode step that sees fewer tokens reads every page: sparsity pays beyond; 0 for none.
     """
 
     config: DeltaConfig
     plan: LayerPlan
     sync_heads: bool = False
     on_unsupported: OnUnsupported = "error"
+    min_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values from which :func:`resolve` makes these settings, with nothing to look up."""
-        own = {"sync_heads": self.sync_heads, "on_unsupported": self.on_unsupported}
+        own = {
+            "sync_heads": self.sync_heads,
+            "on_unsupported": self.on_unsupported,
+            "min_tokens": self.min_tokens,
+        }
         return {**self.config.to_dict(), **own}
 
     @cached_property
@@ -51,12 +58,12 @@ class ServingSettings:
         return sum(role == "sparse" for role in roles), len(self.plan.attention_layers)
 
 
-def own_settings(user_values: object) -> tuple[dict[str, Any], bool, OnUnsupported]:
+def own_settings(user_values: object) -> tuple[dict[str, Any], bool, OnUnsupported, int]:
     """Check the keys that need no model.
 
     ``user_values`` is the object ``deltadecode``, None for none. Returns the fields of a
-    :class:`DeltaConfig` (and perhaps ``plan``), ``sync_heads`` and ``on_unsupported``. Raises
-    DeltaConfigError for an unknown key or a value of a wrong type.
+    :class:`DeltaConfig` (and perhaps ``plan``), ``sync_heads``, ``on_unsupported`` and
+    ``min_tokens``. Raises DeltaConfigError for an unknown key or a value of a wrong type.
     """
     if user_values is None:
         user_values = {}
@@ -75,9 +82,12 @@ def own_settings(user_values: object) -> tuple[dict[str, Any], bool, OnUnsupport
     on_unsupported = values.pop("on_unsupported", "error")
     if on_unsupported not in get_args(OnUnsupported):
         raise DeltaConfigError(f"on_unsupported must be 'error' or 'stock', got {on_unsupported!r}")
+    min_tokens = values.pop("min_tokens", 0)
+    if type(min_tokens) is not int or min_tokens < 0:
+        raise DeltaConfigError(f"min_tokens must be an int of at least 0, got {min_tokens!r}")
     if not isinstance(values.get("plan", ""), str):
         raise DeltaConfigError(f"plan must be the path of a JSON file, got {values['plan']!r}")
-    return values, sync_heads, on_unsupported
+    return values, sync_heads, on_unsupported, min_tokens
 
 
 def resolve(user_values: object, model_config: Any) -> ServingSettings:
@@ -93,7 +103,7 @@ def resolve(user_values: object, model_config: Any) -> ServingSettings:
     UnsupportedModelError
         When the model has nothing to plan (R8).
     """
-    values, sync_heads, on_unsupported = own_settings(user_values)
+    values, sync_heads, on_unsupported, min_tokens = own_settings(user_values)
     path = values.pop("plan", None)
     meta = values.pop("meta", {})
     # Before the model is looked at: a wrong type is the user's mistake whatever the model is.
@@ -103,7 +113,7 @@ def resolve(user_values: object, model_config: Any) -> ServingSettings:
     base = loaded or DeltaConfig.for_model(model_config)
     config = DeltaConfig.from_dict({**asdict(base), **values})
     plan = config.layer_plan(num_layers(text_config(model_config)), layers)
-    return ServingSettings(config, plan, sync_heads, on_unsupported)
+    return ServingSettings(config, plan, sync_heads, on_unsupported, min_tokens)
 
 
 def _defaults(loaded: DeltaConfig | None, values: Mapping[str, Any]) -> dict[str, Any]:

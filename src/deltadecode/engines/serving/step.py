@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from deltadecode.config import Role
@@ -85,7 +86,8 @@ def attend(
     else:
         out, scores = operation(page_size=page_size, return_page_scores=True)
     ids, counts = select_pages(scores, cache.seq_lens, settings.config)
-    keep_selection(forward, layer, ids, counts, prompts, idle)
+    short = find_short(settings, cache.seq_lens, counts)
+    keep_selection(forward, layer, ids, counts, prompts, idle, short)
     return out
 
 
@@ -96,14 +98,32 @@ def keep_selection(
     counts: Tensor,
     prompts: Tensor | None,
     idle: Tensor | None,
+    short: Tensor | None = None,
 ) -> None:
-    """Keep what a Δ-layer has selected; arguments as in :func:`attend`."""
+    """Keep what a Δ-layer has selected; arguments as in :func:`attend`, :func:`find_short`."""
+    if short is not None:
+        counts.masked_fill_(short, -1)
     if prompts is not None:
         flags = prompts[: counts.shape[0]]
         counts.masked_fill_(flags if counts.dim() == 1 else flags[:, None], -1)  # every page
     if idle is not None:
         counts.masked_fill_(idle, 0)
     forward.selections[layer] = ids, counts
+
+
+def find_short(settings: ServingSettings, seq_lens: Tensor, counts: Tensor) -> Tensor | None:
+    """Which decode steps see fewer than ``min_tokens``; shaped like ``counts``, [B] or [B, Q].
+
+    It follows from a row's own length alone, so no row depends on others of its batch (R6). None
+    where nothing is to be changed: padding rows see no tokens, and keep their counts.
+    """
+    if not settings.min_tokens:
+        return None
+    seen = seq_lens
+    if counts.dim() == 2:
+        queries = counts.shape[1]
+        seen = seq_lens[:, None] + torch.arange(1 - queries, 1, device=seq_lens.device)
+    return (seen > 0) & (seen < settings.min_tokens)
 
 
 def find_selection(forward: ForwardPass, layer: int, source: int | None) -> tuple[Tensor, Tensor]:

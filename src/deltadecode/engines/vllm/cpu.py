@@ -36,6 +36,7 @@ class DeltaCPUImpl(DeltaImpl, CPUAttentionBackendImpl):
     """CPU attention, and our own in layers whose cache is plain."""
 
     plans: ClassVar[bool] = False
+    stock_reads: ClassVar[bool] = False
     _plain: bool | None = None
 
     def is_ours(self, layer: Any) -> bool:

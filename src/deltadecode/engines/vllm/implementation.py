@@ -30,6 +30,8 @@ class DeltaImpl:
 
     # Whether decode rows go to planned kernels where these can compute them.
     plans: ClassVar[bool] = True
+    # Whether the stock implementation reads the caches of planned layers.
+    stock_reads: ClassVar[bool] = True
     head_size: int
     scale: float
     logits_soft_cap: float
@@ -98,7 +100,7 @@ class DeltaImpl:
         """
         rows: Rows | None = getattr(attn_metadata, "delta", None)
         stock = super().forward  # type: ignore[misc]
-        if rows is None or not self.is_ours(layer):
+        if rows is None or not self.is_ours(layer) or self._all_short(query, attn_metadata):
             if attn_metadata is None and kv_cache.is_cuda and kv_cache.numel():
                 self._compile_ahead(layer, query, kv_cache)
             stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
@@ -108,6 +110,15 @@ class DeltaImpl:
         if rows.others:
             self.attend_others(layer, query, key, value, kv_cache, attn_metadata, output)
         return output
+
+    def _all_short(self, query: Tensor, attn_metadata: Any) -> bool:
+        """Whether every row reads everything by ``min_tokens``, which stock attention does cheaper.
+
+        vLLM's ``max_seq_len`` is on the CPU, and never less than the longest row. A graph being
+        captured is replayed for longer rows too, so it has no such branch.
+        """
+        short: bool = self.stock_reads and attn_metadata.max_seq_len < self.settings.min_tokens
+        return short and not is_captured(query)
 
     def attend_decode_rows(
         self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor
