@@ -1,6 +1,7 @@
 """The embedded model in vLLM: the tokens that the Transformers integration gives, with one plan."""
 
 import pytest
+from vllm_worker import MODEL
 
 from deltadecode.lab.tasks import is_correct, make_problem
 
@@ -49,6 +50,20 @@ def test_rule10_drafts_change_no_token(work, delta):
     drafting = work(job)
     assert tokens(drafting["rounds"][0]) == tokens(delta)
     assert 100 < drafting["accepted"] < drafting["drafted"]
+
+
+def test_rule10_drafts_of_a_model_change_no_token(work, delta):
+    """Its layers are stock: with full attention of the same model, most drafts are right."""
+    drafting = {
+        "speculative_config": {
+            "method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2,
+        },
+        "disable_log_stats": False,
+    }  # fmt: skip
+    job = {"side": "vllm", "config": CONFIG, "rounds": [REQUESTS[:4]], "engine": drafting}
+    found = work(job)
+    assert tokens(found["rounds"][0]) == tokens(delta)[:4]
+    assert 0.5 * found["drafted"] < found["accepted"] < found["drafted"]
 
 
 def test_the_answers_are_right(delta):
