@@ -43,9 +43,11 @@ class Engine:
             # With it, the second round of a prefill would read nothing.
             enable_prefix_caching=False,
             disable_log_stats=True, enforce_eager=spec["eager"],
-            speculative_config=_make_drafts(spec["drafts"]) if spec["drafts"] else None,
+            speculative_config=_drafting(spec["drafts"]) if spec["drafts"] else None,
             **(ours if spec["plan"] is not None else {}),
         )  # fmt: skip
+        if spec["drafts"]:
+            _draft_always(spec["drafts"])
         self._engine = self._llm.llm_engine
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         self._vocabulary, self._drafts = spec["vocabulary"], spec["drafts"]
@@ -204,11 +206,17 @@ class Engine:
         self._scheduler.schedule = counted
 
 
-def _make_drafts(count: int) -> dict[str, Any]:
+def _drafting(count: int) -> dict[str, Any]:
+    lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    return {"method": "ngram", "num_speculative_tokens": count, **lookup}
+
+
+def _draft_always(count: int) -> None:
     """Have every sequence drafted in every step: weights are random, and repeat nothing.
 
     What a step costs does not depend on how many drafts are accepted.
     """
+    # After the engine has started: on CPUs, vLLM 0.32 does not once numba is loaded.
     from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
     def propose(self: Any, *arguments: Any, **options: Any) -> list[list[int]]:
@@ -216,8 +224,6 @@ def _make_drafts(count: int) -> dict[str, Any]:
         return [[_FIRST_TOKEN] * count if tokens else [] for tokens in sampled]
 
     NgramProposer.propose = propose
-    lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
-    return {"method": "ngram", "num_speculative_tokens": count, **lookup}
 
 
 def _set_environment() -> None:

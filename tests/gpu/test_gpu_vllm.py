@@ -97,6 +97,17 @@ def test_a_budget_that_grows_in_graphs_equals_eager_steps(work):
     assert agreeing(some, others) >= 20
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_rule10_drafts_change_no_answer(work, graphs, eager):
+    n_gram = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    drafting = {"speculative_config": {**n_gram, "num_speculative_tokens": 3}}
+    found = work(config=CONFIG, engine={**drafting, "enforce_eager": eager})[0]
+    # A row of drafts adds up in another order, too: a few near-ties may turn.
+    assert agreeing(graphs, found) >= 18
+    pairs = zip(PROBLEMS, found, strict=True)
+    assert sum(is_correct(problem, each["text"]) for problem, each in pairs) >= 18
+
+
 def test_mixed_batches_chunks_and_prefix_hits(work, graphs):
     requests = [{"prompt": p.prompt} for p in PROBLEMS]
     engine = {"max_num_batched_tokens": 128, "max_num_seqs": 6, "enable_prefix_caching": True}

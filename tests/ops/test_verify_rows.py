@@ -181,11 +181,11 @@ def test_rule6_rows_are_independent_of_their_neighbours(backend):
 
 
 @backends
-@pytest.mark.parametrize(("kv_heads", "group"), [(2, 4), (1, 7), (3, 8)])
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 4), (1, 7)])
 def test_long_rows_of_drafts_agree_with_float64(backend, kv_heads, group):
     """Past every chunk and split of a backend, and in turns where logits do not fit at once."""
     case = verify_case(
-        9, [2305, 4096, 517], 4, page_size=16, pages_per_block=4, kv_heads=kv_heads, group=group,
+        9, [1801, 2048, 517], 4, page_size=16, pages_per_block=4, kv_heads=kv_heads, group=group,
         dim=16, sinks=True,
     )  # fmt: skip
     cfg = DeltaConfig()

@@ -14,6 +14,8 @@ LONE = {
     "prompt": [5 + (7 * place) % 500 for place in range(321)],
     "params": {"logprobs": 5, "max_tokens": 3},
 }  # fmt: skip
+# In the same chunks, three tokens are left: as many as a row has that verifies two drafts.
+FEW = {**LONE, "prompt": [5 + (7 * place) % 500 for place in range(323)]}
 OTHERS = [
     {"prompt": PROBLEMS[0].prompt, "params": {"temperature": 0.9, "top_p": 0.8, "max_tokens": 60}},
     # What facts there may be, the model does not know: its completions differ.
@@ -27,7 +29,7 @@ OTHERS = [
 def alone(work):
     """Each request in an engine that runs one at a time, its prompt in one piece."""
     job = {
-        "side": "vllm", "config": CONFIG, "rounds": [REQUESTS[:ALONE], [LONE]],
+        "side": "vllm", "config": CONFIG, "rounds": [REQUESTS[:ALONE], [LONE], [FEW]],
         "engine": {"max_num_seqs": 1, "enable_prefix_caching": False},
     }  # fmt: skip
     return work(job)["rounds"]
@@ -45,6 +47,20 @@ def crowded(work):
         },
     }  # fmt: skip
     return work(job)
+
+
+@pytest.fixture(scope="module")
+def drafting(work):
+    """The same prompt twice, in an engine whose rows of up to three tokens verify drafts."""
+    n_gram = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    job = {
+        "side": "vllm", "config": CONFIG, "rounds": [[FEW], [FEW]],
+        "engine": {
+            "speculative_config": {**n_gram, "num_speculative_tokens": 2},
+            "max_num_batched_tokens": 64, "block_size": 32, "enable_prefix_caching": True,
+        },
+    }  # fmt: skip
+    return work(job)["rounds"]
 
 
 def tokens(round_):
@@ -69,6 +85,16 @@ def test_the_last_token_of_a_prompt_is_prefill_when_it_comes_alone(alone, crowde
     assert got["cached"] == (0 if round_ == 2 else 320)
     for step, expected in zip(
         got["completions"][0]["logprobs"], alone[1][0]["completions"][0]["logprobs"], strict=True
+    ):
+        assert step == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("round_", [0, 1])
+def test_the_last_tokens_of_a_prompt_are_prefill_and_no_drafts(alone, drafting, round_):
+    got = drafting[round_][0]
+    assert got["cached"] == (0 if round_ == 0 else 320)
+    for step, expected in zip(
+        got["completions"][0]["logprobs"], alone[2][0]["completions"][0]["logprobs"], strict=True
     ):
         assert step == pytest.approx(expected, abs=2e-3)
 

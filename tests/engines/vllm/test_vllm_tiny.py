@@ -35,6 +35,7 @@ RUNS = {
         "model": "gemma", "config": {**SHARED, "dense_layers": [1], "delta_layers": [3, 7]},
     },
     "shared, stock": {"model": "gemma"},
+    "sparse": {"model": "llama", "config": SPARSE, "prompts": [PROMPT]},
     "speculative": {
         "model": "llama", "config": SPARSE, "engine": {"speculative_config": N_GRAM},
         "prompts": [PROMPT],
@@ -86,6 +87,13 @@ def test_rule11_rows_of_drafts_are_counted_as_what_ran(ran):
     # Each draft reads three pages in the sparse layers, which are half of them.
     assert attended < 0.75 * full
     assert run["counted"] == [attended, full]
+
+
+def test_rule10_drafts_change_no_probability(ran):
+    run, expected = ran["speculative"], ran["sparse"]
+    assert run["tokens"] == expected["tokens"]
+    for step, alone in zip(run["logprobs"][0], expected["logprobs"][0], strict=True):
+        assert step == pytest.approx(alone, abs=1e-3)
 
 
 def test_rule11_a_stock_engine_after_one_with_delta_is_not_counted(ran):
