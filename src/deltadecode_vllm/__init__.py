@@ -19,7 +19,17 @@ _WRAPPED = "_deltadecode"
 
 
 def register() -> None:
-    """Put the backend under the name ``CUSTOM``; vLLM may call this many times."""
+    """Put the backend under the name ``CUSTOM``; vLLM may call this many times.
+
+    Where vLLM has not the places to put it, it stays as it is, with a warning.
+    """
+    try:
+        _register()
+    except (ImportError, AttributeError) as error:
+        _warn("not registered, since it does not know this vLLM: %s", error)
+
+
+def _register() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

@@ -91,6 +91,7 @@ def said(folder, tmp_path_factory):
     }
     cases["long window"] = {"config": {}, "engine": _model({"model": "long_window"}, folder)}
     cases["not chosen"] = {"config": {"budget": 3}, "engine": {"chosen": False}}
+    cases["newer vLLM"] = {"config": {}, "engine": {"version": "0.33.0"}}
     cases["fine"] = {"config": {"budget_pages": 32}, "engine": {}}
     done = subprocess.run(
         [sys.executable, str(HERE / "refusal_worker.py"), json.dumps(cases), str(out)],
@@ -123,6 +124,11 @@ def test_a_model_with_nothing_to_plan_is_served_stock_if_told(said):
 
 def test_a_window_that_hides_nothing_is_planned(said):
     code, _, chosen = said["long window"]
+    assert code == 0 and chosen["delta_layers"]
+
+
+def test_a_newer_vllm_with_the_interface_is_started(said):
+    code, _, chosen = said["newer vLLM"]
     assert code == 0 and chosen["delta_layers"]
 
 

@@ -24,9 +24,10 @@ SHARED = {**ALL_PAGES, "dense_layers": [1, 3], "delta_layers": [5]}
 N_GRAM = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2,
 }  # fmt: skip
+BLOCKS = {"block_size": 32, "enable_prefix_caching": True}
 # The last one loads numba, after which vLLM 0.32 starts no other engine in its process on CPUs.
 RUNS = {
-    "stock": {"model": "llama"},
+    "stock": {"model": "llama", "engine": BLOCKS},
     "window": {"model": "phi", "config": {**ALL_PAGES, "on_unsupported": "stock"}},
     "window, sparse": {"model": "phi", "config": SPARSE},
     "window, stock": {"model": "phi"},
@@ -36,7 +37,7 @@ RUNS = {
     },
     "shared, stock": {"model": "gemma"},
     "speculative": {
-        "model": "llama", "config": SPARSE, "engine": {"speculative_config": N_GRAM},
+        "model": "llama", "config": SPARSE, "engine": {**BLOCKS, "speculative_config": N_GRAM},
         "prompts": [PROMPT],
     },
 }  # fmt: skip
@@ -86,6 +87,12 @@ def test_rule11_rows_of_drafts_are_counted_as_what_ran(ran):
     # Each draft reads three pages in the sparse layers, which are half of them.
     assert attended < 0.75 * full
     assert run["counted"] == [attended, full]
+
+
+def test_rule1_blocks_of_a_plan_are_not_those_of_stock_vllm(ran):
+    stock, planned = ran["stock"]["hashes"], ran["speculative"]["hashes"]
+    assert [len(each) for each in (stock[0], planned[0])] == [1, 1]  # a whole block of 60 tokens
+    assert stock[0] != planned[0]
 
 
 def test_rule11_a_stock_engine_after_one_with_delta_is_not_counted(ran):

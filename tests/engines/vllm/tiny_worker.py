@@ -62,6 +62,20 @@ def record_batches(batches):
     return lambda: setattr(Builder, "build", build)
 
 
+def record_hashes(hashes):
+    """Keep the block hashes of each request that a scheduler is given."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    add = Scheduler.add_request
+
+    def recorded(self, request, *args, **kwargs):
+        hashes.append([str(each) for each in request.block_hashes])
+        return add(self, request, *args, **kwargs)
+
+    Scheduler.add_request = recorded
+    return lambda: setattr(Scheduler, "add_request", add)
+
+
 def counted(name):
     from prometheus_client import REGISTRY
 
@@ -86,8 +100,8 @@ def run(job, folder):
         }
     before = counted(job["model"])
     llm = LLM(**engine)
-    batches = []
-    restore = record_batches(batches)
+    batches, hashes = [], []
+    restore = record_batches(batches), record_hashes(hashes)
     params = SamplingParams(
         temperature=0.0, max_tokens=job["max_tokens"], logprobs=3, ignore_eos=True, detokenize=False
     )
@@ -95,7 +109,8 @@ def run(job, folder):
     try:
         outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     finally:
-        restore()
+        for each in restore:
+            each()
     return {
         "tokens": [list(output.token_ids) for output in outputs],
         "logprobs": [
@@ -103,6 +118,7 @@ def run(job, folder):
             for each in outputs
         ],
         "batches": batches,
+        "hashes": hashes,
         "counted": [int(new - old) for new, old in zip(counted(job["model"]), before, strict=True)],
     }
 

@@ -30,20 +30,23 @@ def prepare_engine(vllm_config: Any, usage_context: Any = None) -> None:
 
 
 def prepare_scheduler(scheduler: Any) -> None:
-    """Let a new scheduler count its engine's decode steps."""
+    """Let a new scheduler's engine count its decode steps, and keep its cache apart by the plan."""
+    settings = versions.settings_of(scheduler.vllm_config)
+    versions.salt_requests(scheduler, settings.cache_salt)
     if scheduler.log_stats:
-        metrics.count_steps(scheduler, versions.settings_of(scheduler.vllm_config))
+        metrics.count_steps(scheduler, settings)
 
 
 def _prepare(vllm_config: Any) -> None:
     import vllm
     from vllm.logger import init_logger
+    from vllm.platforms import current_platform
 
     logger = init_logger("vllm.deltadecode")
     additional = vllm_config.additional_config
-    reason = versions.outside_range(vllm.__version__)
-    if reason is not None:
-        raise DeltaConfigError(reason)
+    warning = versions.check_version(vllm.__version__, current_platform.is_cpu())
+    if warning is not None:
+        logger.warning("deltadecode: %s", warning)
     if not isinstance(additional, dict):
         raise DeltaConfigError(f"additional_config must be an object, got {additional!r}")
     try:
