@@ -1,11 +1,6 @@
 """Tiny random models: what a process loads, what is counted, windows and shared caches."""
 
-import json
-import subprocess
-import sys
-
 import pytest
-from conftest import HERE, environment  # of this folder
 
 from deltadecode import DeltaConfig
 from deltadecode.engines.serving.counts import attended_tokens
@@ -31,11 +26,11 @@ RUNS = {
     "window": {"model": "phi", "config": {**ALL_PAGES, "on_unsupported": "stock"}},
     "window, sparse": {"model": "phi", "config": SPARSE},
     "window, stock": {"model": "phi"},
-    "shared": {"model": "gemma", "config": SHARED},
+    "shared": {"model": "gemma3n", "config": SHARED},
     "shared with a Δ-layer": {
-        "model": "gemma", "config": {**SHARED, "dense_layers": [1], "delta_layers": [3, 7]},
+        "model": "gemma3n", "config": {**SHARED, "dense_layers": [1], "delta_layers": [3, 7]},
     },
-    "shared, stock": {"model": "gemma"},
+    "shared, stock": {"model": "gemma3n"},
     "speculative": {
         "model": "llama", "config": SPARSE, "engine": {**BLOCKS, "speculative_config": N_GRAM},
         "prompts": [PROMPT],
@@ -44,22 +39,12 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
+def ran(tiny):
     """Run -> what it gave, all engines one after the other in one process."""
-    folder = tmp_path_factory.mktemp("tiny")
-    job = {
-        "folder": str(folder),
-        "runs": [{"prompts": [PROMPT, OTHER], "max_tokens": 40, **run} for run in RUNS.values()],
+    runs = {
+        name: {"prompts": [PROMPT, OTHER], "max_tokens": 40, **run} for name, run in RUNS.items()
     }
-    (folder / "job.json").write_text(json.dumps(job))
-    with (folder / "log").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, str(HERE / "tiny_worker.py"), "job.json", "out.json"],
-            cwd=folder, stdout=log, stderr=subprocess.STDOUT, timeout=900, env=environment(),
-            check=False,
-        )  # fmt: skip
-    assert done.returncode == 0, (folder / "log").read_text()[-4000:]
-    return dict(zip(RUNS, json.loads((folder / "out.json").read_text()), strict=True))
+    return tiny(runs)
 
 
 def test_a_stock_engine_loads_nothing_of_ours_and_transformers_stays_as_it_is(ran):

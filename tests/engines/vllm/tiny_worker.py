@@ -2,7 +2,10 @@
 
 A job has ``folder`` (for the models) and ``runs``. Each of those makes one engine after the other
 and says what it gave: ``model`` (a name of MODELS), ``config`` (of DELTA; without it the engine is
-stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts`` and ``max_tokens``.
+stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts``, ``max_tokens`` and ``rounds``, how
+often the prompts come. Where ``side`` is "transformers", that integration runs the prompts. With
+``fork`` each run has a process of its own, which need not import vLLM
+again.
 """
 
 import gc
@@ -11,27 +14,10 @@ import os
 import sys
 from pathlib import Path
 
+from tiny_models import MODELS, SHAPE
+
 # The engine core then runs here, where its batches can be seen.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
-SHAPE = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "bos_token_id": 0,
-    "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.4, "tie_word_embeddings": False,
-}  # fmt: skip
-MODELS = {
-    "llama": {"model_type": "llama", "num_hidden_layers": 4},
-    # As Phi-3 and Phi-4 have it: a window on every layer, as long as the longest sequence.
-    "phi": {"model_type": "phi3", "num_hidden_layers": 4, "sliding_window": 256},
-    # Layers 5 and 7 read the cache of layer 3; the even ones slide.
-    "gemma": {
-        "model_type": "gemma3n_text", "num_hidden_layers": 8, "num_kv_shared_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 4, "sliding_window": 16,
-        "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16, "laurel_rank": 8,
-        "activation_sparsity_pattern": [0.0] * 8, "initializer_range": 0.1,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 
 
 def make(name, folder):
@@ -45,6 +31,26 @@ def make(name, folder):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
         model.float().save_pretrained(path)
     return path
+
+
+def run_transformers(job, folder):
+    """Each prompt alone, by the Transformers integration: what else a run gives has no meaning."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import deltadecode as dd
+
+    path = make(job["model"], folder)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    dd.enable(model, dd.DeltaConfig.from_dict(job["config"]))
+    tokens = []
+    for prompt in job["prompts"]:
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=job["max_tokens"], do_sample=False,
+            eos_token_id=None,
+        )  # fmt: skip
+        tokens.append(out[0, len(prompt) :].tolist())
+    return {"tokens": tokens}
 
 
 def record_batches(batches):
@@ -107,10 +113,14 @@ def run(job, folder):
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     try:
-        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        for number in range(job.get("rounds", 1)):
+            # The other way round each time: what came last may be cached still.
+            order = -1 if number % 2 else 1
+            requests = llm.generate(prompts[::order], params, use_tqdm=False)[::order]
     finally:
         for each in restore:
             each()
+    outputs = [request.outputs[0] for request in requests]
     return {
         "tokens": [list(output.token_ids) for output in outputs],
         "logprobs": [
@@ -119,8 +129,15 @@ def run(job, folder):
         ],
         "batches": batches,
         "hashes": hashes,
+        "cached": [request.num_cached_tokens for request in requests],
+        "preempted": total(llm, "vllm:num_preemptions"),
+        "drafted": total(llm, "vllm:spec_decode_num_draft_tokens"),
         "counted": [int(new - old) for new, old in zip(counted(job["model"]), before, strict=True)],
     }
+
+
+def total(llm, name):
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
 def loaded():
@@ -131,14 +148,35 @@ def loaded():
     return {"modules": modules, "delta": "delta" in ALL_ATTENTION_FUNCTIONS}
 
 
+def attempt(job, folder):
+    try:
+        found = (run_transformers if job.get("side") == "transformers" else run)(job, folder)
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    return found | loaded()
+
+
+def in_a_fork(job, folder):
+    path = Path(folder) / "fork.json"
+    path.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        path.write_text(json.dumps(attempt(job, folder)))
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    return json.loads(path.read_text())
+
+
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
+    todo = attempt
+    if job.get("fork"):
+        import vllm.v1.engine.llm_engine  # noqa: F401  once for all
+
+        todo = in_a_fork
     found = []
     for each in job["runs"]:
-        try:
-            found.append(run(each, job["folder"]))
-        except Exception as error:
-            found.append({"error": f"{type(error).__name__}: {error}"})
-        found[-1] |= loaded()
+        found.append(todo(each, job["folder"]))
         Path(sys.argv[2]).write_text(json.dumps(found))
         gc.collect()
