@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import HERE, environment  # of this folder
 
 import deltadecode
+from deltadecode.engines.vllm.checks import check_machine
+from deltadecode.errors import DeltaConfigError
 from deltadecode.lab.tasks import model_path
 
 WORDS = {
@@ -49,8 +52,13 @@ WORDS = {
     ),
     "no stages": (
         {},
-        {"pipeline_parallel_size": 2, "partition": "20,20"},
+        {"pipeline_parallel_size": 2, "variables": {"VLLM_PP_LAYER_PARTITION": "20,20"}},
         "no pipeline stages for 24 layers: sum(partitions)=40",
+    ),
+    "batch invariance": (
+        {},
+        {"variables": {"VLLM_BATCH_INVARIANT": "1"}},
+        "VLLM_BATCH_INVARIANT must be off with DELTA",
     ),
     "old vLLM": ({}, {"version": "0.23.1"}, "works with vLLM 0.24 to 0.32, got 0.23.1"),
 }
@@ -114,6 +122,40 @@ def test_refused_in_one_line(said, case):
     line = stderr.strip().splitlines()[-1]
     assert line.startswith("deltadecode: error: ")
     assert WORDS[case][2] in line
+
+
+def platform(kind, capability=(9, 0)):
+    return SimpleNamespace(
+        is_cpu=lambda: kind == "cpu", is_cuda=lambda: kind == "cuda", device_name=kind,
+        get_device_capability=lambda: capability,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "words"),
+    [
+        (
+            platform("rocm"),
+            "bfloat16",
+            "DELTA runs on CUDA GPUs and on CPUs, and this vLLM on rocm",
+        ),
+        (
+            platform("cuda", (7, 5)),
+            "float16",
+            "compute capability 8.0 or more, got 7.5; vLLM serves",
+        ),
+        (platform("cuda"), "float32", "--dtype must be bfloat16 or float16 with DELTA on a GPU"),
+    ],
+)
+def test_machines_and_types_that_the_stock_backend_lacks_are_refused(machine, dtype, words):
+    with pytest.raises(DeltaConfigError, match=words):
+        check_machine(machine, dtype, batch_invariant=False)
+
+
+def test_machines_that_it_has_are_not():
+    for machine in (platform("cpu"), platform("cuda", None), platform("cuda", (8, 0))):
+        check_machine(machine, "bfloat16", batch_invariant=False)
+    check_machine(platform("cpu"), "float32", batch_invariant=False)
 
 
 def test_a_model_with_nothing_to_plan_is_served_stock_if_told(said):

@@ -1,7 +1,7 @@
 """Shapes of tiny random models of the families that people serve, as Hugging Face configurations.
 
-Every one has three full-attention layers at least, so that one is dense, one a Δ-layer, and one
-sparse.
+Each has three full-attention layers at least, so that one is dense, one a Δ-layer, and one sparse;
+"windows" has none.
 """
 
 SHAPE = {
@@ -12,14 +12,16 @@ SHAPE = {
 ALTERNATE = ["sliding_attention", "full_attention"]
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"] * 3, "num_hidden_layers": 6,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32, "initializer_range": 0.1,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "initializer_range": 0.1,
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MODELS = {
     "llama": {"model_type": "llama", "num_hidden_layers": 4},
     # As Phi-3 and Phi-4 have it: a window on every layer, as long as the longest sequence.
     "phi": {"model_type": "phi3", "num_hidden_layers": 4, "sliding_window": 256},
+    # Nothing to plan.
+    "windows": {"model_type": "mistral", "num_hidden_layers": 4, "sliding_window": 16},
     # Layers 5 and 7 read the cache of layer 3; the even ones slide.
     "gemma3n": {
         "model_type": "gemma3n_text", "num_hidden_layers": 8, "num_kv_shared_layers": 4,
@@ -55,3 +57,4 @@ MODELS = {
         "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
     },
 }  # fmt: skip
+MODELS["gemma4_wide"] = {**MODELS["gemma4"], "global_head_dim": 512}

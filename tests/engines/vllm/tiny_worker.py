@@ -3,9 +3,9 @@
 A job has ``folder`` (for the models) and ``runs``. Each of those makes one engine after the other
 and says what it gave: ``model`` (a name of MODELS), ``config`` (of DELTA; without it the engine is
 stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts``, ``max_tokens`` and ``rounds``, how
-often the prompts come. Where ``side`` is "transformers", that integration runs the prompts. With
-``fork`` each run has a process of its own, which need not import vLLM
-again.
+often the prompts come. With ``lora`` an adapter answers them. Where ``side`` is "transformers",
+that integration runs the prompts. With ``fork`` each run has a process of its own, which need not
+import vLLM again.
 """
 
 import gc
@@ -33,6 +33,30 @@ def make(name, folder):
     return path
 
 
+def make_adapter(path):
+    """Write a random LoRA adapter of a Llama beside it; returns the folder, and what it adds."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = path.with_name(f"{path.name}-adapter")
+    folder.mkdir(exist_ok=True)
+    rank, targets = 8, ("q_proj", "v_proj")
+    generator = torch.Generator().manual_seed(1)
+    weights, added = {}, {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        if name.split(".")[-2] in targets:
+            out, inner = weight.shape
+            b = torch.randn(out, rank, generator=generator) * 0.2
+            a = torch.randn(rank, inner, generator=generator) * 0.2
+            place = "base_model.model." + name.removesuffix(".weight")
+            weights |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+            added[name] = b @ a
+    save_file(weights, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder, added
+
+
 def run_transformers(job, folder):
     """Each prompt alone, by the Transformers integration: what else a run gives has no meaning."""
     import torch
@@ -42,6 +66,11 @@ def run_transformers(job, folder):
 
     path = make(job["model"], folder)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    if job.get("lora"):
+        weights = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, more in make_adapter(path)[1].items():
+                weights[name] += more
     dd.enable(model, dd.DeltaConfig.from_dict(job["config"]))
     tokens = []
     for prompt in job["prompts"]:
@@ -92,9 +121,12 @@ def counted(name):
 
 def run(job, folder):
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
+    path = make(job["model"], folder)
+    adapter = LoRARequest("adapter", 1, str(make_adapter(path)[0])) if job.get("lora") else None
     engine = {
-        "model": str(make(job["model"], folder)), "served_model_name": job["model"],
+        "model": str(path), "enable_lora": adapter is not None, "served_model_name": job["model"],
         "dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "seed": 0,
         "max_model_len": 256, "max_num_seqs": 4, "disable_log_stats": False,
         **job.get("engine", {}),
@@ -116,7 +148,9 @@ def run(job, folder):
         for number in range(job.get("rounds", 1)):
             # The other way round each time: what came last may be cached still.
             order = -1 if number % 2 else 1
-            requests = llm.generate(prompts[::order], params, use_tqdm=False)[::order]
+            requests = llm.generate(prompts[::order], params, use_tqdm=False, lora_request=adapter)[
+                ::order
+            ]
     finally:
         for each in restore:
             each()

@@ -15,15 +15,15 @@ from deltadecode.errors import DeltaConfigError, DeltaDecodeError, UnsupportedMo
 def prepare_engine(vllm_config: Any, usage_context: Any = None) -> None:
     """Check a new engine's configuration, and write the plan into it for the workers.
 
-    A server prints one line and exits with code 2; a program that embeds vLLM gets the exception:
-    DeltaConfigError, UnsupportedModelError or UnsupportedCacheError.
+    ``vllm serve`` and ``vllm run-batch`` print one line and exit with code 2; a program that embeds
+    vLLM gets the exception: DeltaConfigError, UnsupportedModelError or UnsupportedCacheError.
     """
     from vllm.usage.usage_lib import UsageContext
 
     try:
         _prepare(vllm_config)
     except DeltaDecodeError as error:
-        if usage_context is UsageContext.OPENAI_API_SERVER:
+        if usage_context in (UsageContext.OPENAI_API_SERVER, UsageContext.OPENAI_BATCH_RUNNER):
             print(f"deltadecode: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         raise
