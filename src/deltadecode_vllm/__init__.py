@@ -76,7 +76,10 @@ def _check_new_configurations(create: Callable[..., Any]) -> Any:
         vllm_config = create(self, usage_context, *args, **kwargs)
         additional = vllm_config.additional_config
         if is_chosen(vllm_config):
-            import_module(_PLUGIN).prepare_engine(vllm_config, usage_context)
+            if not import_module(_PLUGIN).prepare_engine(vllm_config, usage_context):
+                # Whatever vLLM chooses by the backend is then as without this package.
+                self.attention_backend = self.attention_config.backend = None
+                vllm_config = create(self, usage_context, *args, **kwargs)
         elif isinstance(additional, dict) and KEY in additional:
             _warn("stock attention, since --attention-backend CUSTOM is not given")
         return vllm_config
