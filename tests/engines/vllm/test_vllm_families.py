@@ -22,7 +22,7 @@ PLANS = {
 
 
 # A chunk of Llama 4's attention has whole blocks.
-RUN = {"prompts": PROMPTS, "max_tokens": 40, "engine": {"block_size": 32}}
+RUN = {"prompts": PROMPTS, "max_tokens": 40, "logprobs": None, "engine": {"block_size": 32}}
 # vLLM's linear attention on CPUs takes bfloat16 alone, in which sums in another order turn ties.
 LINEAR = {**RUN, "model": "qwen3_next", "engine": {"dtype": "bfloat16"}}
 WINDOWS = {**RUN, "model": "windows"}

@@ -44,6 +44,7 @@ def cell(features, config=None):
         engine |= FEATURES[feature]
     run = {
         "model": "llama", "prompts": PROMPTS, "max_tokens": 48, "rounds": 2, "engine": engine,
+        "logprobs": None,
     }  # fmt: skip
     return run if config is None else {**run, "config": config}
 

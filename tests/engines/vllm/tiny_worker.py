@@ -3,9 +3,9 @@
 A job has ``folder`` (for the models) and ``runs``. Each of those makes one engine after the other
 and says what it gave: ``model`` (a name of MODELS), ``config`` (of DELTA; without it the engine is
 stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts``, ``max_tokens`` and ``rounds``, how
-often the prompts come. With ``lora`` an adapter answers them. Where ``side`` is "transformers",
-that integration runs the prompts. With ``fork`` each run has a process of its own, which need not
-import vLLM again.
+often the prompts come; with ``logprobs`` null it gives none. With ``lora`` an adapter answers.
+Where ``side`` is "transformers", that integration runs the prompts. With ``fork`` each run has a
+process of its own, which need not import vLLM again.
 """
 
 import gc
@@ -141,8 +141,9 @@ def run(job, folder):
     batches, hashes = [], []
     restore = record_batches(batches), record_hashes(hashes)
     params = SamplingParams(
-        temperature=0.0, max_tokens=job["max_tokens"], logprobs=3, ignore_eos=True, detokenize=False
-    )
+        temperature=0.0, max_tokens=job["max_tokens"], logprobs=job.get("logprobs", 3),
+        ignore_eos=True, detokenize=False,
+    )  # fmt: skip
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     try:
         for number in range(job.get("rounds", 1)):
@@ -158,7 +159,10 @@ def run(job, folder):
     return {
         "tokens": [list(output.token_ids) for output in outputs],
         "logprobs": [
-            [{str(token): entry.logprob for token, entry in step.items()} for step in each.logprobs]
+            [
+                {str(token): entry.logprob for token, entry in step.items()}
+                for step in each.logprobs or ()
+            ]
             for each in outputs
         ],
         "batches": batches,
@@ -206,8 +210,11 @@ if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
     todo = attempt
     if job.get("fork"):
-        import vllm.v1.engine.llm_engine  # noqa: F401  once for all
+        import compressed_tensors  # noqa: F401  once for all, as the others
+        import vllm.v1.engine.llm_engine
+        import vllm.v1.worker.cpu_worker  # noqa: F401
 
+        gc.freeze()  # what is shared is not looked through in every process
         todo = in_a_fork
     found = []
     for each in job["runs"]:
