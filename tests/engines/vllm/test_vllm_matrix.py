@@ -1,7 +1,7 @@
 """What vLLM does beside attention, in combinations: none of it shows in what comes out.
 
-Five engines beside the plainest one have every pair of: prefix caching or not, prompts in chunks or
-not, drafts by n-grams or not, preemption or not.
+The engines have every two of them at once: prefix caching, prompts in chunks, drafts by n-grams,
+preemption.
 """
 
 import pytest
@@ -29,13 +29,12 @@ FEATURES = {
 CELLS = [
     ("prefixes", "chunks", "drafts", "preemption"),
     ("prefixes", "chunks"),
-    ("prefixes", "drafts"),
     ("chunks", "preemption"),
     ("drafts", "preemption"),
 ]
-# Rows of drafts read everything, and so do the tokens of a preempted sequence that come again: what
-# follows them is not what the plan alone would give (R1).
-SPARSE_CELLS = [("prefixes", "chunks")]
+# The tokens of a preempted sequence come again as a prompt, in full attention: what follows them is
+# not what the plan alone would give (R1).
+SPARSE_CELLS = [("prefixes", "chunks"), ("prefixes", "chunks", "drafts")]
 
 
 def cell(features, config=None):

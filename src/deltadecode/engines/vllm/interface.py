@@ -41,6 +41,7 @@ _EVERYWHERE = {
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": ("request",),
     "vllm.v1.engine.output_processor:OutputProcessor.update_scheduler_stats": (),
     "vllm.v1.metrics.stats:SchedulerStats": ("kv_connector_stats",),
+    "vllm.v1.worker.ubatch_utils:UBatchSlice": ("request_slice", "token_slice"),
     "vllm.v1.worker.ubatch_utils:split_attn_metadata": (
         "ubatch_slices",
         "common_attn_metadata",
