@@ -55,6 +55,17 @@ WORDS = {
         {"pipeline_parallel_size": 2, "variables": {"VLLM_PP_LAYER_PARTITION": "20,20"}},
         "no pipeline stages for 24 layers: sum(partitions)=40",
     ),
+    "backend of drafts": (
+        {},
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "attention_backend": "CUSTOM",
+            }
+        },
+        "attention_backend of --speculative-config must be another than CUSTOM",
+    ),
     "batch invariance": (
         {},
         {"variables": {"VLLM_BATCH_INVARIANT": "1"}},

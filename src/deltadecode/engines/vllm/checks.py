@@ -104,6 +104,12 @@ def check_engine(vllm_config: Any, settings: ServingSettings) -> None:
             "--kv-sharing-fast-prefill must be off with DELTA: it runs a prompt's last token as a "
             "decode row in the layers that share a cache"
         )
+    drafts = getattr(vllm_config.speculative_config, "attention_backend", None)
+    if drafts is not None and drafts is vllm_config.attention_config.backend:
+        raise DeltaConfigError(
+            f"attention_backend of --speculative-config must be another than {drafts.name} with "
+            f"DELTA, which plans the model's own layers only; leave it out"
+        )
     parallel = vllm_config.parallel_config
     for name in ("decode", "prefill"):
         size = getattr(parallel, f"{name}_context_parallel_size", 1)
