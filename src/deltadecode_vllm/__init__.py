@@ -19,7 +19,17 @@ _WRAPPED = "_deltadecode"
 
 
 def register() -> None:
-    """Put the backend under the name ``CUSTOM``; vLLM may call this many times."""
+    """Put the backend under the name ``CUSTOM``; vLLM may call this many times.
+
+    Where vLLM has not the places to put it, it stays as it is, with a warning.
+    """
+    try:
+        _register()
+    except (ImportError, AttributeError) as error:
+        _warn("not registered, since it does not know this vLLM: %s", error)
+
+
+def _register() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -66,7 +76,10 @@ def _check_new_configurations(create: Callable[..., Any]) -> Any:
         vllm_config = create(self, usage_context, *args, **kwargs)
         additional = vllm_config.additional_config
         if is_chosen(vllm_config):
-            import_module(_PLUGIN).prepare_engine(vllm_config, usage_context)
+            if not import_module(_PLUGIN).prepare_engine(vllm_config, usage_context):
+                # Whatever vLLM chooses by the backend is then as without this package.
+                self.attention_backend = self.attention_config.backend = None
+                vllm_config = create(self, usage_context, *args, **kwargs)
         elif isinstance(additional, dict) and KEY in additional:
             _warn("stock attention, since --attention-backend CUSTOM is not given")
         return vllm_config

@@ -37,10 +37,9 @@ ENGINE = {
 }
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vllm")
-    # What an installation would have written, so that each process of vLLM finds the plugin.
+def plugin_path(folder):
+    """What to have on the path so that each process of vLLM finds the plugin."""
+    # What an installation would have written.
     info = folder / f"deltadecode-{deltadecode.__version__}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Name: deltadecode\nVersion: {deltadecode.__version__}\n")
@@ -48,7 +47,13 @@ def work(tmp_path_factory):
         "[vllm.general_plugins]\ndeltadecode = deltadecode_vllm:register\n"
     )
     source = Path(deltadecode.__file__).resolve().parents[1]
-    path = os.pathsep.join([str(folder), str(source), os.environ.get("PYTHONPATH", "")])
+    return os.pathsep.join([str(folder), str(source), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm")
+    path = plugin_path(folder)
 
     def run(**job):
         job = {"side": "vllm", "rounds": [[{"prompt": p.prompt} for p in PROBLEMS]], **job}

@@ -77,6 +77,14 @@ def test_rows_of_prompts_are_kept_in_one_place_and_forgotten():
     assert prompts.update(torch.zeros(4, dtype=torch.bool), 3).tolist() == [False] * 6
 
 
+def test_rows_of_prompts_are_allocated_with_the_first_batch(monkeypatch):
+    """What is allocated together with an engine's cache is lost when the engine sleeps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", None)
+        prompts = PromptRows(6, torch.device("cpu"))
+    assert prompts.update(None, 3).tolist() == [False] * 6
+
+
 def test_padding_rows_may_be_missing_from_the_rows_of_prompts():
     prompts = PromptRows(6, torch.device("cpu"))
     # A captured batch of 4 rows, two of them padding.

@@ -72,6 +72,15 @@ def test_resolved_settings_resolve_to_themselves():
     assert resolve(settings.as_dict(), Model()) == settings
 
 
+def test_rule1_the_salt_of_a_cache_is_that_of_the_plan():
+    settings = resolve({"budget_pages": 32}, Model())
+    same = resolve({"budget_pages": 32, "on_unsupported": "stock", "sync_heads": False}, Model())
+    assert settings.cache_salt == same.cache_salt == resolve(same.as_dict(), Model()).cache_salt
+    others = [{"budget_pages": 33}, {"budget_pages": 32, "sync_heads": True}, {"page_size": 8}]
+    salts = {resolve(values, Model()).cache_salt for values in others}
+    assert len(salts | {settings.cache_salt}) == 4
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 17, 95, 96, 97, 111, 112, 113, 1000])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_attended_tokens_equal_a_count_of_the_selected_pages(tokens, share):

@@ -58,3 +58,23 @@ def work(tmp_path_factory):
         return json.loads(out.read_text())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Runs tests/engines/vllm/tiny_worker.py on named runs; returns what each gave, by name."""
+
+    def start(runs, **more):
+        folder = tmp_path_factory.mktemp("tiny")
+        job = {"folder": str(folder), "runs": list(runs.values()), **more}
+        (folder / "job.json").write_text(json.dumps(job))
+        with (folder / "log").open("w") as log:
+            done = subprocess.run(
+                [sys.executable, str(HERE / "tiny_worker.py"), "job.json", "out.json"],
+                cwd=folder, stdout=log, stderr=subprocess.STDOUT, timeout=900,
+                env=environment(), check=False,
+            )  # fmt: skip
+        assert done.returncode == 0, (folder / "log").read_text()[-4000:]
+        return dict(zip(runs, json.loads((folder / "out.json").read_text()), strict=True))
+
+    return start

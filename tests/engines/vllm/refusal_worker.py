@@ -20,8 +20,8 @@ def attempt(case):
         engine["attention_backend"] = "CUSTOM"
     real = vllm.__version__
     vllm.__version__ = engine.pop("version", real)
-    if "partition" in engine:
-        os.environ["VLLM_PP_LAYER_PARTITION"] = engine.pop("partition")
+    variables = engine.pop("variables", {})
+    os.environ.update(variables)
     # As some users do who know that positions reach further.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     stderr = io.StringIO()
@@ -33,7 +33,8 @@ def attempt(case):
         return end.code, stderr.getvalue(), None
     finally:
         vllm.__version__ = real
-        os.environ.pop("VLLM_PP_LAYER_PARTITION", None)
+        for name in variables:
+            del os.environ[name]
     chosen = config.attention_config.backend
     return 0, stderr.getvalue(), config.additional_config["deltadecode"] if chosen else None
 

@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import HERE, environment  # of this folder
 
 import deltadecode
+from deltadecode.engines.vllm.checks import check_machine
+from deltadecode.errors import DeltaConfigError
 from deltadecode.lab.tasks import model_path
 
 WORDS = {
@@ -54,8 +57,24 @@ WORDS = {
     ),
     "no stages": (
         {},
-        {"pipeline_parallel_size": 2, "partition": "20,20"},
+        {"pipeline_parallel_size": 2, "variables": {"VLLM_PP_LAYER_PARTITION": "20,20"}},
         "no pipeline stages for 24 layers: sum(partitions)=40",
+    ),
+    "backend of drafts": (
+        {},
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "attention_backend": "CUSTOM",
+            }
+        },
+        "attention_backend of --speculative-config must be another than CUSTOM",
+    ),
+    "batch invariance": (
+        {},
+        {"variables": {"VLLM_BATCH_INVARIANT": "1"}},
+        "VLLM_BATCH_INVARIANT must be off with DELTA",
     ),
     "old vLLM": ({}, {"version": "0.23.1"}, "works with vLLM 0.24 to 0.32, got 0.23.1"),
 }
@@ -96,6 +115,7 @@ def said(folder, tmp_path_factory):
     }
     cases["long window"] = {"config": {}, "engine": _model({"model": "long_window"}, folder)}
     cases["not chosen"] = {"config": {"budget": 3}, "engine": {"chosen": False}}
+    cases["newer vLLM"] = {"config": {}, "engine": {"version": "0.33.0"}}
     cases["fine"] = {"config": {"budget_pages": 32}, "engine": {}}
     done = subprocess.run(
         [sys.executable, str(HERE / "refusal_worker.py"), json.dumps(cases), str(out)],
@@ -120,6 +140,40 @@ def test_refused_in_one_line(said, case):
     assert WORDS[case][2] in line
 
 
+def platform(kind, capability=(9, 0)):
+    return SimpleNamespace(
+        is_cpu=lambda: kind == "cpu", is_cuda=lambda: kind == "cuda", device_name=kind,
+        get_device_capability=lambda: capability,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "words"),
+    [
+        (
+            platform("rocm"),
+            "bfloat16",
+            "DELTA runs on CUDA GPUs and on CPUs, and this vLLM on rocm",
+        ),
+        (
+            platform("cuda", (7, 5)),
+            "float16",
+            "compute capability 8.0 or more, got 7.5; vLLM serves",
+        ),
+        (platform("cuda"), "float32", "--dtype must be bfloat16 or float16 with DELTA on a GPU"),
+    ],
+)
+def test_machines_and_types_that_the_stock_backend_lacks_are_refused(machine, dtype, words):
+    with pytest.raises(DeltaConfigError, match=words):
+        check_machine(machine, dtype, batch_invariant=False)
+
+
+def test_machines_that_it_has_are_not():
+    for machine in (platform("cpu"), platform("cuda", None), platform("cuda", (8, 0))):
+        check_machine(machine, "bfloat16", batch_invariant=False)
+    check_machine(platform("cpu"), "float32", batch_invariant=False)
+
+
 def test_a_model_with_nothing_to_plan_is_served_stock_if_told(said):
     for case in ("stock if told", "long window, stock if told"):
         code, _, chosen = said[case]
@@ -128,6 +182,11 @@ def test_a_model_with_nothing_to_plan_is_served_stock_if_told(said):
 
 def test_a_window_that_hides_nothing_is_planned(said):
     code, _, chosen = said["long window"]
+    assert code == 0 and chosen["delta_layers"]
+
+
+def test_a_newer_vllm_with_the_interface_is_started(said):
+    code, _, chosen = said["newer vLLM"]
     assert code == 0 and chosen["delta_layers"]
 
 

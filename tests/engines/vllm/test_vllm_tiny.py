@@ -1,11 +1,6 @@
 """Tiny random models: what a process loads, what is counted, windows and shared caches."""
 
-import json
-import subprocess
-import sys
-
 import pytest
-from conftest import HERE, environment  # of this folder
 
 from deltadecode import DeltaConfig
 from deltadecode.engines.serving.counts import attended_tokens
@@ -24,42 +19,33 @@ SHARED = {**ALL_PAGES, "dense_layers": [1, 3], "delta_layers": [5]}
 N_GRAM = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2,
 }  # fmt: skip
+BLOCKS = {"block_size": 32, "enable_prefix_caching": True}
 # The last one loads numba, after which vLLM 0.32 starts no other engine in its process on CPUs.
 RUNS = {
-    "stock": {"model": "llama"},
+    "stock": {"model": "llama", "engine": BLOCKS},
     "window": {"model": "phi", "config": {**ALL_PAGES, "on_unsupported": "stock"}},
     "window, sparse": {"model": "phi", "config": SPARSE},
     "window, stock": {"model": "phi"},
-    "shared": {"model": "gemma", "config": SHARED},
+    "shared": {"model": "gemma3n", "config": SHARED},
     "shared with a Δ-layer": {
-        "model": "gemma", "config": {**SHARED, "dense_layers": [1], "delta_layers": [3, 7]},
+        "model": "gemma3n", "config": {**SHARED, "dense_layers": [1], "delta_layers": [3, 7]},
     },
-    "shared, stock": {"model": "gemma"},
+    "shared, stock": {"model": "gemma3n"},
     "sparse": {"model": "llama", "config": SPARSE, "prompts": [PROMPT]},
     "speculative": {
-        "model": "llama", "config": SPARSE, "engine": {"speculative_config": N_GRAM},
+        "model": "llama", "config": SPARSE, "engine": {**BLOCKS, "speculative_config": N_GRAM},
         "prompts": [PROMPT],
     },
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
+def ran(tiny):
     """Run -> what it gave, all engines one after the other in one process."""
-    folder = tmp_path_factory.mktemp("tiny")
-    job = {
-        "folder": str(folder),
-        "runs": [{"prompts": [PROMPT, OTHER], "max_tokens": 40, **run} for run in RUNS.values()],
+    runs = {
+        name: {"prompts": [PROMPT, OTHER], "max_tokens": 40, **run} for name, run in RUNS.items()
     }
-    (folder / "job.json").write_text(json.dumps(job))
-    with (folder / "log").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, str(HERE / "tiny_worker.py"), "job.json", "out.json"],
-            cwd=folder, stdout=log, stderr=subprocess.STDOUT, timeout=900, env=environment(),
-            check=False,
-        )  # fmt: skip
-    assert done.returncode == 0, (folder / "log").read_text()[-4000:]
-    return dict(zip(RUNS, json.loads((folder / "out.json").read_text()), strict=True))
+    return tiny(runs)
 
 
 def test_a_stock_engine_loads_nothing_of_ours_and_transformers_stays_as_it_is(ran):
@@ -94,6 +80,12 @@ def test_rule10_drafts_change_no_probability(ran):
     assert run["tokens"] == expected["tokens"]
     for step, alone in zip(run["logprobs"][0], expected["logprobs"][0], strict=True):
         assert step == pytest.approx(alone, abs=1e-3)
+
+
+def test_rule1_blocks_of_a_plan_are_not_those_of_stock_vllm(ran):
+    stock, planned = ran["stock"]["hashes"], ran["speculative"]["hashes"]
+    assert [len(each) for each in (stock[0], planned[0])] == [1, 1]  # a whole block of 60 tokens
+    assert stock[0] != planned[0]
 
 
 def test_rule11_a_stock_engine_after_one_with_delta_is_not_counted(ran):

@@ -1,25 +1,62 @@
 """What differs between versions of vLLM."""
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.attention.backends import registry
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.sched import output
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.worker import ubatch_utils
 
 import deltadecode_vllm
 from deltadecode.engines.serving import settings
-from deltadecode.engines.vllm import backend, versions
-from deltadecode.engines.vllm.versions import key_value_views, outside_range
+from deltadecode.engines.vllm import backend, interface, versions
+from deltadecode.engines.vllm.versions import check_version, key_value_views
+from deltadecode.errors import DeltaConfigError
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.32.0+cpu", "0.28.1rc2", "dev"])
 def test_versions_in_range(version):
-    assert outside_range(version) is None
+    assert check_version(version, cpu=True) is None
 
 
-@pytest.mark.parametrize("version", ["0.23.9", "0.33.0", "1.0.0", "0.9.2"])
-def test_versions_out_of_range_are_named_with_the_range(version):
-    assert outside_range(version) == f"deltadecode works with vLLM 0.24 to 0.32, got {version}"
+@pytest.mark.parametrize("version", ["0.23.9", "0.9.2"])
+def test_older_versions_are_refused_with_the_range(version):
+    words = f"deltadecode works with vLLM 0.24 to 0.32, got {version}"
+    with pytest.raises(DeltaConfigError, match=f"^{words}$"):
+        check_version(version, cpu=True)
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "1.0.0rc1"])
+def test_a_newer_version_is_warned_of_and_refused_without_its_interface(version, monkeypatch):
+    words = f"known to work with vLLM 0.24 to 0.32; {version} has the same interface, so it may"
+    assert check_version(version, cpu=True) == words
+    monkeypatch.setattr(ubatch_utils, "split_attn_metadata", lambda slices, common: None)
+    monkeypatch.delattr(EngineCore, "preprocess_add_request")
+    monkeypatch.delattr(output.CachedRequestData, "__annotations__")
+    with pytest.raises(DeltaConfigError) as refused:
+        check_version(version, cpu=True)
+    assert str(refused.value) == (
+        f"deltadecode works with vLLM 0.24 to 0.32, and {version} has no "
+        "req_ids of vllm.v1.core.sched.output.CachedRequestData, "
+        "no num_computed_tokens of vllm.v1.core.sched.output.CachedRequestData, "
+        "no vllm.v1.engine.core.EngineCore.preprocess_add_request, "
+        "no ubatch_slices of vllm.v1.worker.ubatch_utils.split_attn_metadata, "
+        "no common_attn_metadata of vllm.v1.worker.ubatch_utils.split_attn_metadata"
+    )
+
+
+def test_the_installed_version_has_the_interface():
+    """That of GPUs too, as far as it can be imported here."""
+    assert interface.missing(cpu=True) == []
+    assert interface.missing(cpu=False) == []
 
 
 def test_both_cache_layouts_give_the_same_views():
@@ -56,11 +93,51 @@ def test_a_model_state_passes_on_which_rows_belong_to_prompts():
         assert found[2][0]["prefilling"].tolist() == [True] and found[2][1] == {}
 
 
+def block_hashes(plan_salt, user_salt):
+    """Of a request of four blocks, as an engine's core makes them."""
+    scheduler = SimpleNamespace()
+    if plan_salt is not None:
+        versions.salt_requests(scheduler, plan_salt)
+    core = SimpleNamespace(
+        scheduler=scheduler, mm_receiver_cache=None,
+        request_block_hasher=kv_cache_utils.get_request_block_hasher(16, sha256),
+    )  # fmt: skip
+    request = EngineCoreRequest(
+        request_id="0", prompt_token_ids=list(range(64)), mm_features=None,
+        sampling_params=SamplingParams(max_tokens=1), pooling_params=None, arrival_time=0.0,
+        lora_request=None, cache_salt=user_salt, data_parallel_rank=None,
+    )  # fmt: skip
+    made, _ = EngineCore.preprocess_add_request(core, request)
+    assert len(made.block_hashes) == 4
+    return made.block_hashes
+
+
+def test_rule1_the_plan_and_the_user_s_salt_both_enter_every_block_hash():
+    kv_cache_utils.init_none_hash(sha256)
+    before = {user: block_hashes(None, user) for user in (None, "", "u")}
+    plans, users = (None, "one", "other"), (None, "u", "v")
+    found = {(plan, user): block_hashes(plan, user) for plan in plans for user in users}
+    for some, others in combinations(found.values(), 2):
+        assert not set(some) & set(others)
+    assert all(found[plan, user] == block_hashes(plan, user) for plan, user in found)
+    # An engine without a plan in the same process is as it was; an empty salt is none.
+    assert (before[None], before["u"]) == (found[None, None], found[None, "u"])
+    assert before[""] == before[None] and block_hashes("one", "") == found["one", None]
+
+
 def test_the_entry_point_names_what_there_is():
     """It imports nothing of deltadecode, so it has names of its own."""
     assert deltadecode_vllm.KEY == settings.KEY
     module, _, name = deltadecode_vllm.BACKEND_CLASS.rpartition(".")
     assert module == backend.__name__ and hasattr(backend, name)
+
+
+def test_an_unknown_vllm_stays_as_it_is(monkeypatch):
+    monkeypatch.delattr(registry, "register_backend")
+    said = []
+    monkeypatch.setattr(deltadecode_vllm, "_warn", lambda *words: said.append(words))
+    deltadecode_vllm.register()
+    assert "cannot import name 'register_backend'" in str(said[0][1])
 
 
 def test_a_function_is_wrapped_once_and_keeps_its_kind():

@@ -2,7 +2,10 @@
 
 A job has ``folder`` (for the models) and ``runs``. Each of those makes one engine after the other
 and says what it gave: ``model`` (a name of MODELS), ``config`` (of DELTA; without it the engine is
-stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts`` and ``max_tokens``.
+stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts``, ``max_tokens`` and ``rounds``, how
+often the prompts come; with ``logprobs`` null it gives none. With ``lora`` an adapter answers.
+Where ``side`` is "transformers", that integration runs the prompts. With ``fork`` each run has a
+process of its own, which need not import vLLM again.
 """
 
 import gc
@@ -11,27 +14,10 @@ import os
 import sys
 from pathlib import Path
 
+from tiny_models import MODELS, SHAPE
+
 # The engine core then runs here, where its batches can be seen.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
-SHAPE = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "bos_token_id": 0,
-    "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.4, "tie_word_embeddings": False,
-}  # fmt: skip
-MODELS = {
-    "llama": {"model_type": "llama", "num_hidden_layers": 4},
-    # As Phi-3 and Phi-4 have it: a window on every layer, as long as the longest sequence.
-    "phi": {"model_type": "phi3", "num_hidden_layers": 4, "sliding_window": 256},
-    # Layers 5 and 7 read the cache of layer 3; the even ones slide.
-    "gemma": {
-        "model_type": "gemma3n_text", "num_hidden_layers": 8, "num_kv_shared_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 4, "sliding_window": 16,
-        "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16, "laurel_rank": 8,
-        "activation_sparsity_pattern": [0.0] * 8, "initializer_range": 0.1,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 
 
 def make(name, folder):
@@ -45,6 +31,55 @@ def make(name, folder):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
         model.float().save_pretrained(path)
     return path
+
+
+def make_adapter(path):
+    """Write a random LoRA adapter of a Llama beside it; returns the folder, and what it adds."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = path.with_name(f"{path.name}-adapter")
+    folder.mkdir(exist_ok=True)
+    rank, targets = 8, ("q_proj", "v_proj")
+    generator = torch.Generator().manual_seed(1)
+    weights, added = {}, {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        if name.split(".")[-2] in targets:
+            out, inner = weight.shape
+            b = torch.randn(out, rank, generator=generator) * 0.2
+            a = torch.randn(rank, inner, generator=generator) * 0.2
+            place = "base_model.model." + name.removesuffix(".weight")
+            weights |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+            added[name] = b @ a
+    save_file(weights, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder, added
+
+
+def run_transformers(job, folder):
+    """Each prompt alone, by the Transformers integration: what else a run gives has no meaning."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import deltadecode as dd
+
+    path = make(job["model"], folder)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    if job.get("lora"):
+        weights = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, more in make_adapter(path)[1].items():
+                weights[name] += more
+    dd.enable(model, dd.DeltaConfig.from_dict(job["config"]))
+    tokens = []
+    for prompt in job["prompts"]:
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=job["max_tokens"], do_sample=False,
+            eos_token_id=None,
+        )  # fmt: skip
+        tokens.append(out[0, len(prompt) :].tolist())
+    return {"tokens": tokens}
 
 
 def record_batches(batches):
@@ -62,6 +97,20 @@ def record_batches(batches):
     return lambda: setattr(Builder, "build", build)
 
 
+def record_hashes(hashes):
+    """Keep the block hashes of each request that a scheduler is given."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    add = Scheduler.add_request
+
+    def recorded(self, request, *args, **kwargs):
+        hashes.append([str(each) for each in request.block_hashes])
+        return add(self, request, *args, **kwargs)
+
+    Scheduler.add_request = recorded
+    return lambda: setattr(Scheduler, "add_request", add)
+
+
 def counted(name):
     from prometheus_client import REGISTRY
 
@@ -72,9 +121,12 @@ def counted(name):
 
 def run(job, folder):
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
+    path = make(job["model"], folder)
+    adapter = LoRARequest("adapter", 1, str(make_adapter(path)[0])) if job.get("lora") else None
     engine = {
-        "model": str(make(job["model"], folder)), "served_model_name": job["model"],
+        "model": str(path), "enable_lora": adapter is not None, "served_model_name": job["model"],
         "dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "seed": 0,
         "max_model_len": 256, "max_num_seqs": 4, "disable_log_stats": False,
         **job.get("engine", {}),
@@ -86,25 +138,44 @@ def run(job, folder):
         }
     before = counted(job["model"])
     llm = LLM(**engine)
-    batches = []
-    restore = record_batches(batches)
+    batches, hashes = [], []
+    restore = record_batches(batches), record_hashes(hashes)
     params = SamplingParams(
-        temperature=0.0, max_tokens=job["max_tokens"], logprobs=3, ignore_eos=True, detokenize=False
-    )
+        temperature=0.0, max_tokens=job["max_tokens"], logprobs=job.get("logprobs", 3),
+        ignore_eos=True, detokenize=False,
+    )  # fmt: skip
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     try:
-        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        for number in range(job.get("rounds", 1)):
+            # The other way round each time: what came last may be cached still.
+            order = -1 if number % 2 else 1
+            requests = llm.generate(prompts[::order], params, use_tqdm=False, lora_request=adapter)[
+                ::order
+            ]
     finally:
-        restore()
+        for each in restore:
+            each()
+    outputs = [request.outputs[0] for request in requests]
     return {
         "tokens": [list(output.token_ids) for output in outputs],
         "logprobs": [
-            [{str(token): entry.logprob for token, entry in step.items()} for step in each.logprobs]
+            [
+                {str(token): entry.logprob for token, entry in step.items()}
+                for step in each.logprobs or ()
+            ]
             for each in outputs
         ],
         "batches": batches,
+        "hashes": hashes,
+        "cached": [request.num_cached_tokens for request in requests],
+        "preempted": total(llm, "vllm:num_preemptions"),
+        "drafted": total(llm, "vllm:spec_decode_num_draft_tokens"),
         "counted": [int(new - old) for new, old in zip(counted(job["model"]), before, strict=True)],
     }
+
+
+def total(llm, name):
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
 def loaded():
@@ -115,14 +186,38 @@ def loaded():
     return {"modules": modules, "delta": "delta" in ALL_ATTENTION_FUNCTIONS}
 
 
+def attempt(job, folder):
+    try:
+        found = (run_transformers if job.get("side") == "transformers" else run)(job, folder)
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    return found | loaded()
+
+
+def in_a_fork(job, folder):
+    path = Path(folder) / "fork.json"
+    path.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        path.write_text(json.dumps(attempt(job, folder)))
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    return json.loads(path.read_text())
+
+
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
+    todo = attempt
+    if job.get("fork"):
+        import compressed_tensors  # noqa: F401  once for all, as the others
+        import vllm.v1.engine.llm_engine
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+
+        gc.freeze()  # what is shared is not looked through in every process
+        todo = in_a_fork
     found = []
     for each in job["runs"]:
-        try:
-            found.append(run(each, job["folder"]))
-        except Exception as error:
-            found.append({"error": f"{type(error).__name__}: {error}"})
-        found[-1] |= loaded()
+        found.append(todo(each, job["folder"]))
         Path(sys.argv[2]).write_text(json.dumps(found))
         gc.collect()

@@ -1,8 +1,8 @@
 """One engine's work in one process: ``python vllm_worker.py JOB OUT``, both files of JSON.
 
 A job has ``side`` ("vllm" or "transformers"), ``engine`` (arguments of ``vllm.LLM``), ``config``
-(of DELTA), and ``rounds``: lists of requests, each with a ``prompt``, in text or token ids, and
-sampling ``params``.
+(of DELTA), ``sleep`` (whether the engine sleeps after each round), and ``rounds``: lists of
+requests, each with a ``prompt``, in text or token ids, and sampling ``params``.
 """
 
 import json
@@ -61,6 +61,9 @@ def run_vllm(job):
                 for output in outputs
             ]
         )
+        if job.get("sleep"):
+            llm.sleep(level=1)
+            llm.wake_up()
     return {
         "rounds": rounds,
         "preempted": counted(llm, "vllm:num_preemptions"),

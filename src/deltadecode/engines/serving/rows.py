@@ -8,6 +8,7 @@ first in a batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,8 +92,14 @@ class PromptRows:
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self._flags = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._rows, self._device = rows, device
         self.any = False
+
+    @cached_property
+    def _flags(self) -> Tensor:
+        # Not before the first batch: an engine may discard what it allocates together with its
+        # cache (vLLM's sleep mode does), and these would be flags of no batch afterwards.
+        return torch.zeros(self._rows, dtype=torch.bool, device=self._device)
 
     def update(self, prefilling: Tensor | None, count: int) -> Tensor:
         """Set the flags of a batch; nothing goes to the device while no row is flagged.

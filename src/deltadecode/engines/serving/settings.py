@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -50,6 +52,13 @@ class ServingSettings:
             "min_tokens": self.min_tokens,
         }
         return {**self.config.to_dict(), **own}
+
+    @cached_property
+    def cache_salt(self) -> str:
+        """Digest of what decides the keys and values that decoded tokens leave in a cache (R1)."""
+        values = {k: v for k, v in self.as_dict().items() if k != "on_unsupported"}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+        return f"deltadecode-{digest.hexdigest()[:16]}"
 
     @cached_property
     def layer_counts(self) -> tuple[int, int]:

@@ -38,6 +38,35 @@ def find_settings(vllm_config: Any) -> ServingSettings:
     return settings
 
 
+def check_machine(platform: Any, dtype: str, batch_invariant: bool) -> None:
+    """Refuse what vLLM would refuse of the stock backend too late, and what it cannot know.
+
+    ``platform`` is vLLM's, ``dtype`` the model's. Raises DeltaConfigError.
+    """
+    if batch_invariant:
+        raise DeltaConfigError(
+            "VLLM_BATCH_INVARIANT must be off with DELTA: its kernels divide a row by the number "
+            "of rows, so sums may differ in their last bits"
+        )
+    if platform.is_cpu():
+        return
+    if not platform.is_cuda():
+        raise DeltaConfigError(
+            f"DELTA runs on CUDA GPUs and on CPUs, and this vLLM on {platform.device_name}; it "
+            f"serves without --attention-backend CUSTOM"
+        )
+    capability = platform.get_device_capability()
+    if capability is not None and tuple(capability) < (8, 0):
+        raise DeltaConfigError(
+            f"DELTA needs a GPU of compute capability 8.0 or more, got "
+            f"{capability[0]}.{capability[1]}; vLLM serves without --attention-backend CUSTOM"
+        )
+    if dtype not in ("bfloat16", "float16"):
+        raise DeltaConfigError(
+            f"--dtype must be bfloat16 or float16 with DELTA on a GPU, got {dtype}"
+        )
+
+
 def check_engine(vllm_config: Any, settings: ServingSettings) -> None:
     """Refuse what the backend cannot run.
 
@@ -48,13 +77,17 @@ def check_engine(vllm_config: Any, settings: ServingSettings) -> None:
     DeltaConfigError
         For options that divide a sequence or the plan.
     """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    check_machine(current_platform, dtype, envs.VLLM_BATCH_INVARIANT)
     cache = vllm_config.cache_config
     if cache.cache_dtype not in CACHE_DTYPES:
         raise UnsupportedCacheError(
             f"--kv-cache-dtype must be {', '.join(CACHE_DTYPES[:-1])} or {CACHE_DTYPES[-1]} with "
             f"DELTA, got {cache.cache_dtype}"
         )
-    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     if cache.cache_dtype not in ("auto", dtype):
         raise UnsupportedCacheError(
             f"--kv-cache-dtype must be auto or that of the model with DELTA, {dtype}, got "
@@ -70,6 +103,12 @@ def check_engine(vllm_config: Any, settings: ServingSettings) -> None:
         raise DeltaConfigError(
             "--kv-sharing-fast-prefill must be off with DELTA: it runs a prompt's last token as a "
             "decode row in the layers that share a cache"
+        )
+    drafts = getattr(vllm_config.speculative_config, "attention_backend", None)
+    if drafts is not None and drafts is vllm_config.attention_config.backend:
+        raise DeltaConfigError(
+            f"attention_backend of --speculative-config must be another than {drafts.name} with "
+            f"DELTA, which plans the model's own layers only; leave it out"
         )
     parallel = vllm_config.parallel_config
     for name in ("decode", "prefill"):

@@ -12,38 +12,43 @@ from deltadecode.engines.vllm.checks import check_engine, find_settings
 from deltadecode.errors import DeltaConfigError, DeltaDecodeError, UnsupportedModelError
 
 
-def prepare_engine(vllm_config: Any, usage_context: Any = None) -> None:
+def prepare_engine(vllm_config: Any, usage_context: Any = None) -> bool:
     """Check a new engine's configuration, and write the plan into it for the workers.
 
-    A server prints one line and exits with code 2; a program that embeds vLLM gets the exception:
-    DeltaConfigError, UnsupportedModelError or UnsupportedCacheError.
+    Returns whether the engine runs DELTA, and not stock attention as ``on_unsupported`` has it.
+
+    ``vllm serve`` and ``vllm run-batch`` print one line and exit with code 2; a program that embeds
+    vLLM gets the exception: DeltaConfigError, UnsupportedModelError or UnsupportedCacheError.
     """
     from vllm.usage.usage_lib import UsageContext
 
     try:
-        _prepare(vllm_config)
+        return _prepare(vllm_config)
     except DeltaDecodeError as error:
-        if usage_context is UsageContext.OPENAI_API_SERVER:
+        if usage_context in (UsageContext.OPENAI_API_SERVER, UsageContext.OPENAI_BATCH_RUNNER):
             print(f"deltadecode: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         raise
 
 
 def prepare_scheduler(scheduler: Any) -> None:
-    """Let a new scheduler count its engine's decode steps."""
+    """Let a new scheduler's engine count its decode steps, and keep its cache apart by the plan."""
+    settings = versions.settings_of(scheduler.vllm_config)
+    versions.salt_requests(scheduler, settings.cache_salt)
     if scheduler.log_stats:
-        metrics.count_steps(scheduler, versions.settings_of(scheduler.vllm_config))
+        metrics.count_steps(scheduler, settings)
 
 
-def _prepare(vllm_config: Any) -> None:
+def _prepare(vllm_config: Any) -> bool:
     import vllm
     from vllm.logger import init_logger
+    from vllm.platforms import current_platform
 
     logger = init_logger("vllm.deltadecode")
     additional = vllm_config.additional_config
-    reason = versions.outside_range(vllm.__version__)
-    if reason is not None:
-        raise DeltaConfigError(reason)
+    warning = versions.check_version(vllm.__version__, current_platform.is_cpu())
+    if warning is not None:
+        logger.warning("deltadecode: %s", warning)
     if not isinstance(additional, dict):
         raise DeltaConfigError(f"additional_config must be an object, got {additional!r}")
     try:
@@ -54,9 +59,9 @@ def _prepare(vllm_config: Any) -> None:
                 f'{error}; on_unsupported="stock" serves it with stock attention'
             ) from error
         logger.warning("deltadecode: stock attention, since %s", error)
-        vllm_config.attention_config.backend = None
-        return
+        return False
     check_engine(vllm_config, settings)
     additional[KEY] = settings.as_dict()
     logger.info("deltadecode: %s", describe(settings, vllm_config.model_config.max_model_len))
     metrics.install(settings, str(vllm_config.model_config.served_model_name))
+    return True

@@ -13,19 +13,33 @@ import torch
 from torch import Tensor
 
 from deltadecode.engines.serving.settings import KEY, ServingSettings, resolve
+from deltadecode.engines.vllm import interface
+from deltadecode.errors import DeltaConfigError
 from deltadecode_vllm import wrap_once
 
 FIRST, LAST = (0, 24), (0, 32)
 SUPPORTED = f"{FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}"
+_SALT = "deltadecode_salt"
 
 
-def outside_range(version: str) -> str | None:
-    """Why a version of vLLM is not one that the plugin is made for; None when it is."""
+def check_version(version: str, cpu: bool) -> str | None:
+    """What to warn of, with a version of vLLM that is newer than those known to work.
+
+    Raises DeltaConfigError for one that is older, or newer and without what the plugin builds on.
+    A build from source may have no version that says anything.
+    """
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or FIRST <= (int(numbers[1]), int(numbers[2])) <= LAST:
-        # A build from source may have no version that says anything.
+    release = (int(numbers[1]), int(numbers[2])) if numbers else FIRST
+    if release < FIRST:
+        raise DeltaConfigError(f"deltadecode works with vLLM {SUPPORTED}, got {version}")
+    if release <= LAST:
         return None
-    return f"deltadecode works with vLLM {SUPPORTED}, got {version}"
+    lacks = interface.missing(cpu)
+    if lacks:
+        raise DeltaConfigError(
+            f"deltadecode works with vLLM {SUPPORTED}, and {version} has no {', no '.join(lacks)}"
+        )
+    return f"known to work with vLLM {SUPPORTED}; {version} has the same interface, so it may"
 
 
 def settings_of(vllm_config: Any) -> ServingSettings:
@@ -52,6 +66,28 @@ def key_value_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     else:
         k_cache, v_cache = kv_cache.transpose(1, 2).split(head_size, dim=-1)
     return k_cache, v_cache
+
+
+def salt_requests(scheduler: Any, salt: str) -> None:
+    """Put ``salt`` before the cache salt of each request of a scheduler's engine.
+
+    Block hashes begin with it, and so does what KV connectors and offloading look blocks up by. A
+    user's own salt still divides the requests that carry it from others.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(scheduler, _SALT, salt)
+    wrap_once(EngineCore, "preprocess_add_request", _salted)
+
+
+def _salted(preprocess: Callable[..., Any]) -> Any:
+    def preprocess_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        salt = getattr(self.scheduler, _SALT, None)
+        if salt is not None:
+            request.cache_salt = f"{salt}/{request.cache_salt}" if request.cache_salt else salt
+        return preprocess(self, request, *args, **kwargs)
+
+    return preprocess_add_request
 
 
 def rows_after(common: Any, first: int) -> Any:

@@ -1,0 +1,119 @@
+"""vLLM on a GPU: every CUDA graph mode, sleep, and families of models, as on CPUs.
+
+``pytest -m gpu tests/gpu/test_gpu_vllm_modes.py``
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_gpu_vllm import CONFIG, PROBLEMS, agreeing, plugin_path
+from test_gpu_vllm import graphs as graphs  # fixtures of this module too
+from test_gpu_vllm import pytestmark as pytestmark
+from test_gpu_vllm import work as work
+
+WORKER = Path(__file__).parents[1] / "engines" / "vllm" / "tiny_worker.py"
+MODES = ["NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
+PROMPTS = [
+    [5 + 7 * (place % 9) % 50 for place in range(60)],
+    [3 + 11 * place % 59 for place in range(41)],
+]
+SPARSE = {
+    "page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1,
+    "dense_layers": [1], "delta_layers": [3],
+}  # fmt: skip
+ALL_PAGES = {**SPARSE, "budget_pages": 32}
+FAMILIES = ["gpt_oss", "gemma3", "gemma3n", "qwen3_next", "llama4"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_graph_mode_gives_the_same(work, graphs, mode):
+    engine = {"compilation_config": {"cudagraph_mode": mode}}
+    # Sums of bfloat16 in another order may turn one near-tie.
+    assert agreeing(graphs, work(config=CONFIG, engine=engine)[0]) >= 20
+
+
+def test_an_engine_that_has_slept_gives_the_same(work):
+    """Its cache is gone, and so is what else was allocated with it.
+
+    Rows that a stale flag takes for prompts read everything, which shows where a plan starves.
+    """
+    requests = [{"prompt": p.prompt, "params": {"max_tokens": 60}} for p in PROBLEMS]
+    starved = {"page_size": 8, "budget_pages": 2, "recent_pages": 1, "delta_layers": [0]}
+    first, *others = work(
+        config=starved, engine={"enable_sleep_mode": True}, sleep=True,
+        rounds=[requests, requests, requests],
+    )  # fmt: skip
+    for found in others:
+        assert agreeing(first, found) >= 19
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Runs of tiny_worker.py, each in a process of its own: run -> what it gave."""
+    folder = tmp_path_factory.mktemp("tiny")
+    path = plugin_path(folder)
+
+    def run(**job):
+        common = {
+            "prompts": PROMPTS, "max_tokens": 40,
+            "engine": {
+                "dtype": "bfloat16", "enforce_eager": False, "gpu_memory_utilization": 0.1,
+                "kv_cache_memory_bytes": 2**28,
+            },
+        }  # fmt: skip
+        (folder / "job.json").write_text(
+            json.dumps({"folder": str(folder), "runs": [{**common, **job}]})
+        )
+        done = subprocess.run(
+            [sys.executable, str(WORKER), "job.json", "out.json"], cwd=folder,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "WARNING"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+        (found,) = json.loads((folder / "out.json").read_text())
+        return found
+
+    return run
+
+
+def first_tokens(run):
+    """Where sums of bfloat16 turn a near-tie, all that follows differs."""
+    assert "error" not in run, run["error"]
+    return [tokens[:8] for tokens in run["tokens"]]
+
+
+def run_or_skip(tiny, **job):
+    stock = tiny(**job)
+    if "error" in stock:
+        pytest.skip(f"stock vLLM does not run it here: {stock['error'][:200]}")
+    return stock
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_with_every_page_in_the_budget_a_family_is_stock_vllm(tiny, model):
+    stock = run_or_skip(tiny, model=model)
+    everything = tiny(model=model, config=ALL_PAGES)
+    assert first_tokens(everything) == first_tokens(stock)
+    sparse = tiny(model=model, config=SPARSE)
+    assert "error" not in sparse, sparse["error"]
+    assert 0 < sparse["counted"][0] < sparse["counted"][1]
+
+
+def test_an_adapter_with_every_page_in_the_budget_is_stock_vllm(tiny):
+    config = {**ALL_PAGES, "dense_layers": [0], "delta_layers": [1]}
+    stock = tiny(model="llama", lora=True)
+    assert first_tokens(tiny(model="llama", lora=True, config=config)) == first_tokens(stock)
+    assert first_tokens(tiny(model="llama")) != first_tokens(stock)
+
+
+def test_heads_that_the_kernels_do_not_take(tiny):
+    stock = run_or_skip(tiny, model="gemma4_wide")
+    refused = tiny(model="gemma4_wide", config=ALL_PAGES)
+    words = 'got 512 and 2; on_unsupported="stock" serves it with stock attention'
+    assert words in refused["error"]
+    told = tiny(model="gemma4_wide", config={**ALL_PAGES, "on_unsupported": "stock"})
+    assert first_tokens(told) == first_tokens(stock)
