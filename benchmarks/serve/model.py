@@ -1,0 +1,28 @@
+"""The folder that both servers load: a shape without weights, and a tokenizer of plain words."""
+
+import json
+from pathlib import Path
+
+from benchmarks.e2e.shapes import ModelShape
+
+
+def write_model(shape: ModelShape, folder: Path) -> Path:
+    """Write a configuration and a tokenizer; servers make up the weights.
+
+    Each token is a word, so that a prompt of N random tokens is read back as exactly N, and every
+    token that random weights choose can be written.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    shape.write(folder)
+    words = {f"{number:x}": number for number in range(shape.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": shape.positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    return folder
