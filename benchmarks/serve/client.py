@@ -23,11 +23,11 @@ class OutOfTimeError(ClientError):
 
 
 def bench_command(
-    model: Path, port: int, workload: Workload, rate: Rate, per_second: float, result: Path
+    tokenizer: Path, port: int, workload: Workload, rate: Rate, per_second: float, result: Path
 ) -> list[str]:
-    """The command line of one run. ``per_second``: requests; of :class:`Rate` the seed is made."""
+    """The command line of one run, at so many requests a second; ``rate`` chooses the seed."""
     options: dict[str, Any] = {
-        "model": NAME, "tokenizer": model, "host": "127.0.0.1", "port": port,
+        "model": NAME, "tokenizer": tokenizer, "host": "127.0.0.1", "port": port,
         "dataset-name": "random", "random-input-len": workload.prompt,
         "random-output-len": workload.output, "random-prefix-len": workload.prefix,
         "random-range-ratio": 0, "num-prompts": workload.requests,
@@ -46,7 +46,7 @@ def bench_command(
 
 def drive(
     server: Server,
-    model: Path,
+    tokenizer: Path,
     workload: Workload,
     rate: Rate,
     per_second: float,
@@ -56,7 +56,7 @@ def drive(
     """Send a workload to a server, and give what the client and the server say about it."""
     part = (folder / "bench.part").resolve()
     part.unlink(missing_ok=True)
-    command = bench_command(model, server.port, workload, rate, per_second, part)
+    command = bench_command(tokenizer, server.port, workload, rate, per_second, part)
     before = server.metrics()
     text = _run(command, folder, seconds)
     if not server.alive():

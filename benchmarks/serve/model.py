@@ -1,4 +1,4 @@
-"""The folder that both servers load: a shape without weights, and a tokenizer of plain words."""
+"""What both servers load: a shape without weights, and a tokenizer of plain words."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,16 @@ from pathlib import Path
 from benchmarks.e2e.shapes import ModelShape
 
 
-def write_model(shape: ModelShape, folder: Path) -> Path:
-    """Write a configuration and a tokenizer; servers make up the weights.
+def write_tokenizer(shape: ModelShape, folder: Path) -> Path:
+    """Write a tokenizer, to a folder without a model's configuration.
 
     Each token is a word, so that a prompt of N random tokens is read back as exactly N, and every
-    token that random weights choose can be written.
+    token that random weights choose can be written. Beside a configuration, Transformers would make
+    the model's own tokenizer of it.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    shape.write(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     words = {f"{number:x}": number for number in range(shape.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -97,12 +97,20 @@ def _ms(value: float) -> str:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The table for a terminal."""
+    """The table for a terminal: medians of the time per token, and the slowest first tokens."""
     shown = Table(title=f"serve: {result['model']}, {_device(result)}", title_justify="left")
-    for number, name in enumerate(TITLES):
-        shown.add_column(name, justify="right" if number > 1 else "left")
+    for name in ("workload", "rate", "", "stock", "DELTA", "ratio"):
+        shown.add_column(name, justify="right" if name in ("stock", "DELTA", "ratio") else "left")
     for line in result["rows"]:
-        shown.add_row(*cells(line))
+        first = line["workload"], cells(line)[1]
+        for name, key, ratio in (
+            ("tokens/s", "tok_s", "ratio"),
+            ("TTFT p99, ms", "ttft_p99", "ttft_p99_ratio"),
+            ("TPOT p50, ms", "tpot_p50", "tpot_ratio"),
+        ):
+            values = (f"{line[f'{key}_{side}']:,.1f}" for side in ("theirs", "ours"))
+            shown.add_row(*first, name, *values, f"{line[ratio]:.2f}×")
+            first = "", ""
     for what in result["unfinished"]:
         shown.add_row(f"not run: {what}")
     return shown

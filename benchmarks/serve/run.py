@@ -12,7 +12,7 @@ from benchmarks.e2e.measure import DELTA, SIDES, STOCK
 from benchmarks.e2e.shapes import ModelShape
 from benchmarks.report import Progress
 from benchmarks.serve.client import ClientError, OutOfTimeError, drive
-from benchmarks.serve.model import write_model
+from benchmarks.serve.model import write_tokenizer
 from benchmarks.serve.server import NAME, Server
 from benchmarks.serve.workloads import Rate, Workload
 from deltadecode.cli.serve import vllm_command
@@ -21,6 +21,7 @@ from deltadecode.engines.serving.settings import KEY
 from deltadecode.engines.vllm import BACKEND
 from deltadecode.lab.results import result
 
+TOKENIZER = "tokenizer"  # folder in the model's
 _SPARE = 16  # tokens of a sequence beyond the longest request
 _WARM_UP = (16, 512, 16)  # requests, tokens in, tokens out
 
@@ -44,7 +45,8 @@ class LoadOptions:
         """The line that starts a side's server, but for its address."""
         longest = max(one.longest for one in self.workloads) + _SPARE
         line = [
-            *vllm_command(), "serve", str(model), "--served-model-name", NAME,
+            *vllm_command(), "serve", str(model), "--tokenizer", str(model / TOKENIZER),
+            "--served-model-name", NAME,
             "--load-format", "dummy", "--dtype", "bfloat16", "--seed", "0",
             "--max-model-len", str(min(longest, self.shape.positions)),
             "--max-num-seqs", str(max(one.concurrency for one in self.workloads)),
@@ -82,7 +84,8 @@ class Load:
         """
         check_facts(self.options)
         with tempfile.TemporaryDirectory(prefix="deltadecode-") as folder:
-            model = write_model(self.options.shape, Path(folder) / self.options.shape.name)
+            model = self.options.shape.write(Path(folder) / self.options.shape.name)
+            write_tokenizer(self.options.shape, model / TOKENIZER)
             for side in self.options.sides:
                 if self._missing(side) and not self._is_over():
                     self._serve(side, model)
@@ -119,17 +122,26 @@ class Load:
             return
         self._tell(what)
         try:
-            found = drive(server, model, workload, rate, per_second, self.options.raw, self._left())
+            found = drive(
+                server,
+                model / TOKENIZER,
+                workload,
+                rate,
+                per_second,
+                self.options.raw,
+                self._left(),
+            )
         except OutOfTimeError as error:
             self._note(f"{what}: {error}")
             self._end = time.monotonic()
         except ClientError as error:
             self._note(f"{what}: {error}")
         else:
-            shared = {"workload": asdict(workload), "rate": str(rate)}
-            # JSON has no infinity.
-            shared["per_second"] = None if rate.saturates else per_second
-            found = {**shared, **found}
+            found |= {
+                "workload": asdict(workload), "rate": str(rate),
+                # JSON has no infinity.
+                "per_second": None if rate.saturates else per_second,
+            }  # fmt: skip
             write_json(run_file(self.options.raw, server.side, workload, rate), found)
 
     def _missing(self, side: str) -> list[tuple[Workload, Rate]]:

@@ -23,7 +23,7 @@ NAME = "load"  # of the model, in requests
 JIT = "JIT compilation during inference"
 _STOP_S = 60
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-_ERROR = re.compile(r"\b(error|refused|exception)\b", re.IGNORECASE)
+_ERROR = re.compile(r"(error|refused|exception)\b", re.IGNORECASE)
 
 
 class ServerError(RuntimeError):
