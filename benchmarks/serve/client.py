@@ -1,6 +1,7 @@
 """vLLM's own client, ``vllm bench serve``: its command line, and what it measures."""
 
 import json
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,17 +67,22 @@ def drive(
     after = server.metrics()
     measured = json.loads(part.read_text(encoding="utf-8"))
     part.unlink()
-    return {**values(measured), **server_values(before, after)}
+    why = re.search(r"^Error 0: (.*)$", text, re.MULTILINE)
+    return {
+        **values(measured, why[1] if why else "no reason given"),
+        **server_values(before, after),
+    }
 
 
-def values(measured: dict[str, Any]) -> dict[str, Any]:
+def values(measured: dict[str, Any], why: str = "") -> dict[str, Any]:
     """What is kept of a result of ``vllm bench serve``; a ClientError if requests failed.
 
+    ``why`` is what one of them got for an answer.
     ``tok_s`` is output tokens a second; times are in ms.
     """
     completed, wanted = measured["completed"], measured["num_prompts"]
     if completed != wanted:
-        raise ClientError(f"{wanted - completed} of {wanted} requests failed")
+        raise ClientError(f"{wanted - completed} of {wanted} requests failed: {why}")
     kept: dict[str, Any] = {
         "tok_s": measured["output_throughput"],
         "requests_s": measured["request_throughput"],

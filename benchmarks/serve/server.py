@@ -120,6 +120,7 @@ def server_environment(folder: Path) -> dict[str, str]:
     kept.pop("TRITON_INTERPRET", None)
     for name, value in _QUIET.items():
         kept.setdefault(name, value)
+    kept["VLLM_LOGGING_LEVEL"] = "INFO"  # the size of the cache is said there
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
     if not any(plugin.name == "deltadecode" for plugin in plugins):
         kept["PYTHONPATH"] = os.pathsep.join([str(_write_entry_point(folder)), kept["PYTHONPATH"]])

@@ -26,7 +26,7 @@ def benchmark(tmp_path):
             env=environment(PYTHONPATH=path, DELTADECODE_COMMIT="test"),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(done.stdout)
+        return {**json.loads(done.stdout), "said": done.stderr}
 
     return run
 
@@ -52,7 +52,7 @@ def test_a_server_with_delta_under_load(benchmark, tmp_path, monkeypatch):
         "serve", "--shape", "tiny", "--workload", "shared-prefix", "--rate", "inf",
         "--rate", "0.5x", "--raw", tmp_path, *words,
     )  # fmt: skip
-    assert result["unfinished"] == []
+    assert result["unfinished"] == [], result["said"]
     assert [row["per_second"] for row in result["rows"]] == [None, 10.0]
     for row in result["rows"]:
         assert row["output_tokens_ours"] == 6 * 16
