@@ -45,7 +45,7 @@ def serve(
     ] = None,
     raw: Annotated[
         Path, typer.Option(help="Folder of the single runs; a benchmark continues there.")
-    ] = Path("load"),
+    ] = Path("build/load"),
     minutes: Annotated[
         float | None, typer.Option(help="Stop after so long; run again to go on.")
     ] = None,

@@ -26,7 +26,7 @@ def make_options(
     side: str | None = None,
     flags: Sequence[str] = (),
     plan: Path | None = None,
-    raw: Path = Path("load"),
+    raw: Path = Path("build/load"),
     minutes: float | None = None,
 ) -> LoadOptions:
     """Check what was asked for; a ValueError for what cannot be measured."""
