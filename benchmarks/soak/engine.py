@@ -13,6 +13,7 @@ from deltadecode.engines.vllm import BACKEND
 
 _QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 _ABORTED = 1 / 3  # of the requests
+BLOCK = 32  # tokens of a block of the cache; a multiple of what each backend asks for
 _DRAIN_STEPS = 100_000
 
 
@@ -46,7 +47,7 @@ class Engine:
         ours = {"attention_backend": BACKEND, "additional_config": {KEY: spec["plan"]}}
         self._engine = LLM(
             model=spec["model"], dtype=spec["dtype"], seed=0, max_num_seqs=spec["concurrency"],
-            max_model_len=spec["longest"], num_gpu_blocks_override=spec["blocks"],
+            max_model_len=spec["longest"], block_size=BLOCK, num_gpu_blocks_override=spec["blocks"],
             gpu_memory_utilization=spec["memory_share"], enforce_eager=spec["eager"],
             **(ours if spec["plan"] is not None else {}),
         ).llm_engine  # fmt: skip

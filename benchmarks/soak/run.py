@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.command import command_line
 from benchmarks.processes import Process
 from benchmarks.report import Progress
+from benchmarks.soak.engine import BLOCK
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.results import result
 
@@ -23,7 +24,6 @@ _BETWEEN = 500  # requests between two of them, at most
 _ENOUGH = 1000  # requests, to say how much the memory grows
 _FLAT = 0.05  # growth of the memory that is none, of what it was
 _PLAN_PAGE = 8
-_BLOCK = 16  # tokens, at least, of a block of the cache
 # Nats: by less than that, a token may turn to the second one.
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.5}
 
@@ -89,7 +89,7 @@ def make_options(
     if chosen not in _TOLERANCES:
         raise ValueError(f"--dtype must be {' or '.join(_TOLERANCES)}, got {chosen!r}")
     longest = input_len + given["tokens"]
-    if given["blocks"] is not None and given["blocks"] * _BLOCK < longest + _BLOCK:
+    if given["blocks"] is not None and given["blocks"] * BLOCK < longest + BLOCK:
         raise ValueError(
             f"--blocks must hold {longest} tokens of one request, got {given['blocks']}"
         )

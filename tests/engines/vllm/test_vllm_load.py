@@ -67,7 +67,7 @@ def test_a_server_with_delta_under_load(benchmark, tmp_path, monkeypatch):
 
 def test_200_requests_with_a_third_aborted_leave_nothing_behind(benchmark):
     result = benchmark(
-        "soak", "--requests", 200, "--prompts", 16, "--output-len", 16, "--blocks", 20
+        "soak", "--requests", 200, "--prompts", 16, "--output-len", 24, "--blocks", 28
     )
     (row,) = result["rows"]
     assert result["failures"] == []
