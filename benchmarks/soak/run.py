@@ -25,7 +25,7 @@ _ENOUGH = 1000  # requests, to say how much the memory grows
 _FLAT = 0.05  # growth of the memory that is none, of what it was
 _PLAN_PAGE = 8
 # Nats: by less than that, a token may turn to the second one.
-_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.5}
+_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.5}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SoakOptions:
     concurrency: int = 16
     blocks: int | None = None  # of the KV cache; few make the engine preempt
     dtype: str = "float32"
-    tolerance: float = 1e-3
+    tolerance: float = 1e-4
     eager: bool = True
     memory_share: float = 0.85
     seed: int = 0
