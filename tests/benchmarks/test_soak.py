@@ -67,8 +67,8 @@ def test_the_first_other_token_is_found():
 
 
 def test_growth_is_that_after_the_start():
-    assert growth([1, 90, 100, 100, 101, 102, 110, 110], 1000) == 0.1
-    assert growth([1, 90, 100, 100, 101, 102, 110, 110], 999) is None
+    assert growth([1, 50, 80, 90, 100, 100, 110, 110], 1000) == 0.1
+    assert growth([1, 50, 80, 90, 100, 100, 110, 110], 999) is None
 
 
 def test_the_plan_reads_every_page():
