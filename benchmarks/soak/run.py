@@ -197,8 +197,8 @@ def failures(row: dict[str, Any], last: dict[str, Any]) -> list[str]:
 def growth(samples: Sequence[float], requests: int) -> float | None:
     """By what part the memory grew from the third quarter of the samples to the last one.
 
-    None for fewer than 1,000 requests. What is kept for later is made in the first thousands, so the
-    first half says nothing; a leak grows in the last quarter as in any other.
+    None for fewer than 1,000 requests. What is kept for later is made in the first thousands, so
+    the first half says nothing; a leak grows in the last quarter as in any other.
     """
     quarter = len(samples) // 4
     if requests < _ENOUGH or not quarter:
