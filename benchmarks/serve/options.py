@@ -1,0 +1,63 @@
+"""Checks what was asked of the load benchmark."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.command import command_line
+from benchmarks.e2e.measure import SIDES
+from benchmarks.e2e.shapes import find_shape
+from benchmarks.serve.run import LoadOptions
+from benchmarks.serve.workloads import find_workloads, parse_rates
+from deltadecode.config import DeltaConfig
+
+_TAKEN = ("--host", "--port", "--attention-backend", "--additional-config", "--served-model-name")
+
+
+def make_options(
+    *,
+    shape: str = "r1-1.5b",
+    names: Sequence[str] = (),
+    rates: Sequence[str] = (),
+    requests: int | None = None,
+    concurrency: int | None = None,
+    input_len: int | None = None,
+    output_len: int | None = None,
+    prefix_len: int | None = None,
+    side: str | None = None,
+    flags: Sequence[str] = (),
+    plan: Path | None = None,
+    raw: Path = Path("build/load"),
+    minutes: float | None = None,
+) -> LoadOptions:
+    """Check what was asked for; a ValueError for what cannot be measured."""
+    model = find_shape(shape)
+    workloads = find_workloads(
+        names, requests=requests, concurrency=concurrency, input_len=input_len,
+        output_len=output_len, prefix_len=prefix_len,
+    )  # fmt: skip
+    for one in workloads:
+        if one.longest > model.positions:
+            raise ValueError(
+                f"{one.name} has {one.longest} tokens, but {model.name} takes {model.positions}"
+            )
+    if side is not None and side not in SIDES:
+        raise ValueError(f"--side must be {' or '.join(SIDES)}, got {side!r}")
+    for flag in flags:
+        if flag.partition("=")[0].replace("_", "-") in _TAKEN:
+            raise ValueError(f"--server-flag must leave {flag.partition('=')[0]} to the benchmark")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {minutes:g}")
+    if raw.exists() and not raw.is_dir():
+        raise ValueError(f"--raw must be a folder, got {str(raw)!r}")
+    cfg = model.plan if plan is None else DeltaConfig.load(plan)
+    cfg.layer_plan(model.layers)
+    command = command_line(
+        "serve", shape=shape, workload=list(names), rate=list(rates), requests=requests,
+        concurrency=concurrency, input_len=input_len, output_len=output_len,
+        prefix_len=prefix_len, server_flag=[" ".join(flags)] if flags else [], plan=plan,
+    )  # fmt: skip
+    return LoadOptions(
+        shape=model, plan=cfg, workloads=workloads, rates=parse_rates(rates), raw=raw,
+        flags=tuple(flags), sides=SIDES if side is None else (side,), minutes=minutes,
+        command=command,
+    )  # fmt: skip

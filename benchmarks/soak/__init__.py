@@ -1,0 +1,1 @@
+"""Many requests, a third of them aborted: ``python -m benchmarks.soak``."""
