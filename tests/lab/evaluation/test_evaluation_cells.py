@@ -83,7 +83,7 @@ def test_an_ablation_starts_from_the_plan(name):
         for cell, policy in zip(cells[1:], made, strict=True)
         if replace(policy.cfg, budget_pages=plan.budget_pages) == plan
         and (getattr(policy, "heads", "max"), getattr(policy, "per_layer", 0)) == ("max", 0)
-        and getattr(policy, "refresh", 1) == 1
+        and (getattr(policy, "refresh", 1), getattr(policy, "accumulate", 0)) == (1, 0)
     ]
     assert unchanged and set(unchanged) == {"delta"}, "one name, so that samples are shared"
 

@@ -168,9 +168,9 @@ def test_scores_without_the_sink_let_every_head_speak():
         ])[None, None]  # fmt: skip
 
     view = View(torch.zeros(1, dtype=torch.int64), torch.tensor([9]), 10, 0, False)
-    assert policy._choose(Attention, view).nonzero()[:, 1].tolist() == [0, 2, 4]
+    assert policy._choose(Attention, view).nonzero()[:, 2].tolist() == [0, 2, 4]
     plain = super(DeltaSinkless, policy)._choose(Attention, view)
-    assert plain.nonzero()[:, 1].tolist() == [0, 1, 4]
+    assert plain.nonzero()[:, 2].tolist() == [0, 1, 4]
 
 
 def test_treatments_take_the_first_pages_and_a_control():

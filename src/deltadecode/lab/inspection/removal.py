@@ -78,7 +78,7 @@ class DeltaWithout(DeltaVariant):
         for page in self.hidden:
             if page < chosen.shape[1]:
                 chosen[:, page] &= newest == page
-        return chosen
+        return chosen[:, None]
 
 
 class DeltaSinkless(DeltaVariant):
@@ -95,9 +95,10 @@ class DeltaSinkless(DeltaVariant):
         weights = attention.weights.masked_fill((view.position == 0)[:, None, None], 0.0)
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
         scores = page_sums(weights.amax(dim=(1, 2)), view, cfg.page_size)
-        return choose_pages(
+        chosen = choose_pages(
             scores, view, cfg.page_size, cfg.budget_pages, cfg.recent_pages, cfg.sink_pages
         )
+        return chosen[:, None]
 
 
 class FullWithout(MaskedPolicy):
