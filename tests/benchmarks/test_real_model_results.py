@@ -83,3 +83,18 @@ def test_the_readme_says_what_the_files_do():
         f"{means['calibrated']['kl']:.3f}",
     ):
         assert part in text, part
+
+
+def test_what_a_calibration_on_a_cpu_took_and_found():
+    name = "calibration-20261128-smollm2-cpu.json"
+    result, text = read(name), " ".join(page("docs/calibration.md").split())
+    assert result["machine"]["cores"] == 2 and not result["machine"]["gpus"]
+    means = result["means"]
+    for words in (
+        name,
+        f"{result['seconds']:.0f} seconds and {result['peak_mib']:,} MiB",
+        f"Δ-layers {' '.join(map(str, result['plan']['delta_layers']))} and a KL of "
+        f"{means['calibrated']['kl']:.4f} on the same texts",
+        f"the guessed plan has {means['guessed']['kl']:.4f} there",
+    ):
+        assert words in text, words
