@@ -16,7 +16,7 @@ from deltadecode.lab.rows import RowsText
 CONTEXTS, ROWS, BUDGET = (4000, 6000), 128, 512
 PLAN = "recent_pages=8:sink_pages=1:dense_layers=0+1:delta_layers=2+7+12+17+23"
 POLICIES = (f"delta:{PLAN}", "oracle", "quest-kv", "streaming")
-_OTHER = "delta:dense_layers=0+:delta_layers=1+"
+_OTHER = "delta:recent_pages=0:sink_pages=0:dense_layers=0+:delta_layers=1+"
 _PEER = "one step after the other"
 
 
