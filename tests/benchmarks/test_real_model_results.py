@@ -98,3 +98,17 @@ def test_what_a_calibration_on_a_cpu_took_and_found():
         f"the guessed plan has {means['guessed']['kl']:.4f} there",
     ):
         assert words in text, words
+
+
+def test_how_much_faster_rows_at_once_are():
+    text = " ".join(page("docs/accuracy.md").split())
+    ratios = {}
+    for row in read("eval-20261128-rows.json")["rows"]:
+        ratios.setdefault(row["case"].partition(",")[0], []).append(f"{row['ratio']:.0f}")
+    for name, words in (
+        ("delta", "took {} and {} times less time with DELTA"),
+        ("quest", "{} and {} times with Quest"),
+        ("oracle", "{} and {} times with the oracle"),
+        ("streaming", "{} and {} times with StreamingLLM"),
+    ):
+        assert words.format(*ratios[name]) in text, name
