@@ -37,7 +37,7 @@ def serve(
     server_flag: Annotated[
         list[str] | None,
         typer.Option(
-            help="Flags of both servers, such as '--kv-cache-dtype fp8'; repeatable.",
+            help="Flags of both servers, such as '--max-num-seqs 128'; repeatable.",
         ),
     ] = None,
     plan: Annotated[
