@@ -51,10 +51,9 @@ def run_rows(
         start = time.monotonic()
         text = RowsText.prepare(model, ids, context)
         prepare = time.monotonic() - start
-        for spec in (*policies, _OTHER):  # warm up
-            # Not with the plan that is timed: a text keeps states of the plans that it has seen.
-            if spec.partition(":")[0] != "delta" or spec == _OTHER:
-                text.log_probs(model, make_policy(spec, model, budget))
+        # Warm up. Not with a plan that is timed: a text keeps states of the plans that it has seen.
+        for spec in (_OTHER, *(each for each in policies if not each.startswith("delta"))):
+            text.log_probs(model, make_policy(spec, model, budget))
         for number, spec in enumerate(policies, 1):
             policy = make_policy(spec, model, budget)
             progress(f"context {context}: {policy.name}", (done + number) / total)

@@ -17,7 +17,6 @@ from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.serving.step import (
     ForwardPass,
     find_selection,
-    find_short,
     keep_selection,
 )
 from deltadecode.ops import DecodeInputs, Pointer, is_captured, plan_decode
@@ -118,8 +117,9 @@ class LayerKernels:
             ids, counts = plan.run(
                 q, k_cache, v_cache, block_table, seq_lens, self._sinks, out, forward.scratch
             )
-            short = find_short(self._settings, seq_lens, counts)
-            keep_selection(forward, self._layer, ids, counts, prompts, idle, short)
+            keep_selection(
+                self._settings, forward, self._layer, ids, counts, seq_lens, prompts, idle
+            )
         else:
             ids, counts = find_selection(forward, self._layer, self._source)
             plan.run(

@@ -86,21 +86,25 @@ def attend(
     else:
         out, scores = operation(page_size=page_size, return_page_scores=True)
     ids, counts = select_pages(scores, cache.seq_lens, settings.config)
-    short = find_short(settings, cache.seq_lens, counts)
-    keep_selection(forward, layer, ids, counts, prompts, idle, short)
+    keep_selection(settings, forward, layer, ids, counts, cache.seq_lens, prompts, idle)
     return out
 
 
 def keep_selection(
+    settings: ServingSettings,
     forward: ForwardPass,
     layer: int,
     ids: Tensor,
     counts: Tensor,
+    seq_lens: Tensor,
     prompts: Tensor | None,
     idle: Tensor | None,
-    short: Tensor | None = None,
 ) -> None:
-    """Keep what a Δ-layer has selected; arguments as in :func:`attend`, :func:`find_short`."""
+    """Keep what a Δ-layer has selected, with every page for those that read all (R1).
+
+    Arguments are as in :func:`attend`.
+    """
+    short = _find_short(settings, seq_lens, counts)
     if short is not None:
         counts.masked_fill_(short, -1)
     if prompts is not None:
@@ -111,7 +115,7 @@ def keep_selection(
     forward.selections[layer] = ids, counts
 
 
-def find_short(settings: ServingSettings, seq_lens: Tensor, counts: Tensor) -> Tensor | None:
+def _find_short(settings: ServingSettings, seq_lens: Tensor, counts: Tensor) -> Tensor | None:
     """Which decode steps see fewer than ``min_tokens``; shaped like ``counts``, [B] or [B, Q].
 
     It follows from a row's own length alone, so no row depends on others of its batch (R6). None
