@@ -10,7 +10,9 @@ from deltadecode.cli.output import BadInput
 
 
 def e2e(
-    shape: Annotated[str, typer.Option(help="Model: r1-1.5b, qwen3-8b or tiny.")] = "r1-1.5b",
+    shape: Annotated[
+        str, typer.Option(help="Model: r1-1.5b, qwen3-8b, smollm2 or tiny.")
+    ] = "r1-1.5b",
     workload: Annotated[
         list[str] | None,
         typer.Option(help="headline, step, short, prefill or profile; repeatable; default: all."),

@@ -15,7 +15,7 @@ class ModelShape:
     """What a model's speed depends on, and the plan that it is measured with."""
 
     name: str  # as --shape takes it
-    architecture: str  # Qwen2 or Qwen3
+    architecture: str  # Llama, Qwen2 or Qwen3
     layers: int
     hidden: int
     intermediate: int
@@ -33,8 +33,8 @@ class ModelShape:
         """Weights of the model, embedding and output matrix not shared."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         # Qwen2 has biases on queries, keys and values; Qwen3 norms of queries and keys instead.
-        extra = queries + 2 * keys if self.architecture == "Qwen2" else 2 * self.head_dim
-        attention = self.hidden * (2 * queries + 2 * keys) + extra
+        extras = {"Llama": 0, "Qwen2": queries + 2 * keys, "Qwen3": 2 * self.head_dim}
+        attention = self.hidden * (2 * queries + 2 * keys) + extras[self.architecture]
         layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return self.layers * layer + 2 * self.vocabulary * self.hidden + self.hidden
 
@@ -52,7 +52,7 @@ class ModelShape:
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
             "vocab_size": self.vocabulary, "max_position_embeddings": self.positions,
-            "rope_theta": 10000.0 if self.architecture == "Qwen2" else 1000000.0,
+            "rope_theta": 1000000.0 if self.architecture == "Qwen3" else 10000.0,
             "rms_norm_eps": 1e-6, "hidden_act": "silu", "use_sliding_window": False,
             "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
         }  # fmt: skip
@@ -77,6 +77,11 @@ _SHAPES = (
         heads=32, kv_heads=8, head_dim=128, vocabulary=151936, positions=40960,
         plan=DeltaConfig(sink_pages=0, delta_layers=(2, 18, 28)),
         plan_note="the proportions of the plan for 28 layers; not calibrated",
+    ),
+    ModelShape(
+        name="smollm2", architecture="Llama", layers=30, hidden=576, intermediate=1536,
+        heads=9, kv_heads=3, head_dim=64, vocabulary=49152, positions=8192,
+        plan=DeltaConfig(), plan_note="the default plan",
     ),
     ModelShape(
         name="tiny", architecture="Qwen2", layers=6, hidden=128, intermediate=128,

@@ -14,7 +14,9 @@ Count = Annotated[int | None, typer.Option(min=1, help="Instead of the workload'
 
 
 def serve(
-    shape: Annotated[str, typer.Option(help="Model: r1-1.5b, qwen3-8b or tiny.")] = "r1-1.5b",
+    shape: Annotated[
+        str, typer.Option(help="Model: r1-1.5b, qwen3-8b, smollm2 or tiny.")
+    ] = "r1-1.5b",
     workload: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,6 +51,10 @@ def serve(
     minutes: Annotated[
         float | None, typer.Option(help="Stop after so long; run again to go on.")
     ] = None,
+    start_together: Annotated[
+        bool,
+        typer.Option("--start-together", help="Start both at once, and let both live."),
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing; make the result from the runs.")
     ] = False,
@@ -66,8 +72,9 @@ def serve(
     """Put load on real servers: vllm serve, stock and with DELTA, by vLLM's own bench serve.
 
     Random weights in the shape of a known model. One server after the other, each with all
-    workloads and rates. Every run is a file in --raw, and a benchmark that was stopped goes on from
-    there; a result has the runs that are there for both servers.
+    workloads and rates; or both alive, and each run first on stock and then with DELTA. Every run
+    is a file in --raw, and a benchmark that was stopped goes on from there; a result has the runs
+    that are there for both servers.
     """
     with cli.checking(out, tag):
         from benchmarks.e2e.run import has_vllm
@@ -84,6 +91,7 @@ def serve(
             shape=shape, names=workload or [], rates=rate or [], requests=requests,
             concurrency=concurrency, input_len=input_len, output_len=output_len,
             prefix_len=prefix_len, side=side, plan=plan, raw=raw, minutes=minutes,
+            start_together=start_together,
             flags=[word for text in server_flag or [] for word in shlex.split(text)],
         )  # fmt: skip
         if not report:

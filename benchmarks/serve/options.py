@@ -28,6 +28,7 @@ def make_options(
     plan: Path | None = None,
     raw: Path = Path("build/load"),
     minutes: float | None = None,
+    start_together: bool = False,
 ) -> LoadOptions:
     """Check what was asked for; a ValueError for what cannot be measured."""
     model = find_shape(shape)
@@ -55,9 +56,10 @@ def make_options(
         "serve", shape=shape, workload=list(names), rate=list(rates), requests=requests,
         concurrency=concurrency, input_len=input_len, output_len=output_len,
         prefix_len=prefix_len, server_flag=[" ".join(flags)] if flags else [], plan=plan,
+        start_together=start_together,
     )  # fmt: skip
     return LoadOptions(
         shape=model, plan=cfg, workloads=workloads, rates=parse_rates(rates), raw=raw,
         flags=tuple(flags), sides=SIDES if side is None else (side,), minutes=minutes,
-        command=command,
+        start_together=start_together, command=command,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Both servers in turn, each with all of its workloads and rates, in a folder of single runs."""
+"""Both servers, each with all workloads and rates, in a folder of single runs."""
 
 import json
 import tempfile
@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.e2e.measure import DELTA, SIDES, STOCK
 from benchmarks.e2e.shapes import ModelShape
+from benchmarks.e2e.workloads import BLOCK
 from benchmarks.report import Progress
 from benchmarks.serve.client import ClientError, OutOfTimeError, drive
 from benchmarks.serve.model import write_tokenizer
@@ -23,6 +24,8 @@ from deltadecode.lab.results import result
 
 TOKENIZER = "tokenizer"  # folder in the model's
 _SPARE = 16  # tokens of a sequence beyond the longest request
+# Two servers leave room for graphs and for what a process takes outside of its share.
+_SHARE_OF_TWO = 0.42
 _WARM_UP = (16, 512, 16)  # requests, tokens in, tokens out
 
 
@@ -38,6 +41,7 @@ class LoadOptions:
     flags: Sequence[str] = ()  # of both servers, besides those that it needs
     sides: Sequence[str] = SIDES
     minutes: float | None = None
+    start_together: bool = False  # both live, with caches of just the size that is needed
     start_minutes: float = 10.0  # for a server's start
     command: str = "python -m benchmarks.serve"
 
@@ -54,10 +58,18 @@ class LoadOptions:
         ]  # fmt: skip
         if self.shape.eager:
             line.append("--enforce-eager")
+        if self.start_together:
+            line += ["--gpu-memory-utilization", str(_SHARE_OF_TWO)]
+            # Else a server takes what is free, less what it sees taken while it starts.
+            line += ["--kv-cache-memory-bytes", str(self._kv_bytes())]
         if side == DELTA:
             settings = json.dumps({KEY: self.plan.to_dict()})
             line += ["--attention-backend", BACKEND, "--additional-config", settings]
         return [*line, *self.flags]
+
+    def _kv_bytes(self) -> int:
+        # vLLM keeps a block to itself.
+        return self.shape.kv_bytes * (BLOCK + max(one.kv_tokens for one in self.workloads))
 
     def runs(self) -> list[tuple[Workload, Rate]]:
         """All runs of a side, in order."""
@@ -86,28 +98,38 @@ class Load:
         with tempfile.TemporaryDirectory(prefix="deltadecode-") as folder:
             model = self.options.shape.write(Path(folder) / self.options.shape.name)
             write_tokenizer(self.options.shape, model / TOKENIZER)
-            for side in self.options.sides:
-                if self._missing(side) and not self._is_over():
-                    self._serve(side, model)
+            groups = [[side] for side in self.options.sides]
+            for sides in [[*self.options.sides]] if self.options.start_together else groups:
+                sides = [side for side in sides if self._missing(side)]
+                if sides and not self._is_over():
+                    self._serve(sides, model)
         return not unfinished(self.options)
 
-    def _serve(self, side: str, model: Path) -> None:
+    def _serve(self, sides: Sequence[str], model: Path) -> None:
         options = self.options
-        self._tell(f"starting {side}")
-        server = Server(side, options.server_command(side, model), options.raw)
+        servers: list[Server] = []
         try:
-            start_s = server.wait(min(60 * options.start_minutes, self._left() or 1e9))
-            server.warm_up(*self._warm_up())
-            for workload, rate in self._missing(side):
-                if self._is_over():
-                    break
-                self._measure(server, model, workload, rate)
-                if not server.alive():
-                    raise server.failure("went away under load")
-            facts = {**server.facts(), "start_s": round(start_s, 1)}
-            write_json(options.raw / f"{side}-server.json", facts)
+            for side in sides:
+                self._tell(f"starting {side}")
+                servers.append(Server(side, options.server_command(side, model), options.raw))
+            start_s = {}
+            for server in servers:
+                seconds = server.wait(min(60 * options.start_minutes, self._left() or 1e9))
+                start_s[server.side] = round(seconds, 1)
+            for server in servers:
+                server.warm_up(*self._warm_up())
+            for run in options.runs():
+                for server in servers:
+                    if run in self._missing(server.side) and not self._is_over():
+                        self._measure(server, model, *run)
+                        if not server.alive():
+                            raise server.failure("went away under load")
+            for server in servers:
+                facts = {**server.facts(), "start_s": start_s[server.side]}
+                write_json(options.raw / f"{server.side}-server.json", facts)
         finally:
-            server.stop()
+            for server in servers:
+                server.stop()
 
     def _warm_up(self) -> tuple[int, int, int]:
         requests, tokens, output = _WARM_UP
@@ -206,9 +228,9 @@ def check_facts(options: LoadOptions) -> None:
         return
     known = _compared(read_facts(options.raw))
     for name, value in _compared(facts).items():
-        if known[name] != value:
+        if known.get(name) != value:
             raise ValueError(
-                f"{str(options.raw)!r} has runs with {name} {known[name]!r}, got {value!r}; "
+                f"{str(options.raw)!r} has runs with {name} {known.get(name)!r}, got {value!r}; "
                 "take another folder"
             )
 
@@ -226,8 +248,8 @@ def _facts(options: LoadOptions) -> dict[str, Any]:
     known = result("serve", "", [])
     return {
         "model": options.shape.name, "plan": options.plan.to_dict(),
-        "flags": list(options.flags), "commit": known["commit"],
-        "machine": known["machine"], "versions": known["versions"],
+        "flags": list(options.flags), "start_together": options.start_together,
+        "commit": known["commit"], "machine": known["machine"], "versions": known["versions"],
     }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.e2e.workloads import BLOCK
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -22,6 +24,11 @@ class Workload:
     def longest(self) -> int:
         """Tokens of a request at its end."""
         return self.prefix + self.prompt + self.output
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache has to hold at once, with a block's rest for each request."""
+        return self.prefix + self.concurrency * (self.prompt + self.output + BLOCK)
 
     @property
     def case(self) -> str:

@@ -45,7 +45,9 @@ def commands(tmp_path):
 # Shapes
 
 
-@pytest.mark.parametrize(("name", "billions"), [("r1-1.5b", 1.777), ("qwen3-8b", 8.191)])
+@pytest.mark.parametrize(
+    ("name", "billions"), [("r1-1.5b", 1.777), ("qwen3-8b", 8.191), ("smollm2", 0.163)]
+)
 def test_shapes_have_the_parameters_of_the_models_they_are_named_after(name, billions):
     assert round(SHAPES[name].parameters / 1e9, 3) == billions
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -241,6 +242,44 @@ def test_a_folder_of_another_commit_is_refused(filled, monkeypatch):
 def test_nothing_is_started_when_all_runs_are_there(filled, monkeypatch):
     monkeypatch.setattr("benchmarks.serve.run.Server", None)
     assert Load(filled).run()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_both_servers_in_turn_or_each_run_on_both(options, monkeypatch, together):
+    """In turn, the second server starts when the first one is gone."""
+    events = []
+
+    class FakeServer:
+        def __init__(self, side, command, folder):
+            self.side = side
+            events.append(f"start {side}")
+            assert ("--kv-cache-memory-bytes" in command) == together
+
+        wait = warm_up = lambda self, *_: 1.0
+        alive, facts = lambda self: True, lambda self: {"kv_tokens": 9, "jit_compilations": 0}
+
+        def stop(self):
+            events.append(f"stop {self.side}")
+
+    def drive(server, tokenizer, workload, rate, *rest):
+        events.append(f"{server.side} {rate}")
+        return values(measured(100.0, 1.0))
+
+    monkeypatch.setattr("benchmarks.serve.run.Server", FakeServer)
+    monkeypatch.setattr("benchmarks.serve.run.drive", drive)
+    load = Load(replace(options, start_together=together))
+    assert load.run() and len(make_result(options)["rows"]) == 2
+    if together:
+        assert events[:4] == ["start stock", "start DELTA", "stock inf", "DELTA inf"]
+        assert events[4:] == ["stock 2", "DELTA 2", "stop stock", "stop DELTA"]
+    else:
+        assert events[:4] == ["start stock", "stock inf", "stock 2", "stop stock"]
+        assert events[4:] == ["start DELTA", "DELTA inf", "DELTA 2", "stop DELTA"]
+
+
+def test_a_shared_prefix_is_in_the_cache_once():
+    (shared,) = find_workloads(["shared-prefix"], concurrency=2)
+    assert shared.kv_tokens == 16384 + 2 * (512 + 512 + 128)
 
 
 def test_table_and_figure_show_every_row(filled, tmp_path):
