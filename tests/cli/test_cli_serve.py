@@ -97,7 +97,7 @@ def test_our_options_become_settings_and_are_not_passed_on(line):
     options = ["--page-size", "32", "--budget-pages", "40", "--recent-pages", "4"]
     options += ["--budget-share", "0.1"]
     options += ["--sink-pages", "1", "--dense-layers", "0", "--delta-layers", "1,9"]
-    options += ["--sync-heads", "--on-unsupported", "stock"]
+    options += ["--sync-heads", "--min-tokens", "900", "--on-unsupported", "stock"]
     command = line(HUB, *options)
     assert settings(command) == {
         "deltadecode": {
@@ -109,6 +109,7 @@ def test_our_options_become_settings_and_are_not_passed_on(line):
             "dense_layers": [0],
             "delta_layers": [1, 9],
             "sync_heads": True,
+            "min_tokens": 900,
             "on_unsupported": "stock",
         }
     }

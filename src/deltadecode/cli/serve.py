@@ -60,6 +60,14 @@ def serve(
             rich_help_panel=options.PLAN_PANEL,
         ),
     ] = False,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="A step that sees fewer tokens reads every page.",
+            rich_help_panel=options.PLAN_PANEL,
+        ),
+    ] = None,
     on_unsupported: Annotated[
         OnUnsupported | None,
         typer.Option(help="Of a model with nothing to plan.", rich_help_panel=options.PLAN_PANEL),
@@ -88,6 +96,8 @@ def serve(
     settings = plan_settings(folder, plan, fields, on_unsupported)
     if sync_heads:
         settings["sync_heads"] = True
+    if min_tokens is not None:
+        settings["min_tokens"] = min_tokens
     if on_unsupported is not None:
         settings["on_unsupported"] = on_unsupported.value
     line = ["serve", folder, "--attention-backend", BACKEND]

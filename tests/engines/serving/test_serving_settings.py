@@ -72,6 +72,16 @@ def test_resolved_settings_resolve_to_themselves():
     assert resolve(settings.as_dict(), Model()) == settings
 
 
+def test_min_tokens_are_the_budget_where_nothing_is_said():
+    """It changes no selection: within the budget there is nothing to leave out."""
+    settings = resolve({"page_size": 8, "budget_pages": 32}, Model())
+    assert settings.min_tokens == 256 and not settings.reads_more_when_short
+    assert "all below" not in describe(settings, 300)
+    off, more = (resolve({"budget_pages": 32, "min_tokens": n}, Model()) for n in (0, 513))
+    assert off.min_tokens == 0 and not off.reads_more_when_short
+    assert more.reads_more_when_short
+
+
 def test_rule1_the_salt_of_a_cache_is_that_of_the_plan():
     settings = resolve({"budget_pages": 32}, Model())
     same = resolve({"budget_pages": 32, "on_unsupported": "stock", "sync_heads": False}, Model())

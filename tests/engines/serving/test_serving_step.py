@@ -5,7 +5,7 @@ import torch
 
 from deltadecode import DeltaConfig
 from deltadecode.engines.serving.settings import ServingSettings
-from deltadecode.engines.serving.step import Cache, ForwardPass, attend
+from deltadecode.engines.serving.step import Cache, ForwardPass, attend, find_short
 
 CONFIG = DeltaConfig(4, 3, 1, 1, (), (0,))
 LENGTHS = [30, 22, 9]
@@ -79,6 +79,15 @@ def test_rule6_tokens_that_see_less_than_min_tokens_read_everything_in_any_batch
         for place in range(3):
             one = step(*alone(q, cache, row, place), settings(min_tokens=22))[1]
             torch.testing.assert_close(sparse[row, place], one[0])
+
+
+def test_min_tokens_within_the_budget_cost_nothing():
+    lengths, counts = torch.tensor([5, 40]), torch.tensor([[3, 3], [3, 3]])
+    config = settings().config
+    budget = config.page_size * config.budget_pages
+    assert find_short(settings(min_tokens=budget), lengths, counts) is None
+    short = find_short(settings(min_tokens=budget + 1), lengths, counts)
+    assert short is not None and short.tolist() == [[True, True], [False, False]]
 
 
 def test_padding_rows_stay_empty_with_min_tokens(batch):

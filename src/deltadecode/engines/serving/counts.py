@@ -63,7 +63,7 @@ def describe(settings: ServingSettings, longest: int) -> str:
     if config.budget_share:
         pages = f"{config.budget_share:.4g} of all, if more; {pages}"
     sync = ", selection over the heads of all ranks" if settings.sync_heads else ""
-    short = f", all below {settings.min_tokens} tokens" if settings.min_tokens else ""
+    short = f", all below {settings.min_tokens} tokens" if settings.reads_more_when_short else ""
     return (
         f"dense layers {layer_numbers(config.dense_layers) or 'none'}, "
         f"Δ-layers {layer_numbers(config.delta_layers)}, {config.budget_pages} pages of "

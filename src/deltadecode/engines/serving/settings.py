@@ -36,6 +36,7 @@ class ServingSettings:
         What to do with a model that has nothing to plan.
     min_tokens : int
         A decode step that sees fewer tokens reads every page: sparsity pays beyond; 0 for none.
+        :func:`resolve` takes the budget for a default, within which there is nothing to leave out.
     """
 
     config: DeltaConfig
@@ -53,6 +54,11 @@ class ServingSettings:
         }
         return {**self.config.to_dict(), **own}
 
+    @property
+    def reads_more_when_short(self) -> bool:
+        """Whether ``min_tokens`` goes beyond the budget, and so changes what a step reads."""
+        return self.min_tokens > budget_tokens(self.config)
+
     @cached_property
     def cache_salt(self) -> str:
         """Digest of what decides the keys and values that decoded tokens leave in a cache (R1)."""
@@ -67,12 +73,18 @@ class ServingSettings:
         return sum(role == "sparse" for role in roles), len(self.plan.attention_layers)
 
 
-def own_settings(user_values: object) -> tuple[dict[str, Any], bool, OnUnsupported, int]:
+def budget_tokens(config: DeltaConfig) -> int:
+    """Tokens of the page budget K · P; a share of the pages may make it more."""
+    return config.page_size * config.budget_pages
+
+
+def own_settings(user_values: object) -> tuple[dict[str, Any], bool, OnUnsupported, int | None]:
     """Check the keys that need no model.
 
     ``user_values`` is the object ``deltadecode``, None for none. Returns the fields of a
     :class:`DeltaConfig` (and perhaps ``plan``), ``sync_heads``, ``on_unsupported`` and
-    ``min_tokens``. Raises DeltaConfigError for an unknown key or a value of a wrong type.
+    ``min_tokens``, None where it is not given. Raises DeltaConfigError for an unknown key or a
+    value of a wrong type.
     """
     if user_values is None:
         user_values = {}
@@ -91,8 +103,8 @@ def own_settings(user_values: object) -> tuple[dict[str, Any], bool, OnUnsupport
     on_unsupported = values.pop("on_unsupported", "error")
     if on_unsupported not in get_args(OnUnsupported):
         raise DeltaConfigError(f"on_unsupported must be 'error' or 'stock', got {on_unsupported!r}")
-    min_tokens = values.pop("min_tokens", 0)
-    if type(min_tokens) is not int or min_tokens < 0:
+    min_tokens = values.pop("min_tokens", None)
+    if min_tokens is not None and (type(min_tokens) is not int or min_tokens < 0):
         raise DeltaConfigError(f"min_tokens must be an int of at least 0, got {min_tokens!r}")
     if not isinstance(values.get("plan", ""), str):
         raise DeltaConfigError(f"plan must be the path of a JSON file, got {values['plan']!r}")
@@ -122,6 +134,8 @@ def resolve(user_values: object, model_config: Any) -> ServingSettings:
     base = loaded or DeltaConfig.for_model(model_config)
     config = DeltaConfig.from_dict({**asdict(base), **values})
     plan = config.layer_plan(num_layers(text_config(model_config)), layers)
+    if min_tokens is None:
+        min_tokens = budget_tokens(config)
     return ServingSettings(config, plan, sync_heads, on_unsupported, min_tokens)
 
 

@@ -104,7 +104,7 @@ def keep_selection(
 
     Arguments are as in :func:`attend`.
     """
-    short = _find_short(settings, seq_lens, counts)
+    short = find_short(settings, seq_lens, counts)
     if short is not None:
         counts.masked_fill_(short, -1)
     if prompts is not None:
@@ -115,13 +115,13 @@ def keep_selection(
     forward.selections[layer] = ids, counts
 
 
-def _find_short(settings: ServingSettings, seq_lens: Tensor, counts: Tensor) -> Tensor | None:
+def find_short(settings: ServingSettings, seq_lens: Tensor, counts: Tensor) -> Tensor | None:
     """Which decode steps see fewer than ``min_tokens``; shaped like ``counts``, [B] or [B, Q].
 
     It follows from a row's own length alone, so no row depends on others of its batch (R6). None
     where nothing is to be changed: padding rows see no tokens, and keep their counts.
     """
-    if not settings.min_tokens:
+    if not settings.reads_more_when_short:
         return None
     seen = seq_lens
     if counts.dim() == 2:
