@@ -26,8 +26,8 @@ def serve(
     rate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Requests a second, inf, or such as 0.5x: of what stock served at inf. "
-            "Repeatable; default: inf, 0.5x, 0.8x."
+            help="Requests a second, inf, or such as 0.5x: of what stock served at inf; "
+            "chat=0.5x is for one workload. Repeatable; default: inf, 0.5x, 0.8x."
         ),
     ] = None,
     requests: Count = None,

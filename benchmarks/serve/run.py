@@ -73,7 +73,12 @@ class LoadOptions:
 
     def runs(self) -> list[tuple[Workload, Rate]]:
         """All runs of a side, in order."""
-        return [(workload, rate) for workload in self.workloads for rate in self.rates]
+        return [
+            (workload, rate)
+            for workload in self.workloads
+            for rate in self.rates
+            if rate.workload in (None, workload.name)
+        ]
 
 
 class Load:

@@ -43,6 +43,7 @@ class Rate:
 
     value: float
     of_stock: bool = False
+    workload: str | None = None  # the only one that it is for
 
     def __str__(self) -> str:
         return "inf" if math.isinf(self.value) else f"{self.value:g}{'x' if self.of_stock else ''}"
@@ -93,7 +94,10 @@ def find_workloads(
 
 
 def parse_rates(texts: Sequence[str]) -> list[Rate]:
-    """Read ``inf``, ``4`` and ``0.5x``, in the order in which they run; a ValueError otherwise."""
+    """Read ``inf``, ``4``, ``0.5x`` and ``chat=2``, in the order in which they run.
+
+    A ValueError for anything else.
+    """
     rates = list(dict.fromkeys(map(_parse_rate, texts or DEFAULT_RATES)))
     if any(rate.of_stock for rate in rates) and not any(rate.saturates for rate in rates):
         raise ValueError(f"a rate such as 0.5x needs inf beside it, got {', '.join(texts)}")
@@ -101,15 +105,19 @@ def parse_rates(texts: Sequence[str]) -> list[Rate]:
 
 
 def _parse_rate(text: str) -> Rate:
-    number = text.removesuffix("x")
+    name, equals, rest = text.partition("=")
+    if equals and name not in WORKLOADS:
+        raise ValueError(f"a rate may begin with {'=, '.join(WORKLOADS)}=, got {text!r}")
+    given = rest if equals else text
+    number = given.removesuffix("x")
     try:
         value = float(number)
     except ValueError:
         value = math.nan
-    of_stock = number != text
+    of_stock = number != given
     if not value > 0 or (of_stock and math.isinf(value)):
         raise ValueError(f"a rate must be inf, requests a second or such as 0.5x, got {text!r}")
-    return Rate(value, of_stock)
+    return Rate(value, of_stock, name if equals else None)
 
 
 def seed(workload: Workload, rate: Rate) -> int:

@@ -89,9 +89,18 @@ def test_all_at_once_runs_first_since_rates_may_be_parts_of_it():
     assert rates[1] == Rate(0.5, of_stock=True)
     with pytest.raises(ValueError, match="needs inf"):
         parse_rates(["0.5x"])
-    for wrong in ("0", "-1", "x", "fast", "infx", "nan"):
+    for wrong in ("0", "-1", "x", "fast", "infx", "nan", "talk=2", "chat=fast"):
         with pytest.raises(ValueError, match=wrong):
             parse_rates([wrong])
+
+
+def test_a_rate_may_be_for_one_workload(tmp_path):
+    options = make_options(
+        shape="tiny", names=["chat", "reasoning"], rates=["inf", "chat=0.5x"], output_len=20,
+        raw=tmp_path,
+    )  # fmt: skip
+    runs = [f"{workload.name} {rate}" for workload, rate in options.runs()]
+    assert runs == ["chat inf", "chat 0.5x", "reasoning inf"]
 
 
 def test_each_run_has_prompts_of_its_own_and_both_servers_the_same():
