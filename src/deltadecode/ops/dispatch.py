@@ -7,7 +7,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import OperationError
@@ -67,7 +67,12 @@ def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | Non
     return out.view(inputs.q.shape), scores
 
 
-def plan_decode(inputs: DecodeInputs, cfg: DeltaConfig | None = None, compile_rows: int = 0) -> Any:
+def plan_decode(
+    inputs: DecodeInputs,
+    cfg: DeltaConfig | None = None,
+    compile_rows: int = 0,
+    q_dtype: dtype | None = None,
+) -> Any:
     """Plan the kernels of one layer for every later step of the same shapes.
 
     Parameters
@@ -78,6 +83,8 @@ def plan_decode(inputs: DecodeInputs, cfg: DeltaConfig | None = None, compile_ro
         Given for a Δ-layer, whose inputs ask for page scores: the plan selects pages as well.
     compile_rows : int
         Compile now what batches of up to so many rows need.
+    q_dtype : dtype, optional
+        Of the q that steps have, where it is float8; the q of ``inputs`` has the output's dtype.
 
     Returns
     -------
@@ -94,7 +101,7 @@ def plan_decode(inputs: DecodeInputs, cfg: DeltaConfig | None = None, compile_ro
     kernels = triton_backend()
     if kernels is None or kernels_refuse(inputs.q, inputs.k_cache) or needs_gradients(inputs):
         return None
-    return kernels.plan_decode(inputs, cfg, compile_rows)
+    return kernels.plan_decode(inputs, cfg, compile_rows, q_dtype)
 
 
 def run_select(

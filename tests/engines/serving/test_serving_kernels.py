@@ -136,6 +136,32 @@ def test_rows_of_drafts(planned):
     assert len(planned["counted"]) == 2
 
 
+@pytest.mark.parametrize("tokens", [0, 2])
+@pytest.mark.parametrize("float8_q", [False, True])
+def test_float8_caches_with_scales(planned, float8_q, tokens):
+    """As if what their numbers stand for was in caches, and in queries, of the output's type."""
+    scales = {"q_scale": 0.05, "k_scale": 0.7, "v_scale": 1.3}
+    step = Step([40, 9, 1], tokens=tokens)
+    float8 = [cache.to(torch.float8_e4m3fn) for cache in step.caches]
+    q = step.q
+    if float8_q:
+        q = (q / 0.05).to(torch.float8_e4m3fn)
+        step.q = q.float() * 0.05
+    for cache, rounded in zip(step.caches, float8, strict=True):
+        factors = torch.tensor([0.7, 1.3])[:, None, None, None]
+        cache.copy_(rounded.float() * factors)
+    expected = {layer: step.expected(layer) for layer in (1, 2)}
+    step.q, step.caches = q, float8
+    for layer in (1, 2):
+        planned[layer] = LayerKernels(
+            SETTINGS, layer, SETTINGS.plan.role(layer), views, scale=SCALE, **scales
+        )
+        out, selections = expected[layer]
+        torch.testing.assert_close(step.run(planned, layer), out, rtol=1e-4, atol=1e-5)
+        for kept, selected in zip(step.forward.selections[1], selections[1], strict=True):
+            assert torch.equal(kept, selected)
+
+
 def test_a_sparse_layer_needs_its_delta_layer(planned):
     with pytest.raises(DeltaConfigError, match="sparse layer 2 needs Δ-layer 1 before it"):
         Step([5]).run(planned, 2)
@@ -163,10 +189,12 @@ def test_what_is_compiled_ahead_is_planned_like_a_step(planned, layer):
         SETTINGS, layer, SETTINGS.plan.role(layer), views, scale=SCALE, rows=5, tokens=3
     )
     for _ in range(2):
-        kernels.compile_ahead(step.q[layer].flatten(0, 1), step.caches[layer], BLOCKS * BLOCK - 1)
+        kernels.compile_ahead(
+            step.q[layer].flatten(0, 1), step.caches[layer], BLOCKS * BLOCK - 1, torch.float32
+        )
     found = {inputs.q.shape: inputs for inputs, *_ in planned["counted"]}
     assert set(found) == {(1, HEADS, DIM), (1, 3, HEADS, DIM)} and len(planned["counted"]) == 2
-    assert all(rows == 5 for *_, rows in planned["counted"])
+    assert all(rows == 5 for *_, rows, _ in planned["counted"])
     for lengths, tokens in (([7], 0), ([40], 3)):
         step = Step(lengths, tokens=tokens)
         for number in range(1, layer + 1):

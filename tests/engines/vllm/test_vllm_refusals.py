@@ -10,8 +10,9 @@ import pytest
 from conftest import HERE, environment  # of this folder
 
 import deltadecode
+from deltadecode.engines.vllm import checks
 from deltadecode.engines.vllm.checks import check_machine
-from deltadecode.errors import DeltaConfigError
+from deltadecode.errors import DeltaConfigError, UnsupportedCacheError
 from deltadecode.lab.tasks import model_path
 
 WORDS = {
@@ -27,11 +28,21 @@ WORDS = {
     "bad rule": ({"budget_pages": 8}, {}, "budget_pages must be greater than recent_pages"),
     "no plan file": ({"plan": "/no/such.json"}, {}, "cannot read a DeltaConfig"),
     "layer out of range": ({"delta_layers": [0, 99]}, {}, "must be in 0..23"),
-    "cache dtype": ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype must be auto, bfloat16 or"),
+    "cache dtype": (
+        {},
+        {"kv_cache_dtype": "fp8_e5m2"},
+        "--kv-cache-dtype must be auto, bfloat16, float16, fp8 or fp8_e4m3 with DELTA, got fp8_e5",
+    ),
     "another cache dtype": (
         {},
         {"kv_cache_dtype": "bfloat16"},
-        "--kv-cache-dtype must be auto or that of the model with DELTA, float32, got bfloat16",
+        "--kv-cache-dtype must be auto, fp8 or that of the model with DELTA, float32, got bfloat16",
+    ),
+    "scales of heads": (
+        {},
+        {"model": "scaled_heads"},
+        "the checkpoint has a float8 scale for each head, and DELTA takes one for all; vLLM serves "
+        "it without --attention-backend CUSTOM",
     ),
     "block size": ({"page_size": 48}, {"block_size": 64}, "--block-size must be a multiple"),
     "stage": (
@@ -90,10 +101,19 @@ def folder(tmp_path_factory):
         "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 64,
         "max_position_embeddings": 512, "dtype": "float32",
     }  # fmt: skip
-    for name, window in (("windowed", 64), ("long_window", 512)):
+    scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True}
+    float8 = {
+        "quant_method": "compressed-tensors", "config_groups": {}, "ignore": [],
+        "kv_cache_scheme": {**scheme, "dynamic": False},
+    }  # fmt: skip
+    models = {
+        "windowed": {"sliding_window": 64},
+        "long_window": {"sliding_window": 512},
+        "scaled_heads": {"sliding_window": None, "quantization_config": float8},
+    }
+    for name, more in models.items():
         (folder / name).mkdir()
-        text = json.dumps({**config, "sliding_window": window})
-        (folder / name / "config.json").write_text(text)
+        (folder / name / "config.json").write_text(json.dumps({**config, **more}))
     return folder
 
 
@@ -114,6 +134,7 @@ def said(folder, tmp_path_factory):
         "engine": _model({"model": "long_window"}, folder) | {"max_model_len": 513},
     }
     cases["long window"] = {"config": {}, "engine": _model({"model": "long_window"}, folder)}
+    cases["float8"] = {"config": {}, "engine": {"kv_cache_dtype": "fp8"}}
     cases["not chosen"] = {"config": {"budget": 3}, "engine": {"chosen": False}}
     cases["newer vLLM"] = {"config": {}, "engine": {"version": "0.33.0"}}
     cases["fine"] = {"config": {"budget_pages": 32}, "engine": {}}
@@ -174,6 +195,28 @@ def test_machines_that_it_has_are_not():
     check_machine(platform("cpu"), "float32", batch_invariant=False)
 
 
+@pytest.mark.parametrize(
+    ("cache", "lacks", "words"),
+    [
+        (
+            {"cache_dtype": "fp8", "calculate_kv_scales": True},  # of vLLM before 0.32
+            None,
+            "--calculate-kv-scales must be off with DELTA",
+        ),
+        (
+            {"cache_dtype": "fp8_e4m3"},
+            "needs a GPU",
+            "a float8 cache needs a GPU; --kv-cache-dtype auto does without",
+        ),
+    ],
+)
+def test_float8_caches_that_stock_vllm_would_not_have_are_refused(monkeypatch, cache, lacks, words):
+    monkeypatch.setattr(checks.versions, "float8_lacks", lambda config: lacks)
+    config = SimpleNamespace(cache_config=SimpleNamespace(**cache), quant_config=None)
+    with pytest.raises(UnsupportedCacheError, match=words):
+        checks.check_cache_dtype(config, "bfloat16")
+
+
 def test_a_model_with_nothing_to_plan_is_served_stock_if_told(said):
     for case in ("stock if told", "long window, stock if told"):
         code, _, chosen = said[case]
@@ -188,6 +231,12 @@ def test_a_window_that_hides_nothing_is_planned(said):
 def test_a_newer_vllm_with_the_interface_is_started(said):
     code, _, chosen = said["newer vLLM"]
     assert code == 0 and chosen["delta_layers"]
+
+
+def test_float8_caches_are_served_where_stock_vllm_has_them(said):
+    code, stderr, chosen = said["float8"]
+    assert code == 0 or "a float8 cache is more than vLLM computes here" in stderr
+    assert code or chosen["delta_layers"]
 
 
 def test_without_the_flag_nothing_is_checked(said):

@@ -4,6 +4,8 @@ A job has ``folder`` (for the models) and ``runs``. Each of those makes one engi
 and says what it gave: ``model`` (a name of MODELS), ``config`` (of DELTA; without it the engine is
 stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts``, ``max_tokens`` and ``rounds``, how
 often the prompts come; with ``logprobs`` null it gives none. With ``lora`` an adapter answers.
+With ``float8``, scales of keys and of values, Transformers keeps them so, and for vLLM they are
+written into the checkpoint, unless both are 1. With ``cut`` ours rounds as stock vLLM on CPUs.
 Where ``side`` is "transformers", that integration runs the prompts. With ``fork`` each run has a
 process of its own, which need not import vLLM again.
 """
@@ -57,6 +59,62 @@ def make_adapter(path):
     return folder, added
 
 
+def with_scales(path, k_scale, v_scale):
+    """Write a checkpoint of float8 keys and values, as llm-compressor does; returns its folder."""
+    from safetensors.torch import load_file, save_file
+    from torch import tensor
+
+    folder = path.with_name(f"{path.name}-float8")
+    folder.mkdir(exist_ok=True)
+    values = json.loads((path / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    values["quantization_config"] = {
+        "quant_method": "compressed-tensors", "config_groups": {}, "ignore": [],
+        "kv_cache_scheme": {**scheme, "symmetric": True},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+    weights = load_file(path / "model.safetensors")
+    for layer in range(values["num_hidden_layers"]):
+        place = f"model.layers.{layer}.self_attn"
+        weights |= {f"{place}.k_scale": tensor(k_scale), f"{place}.v_scale": tensor(v_scale)}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def keep_as_float8(k_scale, v_scale):
+    """Let caches of the integration lose what float8 loses."""
+    from torch import float8_e4m3fn
+
+    from deltadecode.engines.transformers.cache import DeltaLayer
+
+    update = DeltaLayer.update
+
+    def rounded(self, keys, values, *args, **kwargs):
+        keys, values = (
+            (numbers / scale).clamp(-448, 448).to(float8_e4m3fn).to(numbers.dtype) * scale
+            for numbers, scale in ((keys, k_scale), (values, v_scale))
+        )
+        return update(self, keys, values, *args, **kwargs)
+
+    DeltaLayer.update = rounded
+
+
+def cut_float8():
+    """Let our writer round towards zero, as the stock one does on CPUs, and not on GPUs."""
+    import torch
+
+    from deltadecode.engines.vllm import cpu
+
+    nearest = cpu.to_float8
+
+    def cut(numbers, scale):
+        rounded = nearest(numbers, scale)
+        beyond = rounded.to(numbers.dtype).abs() > (numbers / scale).abs()
+        return (rounded.view(torch.uint8) - beyond.to(torch.uint8)).view(rounded.dtype)
+
+    cpu.to_float8 = cut
+
+
 def run_transformers(job, folder):
     """Each prompt alone, by the Transformers integration: what else a run gives has no meaning."""
     import torch
@@ -71,6 +129,8 @@ def run_transformers(job, folder):
         with torch.no_grad():
             for name, more in make_adapter(path)[1].items():
                 weights[name] += more
+    if job.get("float8"):
+        keep_as_float8(*job["float8"])
     dd.enable(model, dd.DeltaConfig.from_dict(job["config"]))
     tokens = []
     for prompt in job["prompts"]:
@@ -124,6 +184,10 @@ def run(job, folder):
     from vllm.lora.request import LoRARequest
 
     path = make(job["model"], folder)
+    if job.get("cut"):
+        cut_float8()
+    if job.get("float8", [1, 1]) != [1, 1]:
+        path = with_scales(path, *job["float8"])
     adapter = LoRARequest("adapter", 1, str(make_adapter(path)[0])) if job.get("lora") else None
     engine = {
         "model": str(path), "enable_lora": adapter is not None, "served_model_name": job["model"],

@@ -44,7 +44,7 @@ class LayerKernels:
     views : callable
         Gives keys and values of the engine's cache.
     scale, sinks, softcap, k_scale, v_scale
-        As in :func:`deltadecode.ops.decode_attention`.
+        As in :func:`deltadecode.ops.decode_attention`; a float8 q is of numbers over ``q_scale``.
     rows : int
         Most decode rows of a batch; kernels for all numbers of them are compiled at the first step.
     tokens : int
@@ -63,6 +63,7 @@ class LayerKernels:
         scale: float,
         sinks: Tensor | None = None,
         softcap: float | None = None,
+        q_scale: float = 1.0,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
         rows: int = 0,
@@ -73,7 +74,7 @@ class LayerKernels:
         self._source = settings.plan.source(layer) if role == "sparse" else None
         self._scale, self._softcap, self._sinks, self._rows = scale, softcap, sinks, rows
         self._tokens = tokens
-        self._cache_scales = k_scale, v_scale
+        self._q_scale, self._cache_scales = q_scale, (k_scale, v_scale)
         self._synced = settings.sync_heads and over_ranks
         self._ahead = False
         self._planned: dict[Any, _Planned | None] = {}
@@ -128,10 +129,11 @@ class LayerKernels:
             )  # fmt: skip
         return True
 
-    def compile_ahead(self, q: Tensor, cache: Tensor, longest: int) -> None:
+    def compile_ahead(self, q: Tensor, cache: Tensor, longest: int, dtype: torch.dtype) -> None:
         """Compile what steps of sequences of up to ``longest`` tokens will launch; once.
 
-        ``q`` is [at least ``tokens``, Hq, D], and ``cache`` the engine's tensor.
+        ``q`` is [at least ``tokens``, Hq, D], ``cache`` the engine's tensor, and ``dtype`` that of
+        the output.
         """
         if self._ahead or self._synced or is_captured(q):
             return
@@ -147,7 +149,7 @@ class LayerKernels:
             if self._source is not None:
                 selection = table.new_zeros((*queries, columns)), table.new_zeros(queries)
             rows = q[: queries[-1]].view(*queries, *q.shape[1:])
-            self._plan_decode(rows, cache, table, seq_lens, selection)
+            self._plan_decode(rows, cache, table, seq_lens, selection, dtype)
 
     def _plan(
         self,
@@ -163,7 +165,7 @@ class LayerKernels:
         selection = None
         if self._source is not None:
             selection = find_selection(forward, self._layer, self._source)
-        plan = self._plan_decode(q, cache, block_table, seq_lens, selection)
+        plan = self._plan_decode(q, cache, block_table, seq_lens, selection, out.dtype)
         if plan is None:
             return None
         k_cache, v_cache = self._views(cache)
@@ -177,12 +179,16 @@ class LayerKernels:
         block_table: Tensor,
         seq_lens: Tensor,
         selection: tuple[Tensor, Tensor] | None,
+        dtype: torch.dtype,
     ) -> Any:
-        config = self._settings.config
+        config, scale, q_dtype = self._settings.config, self._scale, None
         ids, counts = selection or (None, None)
+        if q.dtype != dtype:  # float8, by which engines multiply float8 keys
+            scale, q_dtype = scale * self._q_scale, q.dtype
+            q = torch.empty_strided(q.shape, q.stride(), dtype=dtype, device=q.device)
         inputs = DecodeInputs(
-            q, *self._views(cache), block_table, seq_lens, self._scale, config.page_size,
+            q, *self._views(cache), block_table, seq_lens, scale, config.page_size,
             ids, counts, self._sinks, self._softcap, *self._cache_scales,
             return_page_scores=selection is None,
         )  # fmt: skip
-        return plan_decode(inputs, config if selection is None else None, self._rows)
+        return plan_decode(inputs, config if selection is None else None, self._rows, q_dtype)

@@ -52,6 +52,8 @@ def attend(
     scale: float,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     prompts: Tensor | None = None,
     idle: Tensor | None = None,
     over_all_ranks: Callable[[Tensor], Tensor] | None = None,
@@ -60,7 +62,7 @@ def attend(
 
     ``layer`` is the model's own number. A Δ-layer adds to the selections of ``forward``. A sparse
     layer reads its source's, and raises DeltaConfigError if there are none. Other layers read every
-    page. ``scale``, ``sinks`` and ``softcap`` are those of
+    page. ``scale``, ``sinks``, ``softcap``, ``k_scale`` and ``v_scale`` are those of
     :func:`deltadecode.ops.decode_attention`, ``prompts`` those of
     :class:`deltadecode.engines.serving.rows.Rows`, ``idle`` [B, Q] marks queries that count for
     nothing. ``over_all_ranks`` gives the maximum of s_t over tensor-parallel ranks, for
@@ -69,7 +71,7 @@ def attend(
     page_size = settings.config.page_size
     operation = functools.partial(
         decode_attention, q, cache.k, cache.v, cache.block_table, cache.seq_lens,
-        scale=scale, sinks=sinks, softcap=softcap,
+        scale=scale, sinks=sinks, softcap=softcap, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     out: Tensor
     if role == "sparse":

@@ -25,8 +25,9 @@ class DeltaBackend:
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        """Whether keys and values may be stored in a type: those of models only."""
-        return kv_cache_dtype in (None, *CACHE_DTYPES)
+        """Whether keys and values may be stored in a type: where the stock backend can, too."""
+        stock: bool = super().supports_kv_cache_dtype(kv_cache_dtype)  # type: ignore[misc]
+        return stock and kv_cache_dtype in (None, *CACHE_DTYPES)
 
     # The batch is divided on the CPU, by lengths that must be those of the device.
     @classmethod

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from deltadecode.engines.serving.settings import ServingSettings
-from deltadecode.engines.vllm.versions import settings_of
+from deltadecode.engines.vllm import versions
 from deltadecode.errors import DeltaConfigError, UnsupportedCacheError, UnsupportedModelError
 
-CACHE_DTYPES = ("auto", "bfloat16", "float16")
+FLOAT8_DTYPES = ("fp8", "fp8_e4m3")
+CACHE_DTYPES = ("auto", "bfloat16", "float16", *FLOAT8_DTYPES)
 
 
 def find_settings(vllm_config: Any) -> ServingSettings:
@@ -17,7 +18,7 @@ def find_settings(vllm_config: Any) -> ServingSettings:
     Raises DeltaConfigError as :func:`~deltadecode.engines.serving.settings.resolve`, and
     UnsupportedModelError when the model has nothing to plan, or something not computed.
     """
-    settings = settings_of(vllm_config)
+    settings = versions.settings_of(vllm_config)
     model = vllm_config.model_config
     name = type(model.hf_config).__name__
     runner = getattr(model, "runner_type", "generate")
@@ -83,16 +84,7 @@ def check_engine(vllm_config: Any, settings: ServingSettings) -> None:
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     check_machine(current_platform, dtype, envs.VLLM_BATCH_INVARIANT)
     cache = vllm_config.cache_config
-    if cache.cache_dtype not in CACHE_DTYPES:
-        raise UnsupportedCacheError(
-            f"--kv-cache-dtype must be {', '.join(CACHE_DTYPES[:-1])} or {CACHE_DTYPES[-1]} with "
-            f"DELTA, got {cache.cache_dtype}"
-        )
-    if cache.cache_dtype not in ("auto", dtype):
-        raise UnsupportedCacheError(
-            f"--kv-cache-dtype must be auto or that of the model with DELTA, {dtype}, got "
-            f"{cache.cache_dtype}"
-        )
+    check_cache_dtype(vllm_config, dtype)
     page = settings.config.page_size
     if cache.block_size is not None and cache.block_size % page:
         raise UnsupportedCacheError(
@@ -118,6 +110,44 @@ def check_engine(vllm_config: Any, settings: ServingSettings) -> None:
                 f"--{name}-context-parallel-size must be 1 with DELTA, got {size}"
             )
     check_stages(settings, parallel.pipeline_parallel_size)
+
+
+def check_cache_dtype(vllm_config: Any, dtype: str) -> None:
+    """Refuse cache dtypes; one of the checkpoint's own counts where the user names none.
+
+    ``dtype`` is the model's. Raises UnsupportedCacheError.
+    """
+    cache = vllm_config.cache_config
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    if cache.cache_dtype not in CACHE_DTYPES:
+        raise UnsupportedCacheError(
+            f"--kv-cache-dtype must be {', '.join(CACHE_DTYPES[:-1])} or {CACHE_DTYPES[-1]} with "
+            f"DELTA, got {cache.cache_dtype}"
+        )
+    float8 = cache.cache_dtype in FLOAT8_DTYPES or (scheme and cache.cache_dtype == "auto")
+    if not float8 and cache.cache_dtype not in ("auto", dtype):
+        raise UnsupportedCacheError(
+            f"--kv-cache-dtype must be auto, fp8 or that of the model with DELTA, {dtype}, got "
+            f"{cache.cache_dtype}"
+        )
+    if not float8:
+        return
+    if getattr(cache, "calculate_kv_scales", False):
+        raise UnsupportedCacheError(
+            "--calculate-kv-scales must be off with DELTA, whose kernels are made for the scales "
+            "of the checkpoint, or for 1"
+        )
+    if scheme and scheme.get("strategy") == "attn_head":
+        raise UnsupportedCacheError(
+            "the checkpoint has a float8 scale for each head, and DELTA takes one for all; vLLM "
+            "serves it without --attention-backend CUSTOM"
+        )
+    lacks = versions.float8_lacks(vllm_config)
+    if lacks is not None:
+        without = dtype if scheme else "auto"
+        raise UnsupportedCacheError(
+            f"a float8 cache {lacks}; --kv-cache-dtype {without} does without"
+        )
 
 
 def _check_heads(model: Any, parallel: Any) -> None:

@@ -18,7 +18,6 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from deltadecode.engines.vllm import versions
 from deltadecode.engines.vllm.builder import DeltaBackend, DeltaBuilder
 from deltadecode.engines.vllm.implementation import DeltaImpl
 
@@ -54,13 +53,17 @@ class DeltaCPUImpl(DeltaImpl, CPUAttentionBackendImpl):
         if not self.is_ours(layer):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
+        k_cache, v_cache = self.views(kv_cache)
         kept = slot_mapping >= 0
         slots = slot_mapping[kept]
         block, offset = slots // k_cache.shape[1], slots % k_cache.shape[1]
         tokens = slot_mapping.shape[0]
-        k_cache[block, offset] = key[:tokens][kept]
-        v_cache[block, offset] = value[:tokens][kept]
+        key, value = key[:tokens][kept], value[:tokens][kept]
+        if self._float8:
+            _, k_scale, v_scale = self._scales
+            key, value = to_float8(key, k_scale), to_float8(value, v_scale)
+        k_cache[block, offset] = key
+        v_cache[block, offset] = value
 
     def attend_others(
         self,
@@ -73,18 +76,28 @@ class DeltaCPUImpl(DeltaImpl, CPUAttentionBackendImpl):
         output: Tensor,
     ) -> None:
         """Full causal attention of the rows that are no decode rows."""
-        k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
+        k_cache, v_cache = self.views(kv_cache)
+        _, k_scale, v_scale = self._scales
         starts = attn_metadata.query_start_loc.tolist()
         lengths = attn_metadata.seq_lens.tolist()
         for row in range(attn_metadata.delta.decode, len(lengths)):
             tokens = lengths[row]
             blocks = attn_metadata.block_table[row, : -(-tokens // k_cache.shape[1])].long()
-            keys = k_cache[blocks].flatten(0, 1)[:tokens]
-            values = v_cache[blocks].flatten(0, 1)[:tokens]
-            span = slice(starts[row], starts[row + 1])
-            output[span] = causal(
-                query[span], keys, values, self.scale, self.sinks, self.logits_soft_cap or None
+            keys, values = (
+                cache[blocks].flatten(0, 1)[:tokens].to(query.dtype) for cache in (k_cache, v_cache)
             )
+            span = slice(starts[row], starts[row + 1])
+            out = causal(
+                query[span], keys, values, self.scale * k_scale, self.sinks,
+                self.logits_soft_cap or None,
+            )  # fmt: skip
+            output[span] = out * v_scale
+
+
+def to_float8(numbers: Tensor, scale: float) -> Tensor:
+    """Numbers over ``scale`` as the nearest float8; what is too large becomes the largest."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+    return (numbers / scale).clamp(-most, most).to(torch.float8_e4m3fn)
 
 
 def causal(

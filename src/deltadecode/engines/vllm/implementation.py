@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,8 @@ from deltadecode.engines.serving.rows import Rows, narrow_table
 from deltadecode.engines.serving.step import Cache, ForwardPass, attend
 from deltadecode.engines.vllm import versions
 from deltadecode.engines.vllm.builder import most_rows
-from deltadecode.errors import UnsupportedModelError
+from deltadecode.engines.vllm.checks import FLOAT8_DTYPES
+from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
 from deltadecode.ops import is_captured
 
 # Where a forward pass's own things are kept, in vLLM's context of it.
@@ -32,7 +32,11 @@ class DeltaImpl:
     plans: ClassVar[bool] = True
     # Whether the stock implementation reads the caches of planned layers.
     stock_reads: ClassVar[bool] = True
+    _float8 = False
+    # What float8 queries, keys and values are to be multiplied by.
+    _scales = (1.0, 1.0, 1.0)
     head_size: int
+    kv_cache_dtype: str
     scale: float
     logits_soft_cap: float
     sinks: Tensor | None
@@ -43,6 +47,7 @@ class DeltaImpl:
         self.settings = versions.settings_of(config)
         self._longest = config.model_config.max_model_len
         self._most_rows, self._most_tokens = most_rows(config), versions.most_tokens(config)
+        self._float8 = self.kv_cache_dtype in FLOAT8_DTYPES
         self._number = 0
         self._role: Role | None = None
         self._kernels: LayerKernels | None = None
@@ -61,8 +66,14 @@ class DeltaImpl:
                     f"layer {self._number} has a sliding window or ALiBi, and DELTA plans "
                     f"full-attention layers only"
                 )
+            if self._float8 and role != "own":
+                self._scales = read_scales(layer)
             self._role = role
         return self._role
+
+    def views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the layer's cache; see :func:`versions.key_value_views`."""
+        return versions.key_value_views(kv_cache, self.head_size, self._float8)
 
     def role_by_name(self, layer_name: str) -> Role:
         """Role of a layer; those of a draft model come after the model's or are named so."""
@@ -102,7 +113,7 @@ class DeltaImpl:
         stock = super().forward  # type: ignore[misc]
         if rows is None or not self.is_ours(layer) or self._all_short(query, attn_metadata):
             if attn_metadata is None and kv_cache.is_cuda and kv_cache.numel():
-                self._compile_ahead(layer, query, kv_cache)
+                self._compile_ahead(layer, query, kv_cache, output.dtype)
             stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             return output
         if rows.decode:
@@ -137,7 +148,7 @@ class DeltaImpl:
             q, out = _by_row(query, rows, size), _by_row(output, rows, size)
         else:
             q = _by_row(query[drafts.queries], rows, size)
-            out = torch.empty_like(q)
+            out = torch.empty_like(q, dtype=output.dtype)
         idle = None if drafts is None else drafts.idle
         prompts = rows.prompts
         if not rows.flagged and not is_captured(q):
@@ -146,17 +157,22 @@ class DeltaImpl:
             q, kv_cache, table, lengths, forward, prompts, idle, out
         )
         if not done:
-            k_cache, v_cache = versions.key_value_views(kv_cache, self.head_size)
+            k_cache, v_cache = self.views(kv_cache)
+            q_scale, k_scale, v_scale = self._scales
+            if q.dtype == out.dtype:
+                q_scale = 1.0
             attended = attend(
                 self.settings,
                 self._number,
                 self.role(layer),
-                q,
+                q.to(out.dtype),
                 Cache(k_cache, v_cache, table, lengths),
                 forward,
-                scale=self.scale,
+                scale=self.scale * q_scale,
                 sinks=self.sinks,
                 softcap=self.logits_soft_cap or None,
+                k_scale=k_scale,
+                v_scale=v_scale,
                 prompts=prompts,
                 idle=idle,
                 over_all_ranks=_over_all_ranks,
@@ -169,7 +185,7 @@ class DeltaImpl:
         self, rows: Rows, kv_cache: Tensor, attn_metadata: Any
     ) -> tuple[Tensor, Tensor]:
         """Block table and lengths of the decode rows, for every layer of the step."""
-        count, k_cache = rows.decode, versions.key_value_views(kv_cache, self.head_size)[0]
+        count, k_cache = rows.decode, self.views(kv_cache)[0]
         table, lengths = attn_metadata.block_table[:count], attn_metadata.seq_lens[:count]
         table = narrow_table(table, k_cache.shape[1], attn_metadata.max_seq_len)
         rows.block_table, rows.seq_lens = table, lengths
@@ -177,24 +193,30 @@ class DeltaImpl:
 
     def _layer_kernels(self, layer: Any) -> LayerKernels:
         if self._kernels is None:
+            q_scale, k_scale, v_scale = self._scales
             self._kernels = LayerKernels(
                 self.settings,
                 self._number,
                 self.role(layer),
-                functools.partial(versions.key_value_views, head_size=self.head_size),
+                self.views,
                 scale=self.scale,
                 sinks=self.sinks,
                 softcap=self.logits_soft_cap or None,
+                q_scale=q_scale,
+                k_scale=k_scale,
+                v_scale=v_scale,
                 rows=self._most_rows,
                 tokens=self._most_tokens,
                 over_ranks=get_tp_group().world_size > 1,
             )
         return self._kernels
 
-    def _compile_ahead(self, layer: Any, query: Tensor, kv_cache: Tensor) -> None:
+    def _compile_ahead(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, dtype: torch.dtype
+    ) -> None:
         """Compile in a run without a batch, of which vLLM has one before the first request."""
         if self.is_ours(layer) and query.shape[0] >= self._most_tokens:
-            self._layer_kernels(layer).compile_ahead(query, kv_cache, self._longest)
+            self._layer_kernels(layer).compile_ahead(query, kv_cache, self._longest, dtype)
 
     def attend_others(
         self,
@@ -219,6 +241,20 @@ class DeltaImpl:
             metadata,
             output[first:],
         )
+
+
+def read_scales(layer: Any) -> tuple[float, float, float]:
+    """Scales of a layer's queries, keys and values, read once: the device is asked for them.
+
+    Raises UnsupportedCacheError where heads have scales of their own.
+    """
+    scales = layer._q_scale, layer._k_scale, layer._v_scale
+    if any(scale.numel() != 1 for scale in scales):
+        raise UnsupportedCacheError(
+            f"{layer.layer_name} has a float8 scale for each head, and DELTA takes one for all"
+        )
+    q_scale, k_scale, v_scale = (float(scale) for scale in scales)
+    return q_scale, k_scale, v_scale
 
 
 def _by_row(tokens: Tensor, rows: Rows, count: int) -> Tensor:

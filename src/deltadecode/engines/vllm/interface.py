@@ -20,6 +20,7 @@ _EVERYWHERE = {
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": ("usage_context",),
     "vllm.forward_context:get_forward_context": (),
     "vllm.model_executor.models.utils:extract_layer_index": ("layer_name",),
+    "vllm.v1.attention.backend:AttentionLayer": ("_q_scale", "_k_scale", "_v_scale"),
     "vllm.v1.attention.backend:AttentionCGSupport": ("UNIFORM_BATCH",),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc_cpu",
@@ -48,6 +49,12 @@ _EVERYWHERE = {
     ),
 }
 _CPU = {
+    "vllm.v1.attention.backends.cpu_attn:_get_attn_isa": (
+        "dtype",
+        "block_size",
+        "head_size",
+        "kv_cache_dtype",
+    ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend": _BACKEND,
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
         "layer",

@@ -55,17 +55,45 @@ def most_tokens(vllm_config: Any) -> int:
     return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
 
 
-def key_value_views(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+def key_value_views(
+    kv_cache: Tensor, head_size: int, float8: bool = False
+) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer's cache: [blocks, block_size, Hkv, D] views, last stride 1.
 
     With FlashAttention in vLLM 0.24 the cache is [blocks, 2, block_size, Hkv, D]. On CPUs and in
-    0.32 it is [blocks, Hkv, block_size, 2 D], a token's key beside its value.
+    0.32 it is [blocks, Hkv, block_size, 2 D], a token's key beside its value. Of ``float8`` caches
+    vLLM knows the bytes only.
     """
+    if float8:
+        kv_cache = kv_cache.view(torch.float8_e4m3fn)
     if kv_cache.dim() == 5:
         k_cache, v_cache = kv_cache.unbind(1)
     else:
         k_cache, v_cache = kv_cache.transpose(1, 2).split(head_size, dim=-1)
     return k_cache, v_cache
+
+
+def float8_lacks(vllm_config: Any) -> str | None:
+    """What the machine lacks for float8 caches by the word of the stock backend; None if nothing.
+
+    vLLM itself says so when the weights are loaded.
+    """
+    from vllm.platforms import current_platform
+
+    model = vllm_config.model_config
+    if not current_platform.is_cpu():
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+        if FlashAttentionBackend.supports_kv_cache_dtype("fp8"):
+            return None
+        return "needs what FlashAttention of vLLM has for it: version 3, on GPUs such as H100"
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    try:
+        _get_attn_isa(model.dtype, 32, model.get_head_size(), "fp8")
+    except NotImplementedError as error:
+        return f"is more than vLLM computes here ({error})"
+    return None
 
 
 def salt_requests(scheduler: Any, salt: str) -> None:

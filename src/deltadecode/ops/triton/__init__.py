@@ -98,7 +98,7 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
 
 
 def plan_decode(
-    inputs: DecodeInputs, cfg: DeltaConfig | None, compile_rows: int
+    inputs: DecodeInputs, cfg: DeltaConfig | None, compile_rows: int, q_dtype: torch.dtype | None
 ) -> DecodePlan | None:
     """Plan of one layer; see :func:`deltadecode.ops.plan_decode`."""
     rows, last_strides = inputs.q.shape[0], (inputs.q.stride(-1), inputs.block_table.stride(1))
@@ -107,7 +107,7 @@ def plan_decode(
         return None
     if last_strides != (1, 1) or rows > _rows_at_once(inputs):
         return None
-    kind = attention_kind(inputs)
+    kind = attention_kind(inputs, q_dtype)
     if compile_rows and kind.device.type == "cuda":
         compile_ahead(kind, cfg, compile_rows)
     return DecodePlan(kind, cfg)

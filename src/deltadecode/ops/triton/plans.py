@@ -50,6 +50,7 @@ class AttentionKind(NamedTuple):
     heads: int
     dim: int
     q_dtype: torch.dtype
+    out_dtype: torch.dtype
     q_strides: tuple[int, int, int]
     cache_dtype: torch.dtype
     block_size: int
@@ -69,15 +70,15 @@ class AttentionKind(NamedTuple):
     v_scale: float
 
 
-def attention_kind(inputs: DecodeInputs) -> AttentionKind:
-    """Kind of tensors whose last strides are 1."""
+def attention_kind(inputs: DecodeInputs, q_dtype: torch.dtype | None = None) -> AttentionKind:
+    """Kind of tensors whose last strides are 1; ``q_dtype`` where it is not that of the output."""
     q, k_cache, v_cache, table = inputs.q, inputs.k_cache, inputs.v_cache, inputs.block_table
     ids, sinks = inputs.page_ids, inputs.sinks
     *queries, heads, dim = q.shape
     k_block, k_slot, k_head, _ = k_cache.stride()
     v_block, v_slot, v_head, _ = v_cache.stride()
     return AttentionKind(
-        q.device, tuple(queries), heads, dim, q.dtype,
+        q.device, tuple(queries), heads, dim, q_dtype or q.dtype, q.dtype,
         (q.stride(0), q.stride(1) if q.dim() == 4 else 0, q.stride(-2)),
         k_cache.dtype, k_cache.shape[1], k_cache.shape[2],
         (k_block, k_slot, k_head), (v_block, v_slot, v_head),
@@ -208,10 +209,12 @@ class AttentionPlan:
         sinks = kind.q_dtype if kind.sinks_dtype is None else kind.sinks_dtype
         self._attend.compile(
             kind.q_dtype, kind.cache_dtype, kind.cache_dtype, *[torch.int32] * 4, sinks,
-            kind.q_dtype, part, lse, logits,
+            kind.out_dtype, part, lse, logits,
         )  # fmt: skip
         if self._finish is not None:
-            self._finish.compile(part, lse, sinks, logits, torch.int32, kind.q_dtype, torch.float32)
+            self._finish.compile(
+                part, lse, sinks, logits, torch.int32, kind.out_dtype, torch.float32
+            )
 
     # A pointer that a launch never follows is of the type of q.
     def _pieces_of(self, memory: Tensor, q: HasAddress) -> Sequence[HasAddress]:
@@ -231,10 +234,15 @@ class AttentionPlan:
 
 
 def _operand(kind: AttentionKind) -> tl.dtype:
-    """Type of the factors of matrix products: that of q, whatever the cache holds."""
+    """Type of the factors of matrix products: that of q, whatever the cache holds.
+
+    Float16 for q and caches of float8: it holds every value of theirs, and one instruction makes
+    two of them.
+    """
     if kind.device.type != "cuda":
         return tl.float32  # the interpreter multiplies nothing smaller
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(kind.q_dtype, tl.float32)
+    halves = {torch.float8_e4m3fn: tl.float16, torch.float16: tl.float16}
+    return {**halves, torch.bfloat16: tl.bfloat16}.get(kind.q_dtype, tl.float32)
 
 
 # A growing cache gives every step a plan of its own.

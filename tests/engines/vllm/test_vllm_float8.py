@@ -1,0 +1,76 @@
+"""Float8 keys and values: stock vLLM with every page, the reference with few, and prefix hits."""
+
+import pytest
+
+PROMPTS = [
+    [5 + 7 * (place % 9) % 50 for place in range(80)],
+    [3 + 11 * place % 59 for place in range(41)],
+]
+SPARSE = {
+    "page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1,
+    "dense_layers": [0], "delta_layers": [1],
+}  # fmt: skip
+ALL_PAGES = {**SPARSE, "budget_pages": 32}
+# No powers of two: with those, float8 would round to the same numbers as without.
+SCALES = [0.05, 0.03]
+RUN = {
+    "model": "llama", "prompts": PROMPTS, "max_tokens": 40, "float8": [1, 1],
+    "engine": {"block_size": 32, "kv_cache_dtype": "fp8", "enable_prefix_caching": False},
+}  # fmt: skip
+SCALED = {**RUN, "float8": SCALES, "engine": {**RUN["engine"], "kv_cache_dtype": "auto"}}
+TWO_TURNS = {
+    **SCALED, "config": SPARSE, "rounds": 2,
+    "engine": {**SCALED["engine"], "enable_prefix_caching": True, "max_num_batched_tokens": 32},
+}  # fmt: skip
+RUNS = {
+    "stock": RUN,
+    "every page": {**RUN, "config": ALL_PAGES, "cut": True},
+    "sparse": {**RUN, "config": SPARSE},
+    "reference": {**RUN, "config": SPARSE, "side": "transformers"},
+    "not rounded": {**RUN, "config": SPARSE, "side": "transformers", "float8": None},
+    "scaled, stock": SCALED,
+    "scaled, every page": {**SCALED, "config": ALL_PAGES, "cut": True},
+    "scaled, sparse": {**SCALED, "config": SPARSE},
+    "scaled, reference": {**SCALED, "config": SPARSE, "side": "transformers"},
+    "scaled, two turns": TWO_TURNS,
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tiny):
+    """Run -> what it gave; none without stock vLLM on such a CPU."""
+    found = tiny(RUNS, fork=True)
+    stock = found["stock"]
+    if "FP8 KV cache" in stock.get("error", ""):
+        pytest.skip(f"stock vLLM has no float8 caches here: {stock['error']}")
+    errors = {name: run["error"] for name, run in found.items() if "error" in run}
+    assert not errors
+    return found
+
+
+@pytest.mark.parametrize("scales", ["", "scaled, "])
+def test_with_every_page_in_the_budget_it_is_stock_vllm(ran, scales):
+    run, stock = ran[f"{scales}every page"], ran[f"{scales}stock"]
+    assert run["tokens"] == stock["tokens"]
+    for one, other in zip(run["logprobs"], stock["logprobs"], strict=True):
+        for step, expected in zip(one, other, strict=True):
+            assert step == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("scales", ["", "scaled, "])
+def test_a_sparse_plan_gives_what_transformers_gives_for_rounded_keys_and_values(ran, scales):
+    run = ran[f"{scales}sparse"]
+    assert run["counted"][0] < run["counted"][1]
+    assert run["tokens"] == ran[f"{scales}reference"]["tokens"]
+    assert run["tokens"] != ran["not rounded"]["tokens"], "float8 has to show"
+
+
+def test_scales_show(ran):
+    assert ran["sparse"]["tokens"] != ran["scaled, sparse"]["tokens"]
+    assert ran["stock"]["tokens"] != ran["scaled, stock"]["tokens"]
+
+
+def test_a_second_turn_finds_its_prefix(ran):
+    run = ran["scaled, two turns"]
+    assert sum(run["cached"]) > 0
+    assert run["tokens"] == ran["scaled, sparse"]["tokens"]
