@@ -39,6 +39,9 @@ def e2e(
     drafts: Annotated[
         int, typer.Option(min=0, help="That each step verifies, of each sequence.")
     ] = 0,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Of both engines: auto, as the weights, or fp8.")
+    ] = "auto",
     as_json: cli.Json = False,
     out: cli.Out = None,
     tag: cli.Tag = None,
@@ -57,7 +60,7 @@ def e2e(
         options = make_options(
             shape=shape, kinds=workload or [], points=point or [], steps=steps, rounds=rounds,
             plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
-            drafts=drafts,
+            drafts=drafts, kv_cache_dtype=kv_cache_dtype,
         )  # fmt: skip
     if not has_vllm():
         raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")

@@ -23,8 +23,8 @@ class Engine:
 
     ``spec`` has ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a
     sequence), ``memory_share`` (of the device), ``kv_bytes`` (of the cache; None: what the share
-    leaves), ``eager``, ``vocabulary``, ``drafts`` (made of each sequence in each step), and
-    ``plan``: values of a DeltaConfig, or None for stock attention.
+    leaves), ``eager``, ``vocabulary``, ``drafts`` (made of each sequence in each step),
+    ``kv_cache_dtype``, and ``plan``: values of a DeltaConfig, or None for stock attention.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -40,6 +40,7 @@ class Engine:
             model=spec["model"], load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
             seed=_SEED, max_num_seqs=spec["batch"], max_model_len=spec["longest"],
             gpu_memory_utilization=spec["memory_share"], kv_cache_memory_bytes=spec["kv_bytes"],
+            kv_cache_dtype=spec["kv_cache_dtype"],
             # With it, the second round of a prefill would read nothing.
             enable_prefix_caching=False,
             disable_log_stats=True, enforce_eager=spec["eager"],

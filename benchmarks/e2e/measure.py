@@ -41,6 +41,7 @@ class RunOptions:
             "model": str(model), "batch": batch, "longest": longest,
             "memory_share": self.memory_share, "eager": self.shape.eager,
             "vocabulary": self.shape.vocabulary, "drafts": self.workloads[0].drafts,
+            "kv_cache_dtype": self.workloads[0].kv_cache_dtype,
             "plan": self.plan.to_dict() if side == DELTA else None,
             # Else an engine takes what is free, less what it sees taken while it starts.
             "kv_bytes": self._kv_bytes() if self.start_together else None,
@@ -48,7 +49,8 @@ class RunOptions:
 
     def _kv_bytes(self) -> int:
         # vLLM keeps a block to itself.
-        return self.shape.kv_bytes * (BLOCK + max(one.kv_tokens for one in self.workloads))
+        tokens = BLOCK + max(one.kv_tokens for one in self.workloads)
+        return self.shape.kv_bytes(self.workloads[0].kv_cache_dtype) * tokens
 
 
 class Measurement:

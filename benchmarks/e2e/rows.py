@@ -31,6 +31,7 @@ def make_row(
         "kind": workload.kind,
         "batch": workload.batch,
         "context": workload.context,
+        "kv_cache_dtype": workload.kv_cache_dtype,
         "within_budget": pages <= plan.pages_for(pages),
         "preemptions": sum(one["preemptions"] for one in (*opening, *ours, *theirs)),
     }

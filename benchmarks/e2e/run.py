@@ -31,11 +31,13 @@ def make_options(
     in_turn: bool = False,
     start_together: bool = False,
     drafts: int = 0,
+    kv_cache_dtype: str = "auto",
 ) -> RunOptions:
     """Check what was asked for; a ValueError for what cannot be.
 
     ``kinds`` and ``points`` (``batch:context``) say what to measure, ``memory_share`` is of the
-    device for each engine: by default 0.42, or 0.85 in turn. ``drafts`` are verified in each step.
+    device for each engine: by default 0.42, or 0.85 in turn. ``drafts`` are verified in each step,
+    ``kv_cache_dtype`` is that of both engines.
     """
     model = find_shape(shape)
     for name, value in (("steps", steps), ("rounds", rounds)):
@@ -48,8 +50,9 @@ def make_options(
     if in_turn and start_together:
         raise ValueError("--in-turn starts one engine after the other; got --start-together too")
     chosen = workloads(
-        kinds, [parse_point(p) for p in points], steps=steps, rounds=rounds, drafts=drafts
-    )
+        kinds, [parse_point(p) for p in points], steps=steps, rounds=rounds, drafts=drafts,
+        kv_cache_dtype=kv_cache_dtype,
+    )  # fmt: skip
     longest = max(chosen, key=lambda one: one.longest)
     if longest.longest > model.positions:
         raise ValueError(
@@ -62,6 +65,7 @@ def make_options(
         "e2e", shape=shape, workload=list(kinds), point=list(points), steps=steps, rounds=rounds,
         plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
         drafts=drafts or None,
+        kv_cache_dtype=None if kv_cache_dtype == "auto" else kv_cache_dtype,
     )  # fmt: skip
     return RunOptions(model, cfg, chosen, share, in_turn, start_together, command)
 

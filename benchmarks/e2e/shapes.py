@@ -7,7 +7,7 @@ from typing import Any
 
 from deltadecode.config import DeltaConfig
 
-_BYTES = 2  # bfloat16, weights and cache
+_BYTES = {"auto": 2, "fp8": 1}  # of a number in the cache, by its dtype; weights are bfloat16
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,9 @@ class ModelShape:
         layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return self.layers * layer + 2 * self.vocabulary * self.hidden + self.hidden
 
-    @property
-    def kv_bytes(self) -> int:
+    def kv_bytes(self, kv_cache_dtype: str = "auto") -> int:
         """Bytes of KV cache per token, all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * _BYTES
+        return 2 * self.layers * self.kv_heads * self.head_dim * _BYTES[kv_cache_dtype]
 
     def config(self) -> dict[str, Any]:
         """The model's ``config.json``."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("headline", "step", "short", "prefill", "profile")
+CACHES = ("auto", "fp8")
 HEADLINE_PROMPT = 4  # tokens, as in arXiv 2510.09883
 WARMUP_STEPS = 8
 _POINT = re.compile(r"(\d+):(\d+)")
@@ -33,17 +34,19 @@ class Workload:
     steps: int = 0  # decode steps of one round
     rounds: int = 1  # each of them first stock and then DELTA
     drafts: int = 0  # that each step verifies, of each sequence
+    kv_cache_dtype: str = "auto"  # of CACHES
 
     @property
     def case(self) -> str:
         """Name of its row."""
+        cache = "" if self.kv_cache_dtype == "auto" else f", {self.kv_cache_dtype} cache"
         if self.kind == "headline":
-            return f"batch {self.batch}, {HEADLINE_PROMPT} to {self.context} tokens"
+            return f"batch {self.batch}, {HEADLINE_PROMPT} to {self.context} tokens{cache}"
         if self.kind == "prefill":
-            return f"prefill, batch {self.batch}, {self.context} tokens"
+            return f"prefill, batch {self.batch}, {self.context} tokens{cache}"
         before = {"step": "", "short": "short ", "profile": "GPU time of a "}[self.kind]
         drafts = f" with {self.drafts} drafts" if self.drafts else ""
-        return f"{before}decode step{drafts}, batch {self.batch}, context {self.context}"
+        return f"{before}decode step{drafts}, batch {self.batch}, context {self.context}{cache}"
 
     @property
     def unit(self) -> str:
@@ -125,24 +128,27 @@ def workloads(
     steps: int = 64,
     rounds: int = 3,
     drafts: int = 0,
+    kv_cache_dtype: str = "auto",
 ) -> list[Workload]:
     """Choose what to measure, in the order of the kinds; by default all of them.
 
     Points (batch, context) replace the defaults of the chosen kinds. ``steps`` are those of a round
     of ``step`` and ``short``, ``rounds`` those of ``prefill`` as well. A ValueError for an unknown
-    kind, ``drafts`` in a kind of no single steps, or a context that the measured steps alone would
-    fill.
+    kind or cache, ``drafts`` in a kind of no single steps, or a context that the measured steps
+    alone would fill.
     """
     chosen = tuple(kinds) or KINDS
     for kind in chosen:
         if kind not in KINDS:
             raise ValueError(f"workload must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kv_cache_dtype not in CACHES:
+        raise ValueError(f"kv_cache_dtype must be {' or '.join(CACHES)}, got {kv_cache_dtype!r}")
     selected = []
     for kind in dict.fromkeys(chosen):
         for batch, context in points or _DEFAULTS[kind]:
             timed = {"step": steps, "short": steps, "profile": 3}.get(kind, 0)
             repeated = 1 if kind in ("headline", "profile") else rounds
-            one = Workload(kind, batch, context, timed, repeated, drafts)
+            one = Workload(kind, batch, context, timed, repeated, drafts, kv_cache_dtype)
             if drafts and not one.holds:
                 raise ValueError(f"drafts are for step, short and profile, got {kind!r}")
             if one.prompt < 1 or one.new_tokens < 1:

@@ -63,8 +63,8 @@ def test_transformers_builds_a_model_of_that_size_from_the_config(shape, tmp_pat
 
 
 def test_kv_bytes_are_those_of_both_caches_of_all_layers():
-    assert SHAPES["r1-1.5b"].kv_bytes == 28 * 2 * 2 * 128 * 2
-    assert SHAPES["qwen3-8b"].kv_bytes == 147456
+    assert SHAPES["r1-1.5b"].kv_bytes() == 28 * 2 * 2 * 128 * 2
+    assert SHAPES["qwen3-8b"].kv_bytes() == 2 * SHAPES["qwen3-8b"].kv_bytes("fp8") == 147456
 
 
 # Workloads
@@ -106,6 +106,7 @@ def test_a_point_is_batch_and_context(text):
         ({"points": ["64:100"], "kinds": ["step"]}, "64:100"),
         ({"points": ["16:65536"], "shape": "qwen3-8b"}, "65536"),
         ({"points": ["x"]}, "'x'"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "fp8_e5m2"),
         ({"steps": 0}, "0"),
         ({"memory_share": 0.7}, "0.7"),
         ({"memory_share": -0.2}, "-0.2"),
@@ -298,6 +299,19 @@ def test_the_module_ends_with_1_and_one_line_when_an_engine_fails(
 def test_a_workload_names_its_unit():
     assert {Workload(kind, 1, 1000, 1).unit for kind in ("step", "short", "profile")} == {"ms"}
     assert {Workload(kind, 1, 1000).unit for kind in ("headline", "prefill")} == {"s"}
+
+
+def test_both_engines_get_the_cache_dtype_and_rows_name_it(fake, tmp_path):
+    setup = fake(["step", "prefill", "headline"], kv_cache_dtype="fp8", start_together=True)
+    assert "--kv-cache-dtype fp8" in setup.command
+    assert "--kv-cache-dtype" not in fake(["step"]).command
+    specs = [setup.spec(side, tmp_path) for side in ("stock", "DELTA")]
+    assert [spec["kv_cache_dtype"] for spec in specs] == ["fp8", "fp8"]
+    plain = fake(["step", "prefill", "headline"], start_together=True).spec("stock", tmp_path)
+    assert plain["kv_cache_dtype"] == "auto" and plain["kv_bytes"] == 2 * specs[0]["kv_bytes"]
+    rows = e2e.run(setup)["rows"]
+    assert {row["kv_cache_dtype"] for row in rows} == {"fp8"}
+    assert all(row["case"].endswith(", fp8 cache") for row in rows)
 
 
 def test_drafts_belong_to_single_steps():

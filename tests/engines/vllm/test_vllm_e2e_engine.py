@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks.e2e.run import make_options
 
@@ -71,3 +72,12 @@ def test_steps_with_drafts_verify_them(tmp_path):
     for answer in steps:
         assert len(answer["seconds"]) == 8
         assert answer["verified"] == 8 * 4 * 3
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM has no float8 caches on such CPUs"
+)
+def test_steps_with_a_float8_cache(tmp_path):
+    done, ready = run(tmp_path, "DELTA", kinds=["step"], kv_cache_dtype="fp8")
+    assert ready["backends"] == ["CUSTOM"]
+    assert [len(a["done"]["seconds"]) for c, a in done if c["do"] == "steps"] == [8, 8, 8]
