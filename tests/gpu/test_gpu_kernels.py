@@ -8,6 +8,7 @@ from gpu_cases import error, make_gpu_case, poison_allocator
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
+from deltadecode.ops import DecodeInputs, Scratch, plan_decode
 
 pytestmark = pytest.mark.gpu
 # Rounding of the output, and of the weights before they meet the values.
@@ -84,6 +85,35 @@ def test_fp8_cache(dtype):
     case = make_gpu_case(RAGGED, dtype=dtype, cache_dtype=torch.float8_e4m3fn)
     case.options |= {"k_scale": 0.7, "v_scale": 1.3}
     check(case, dtype)
+
+
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_fp8_queries_of_a_plan(tokens):
+    """As vLLM has them: exactly what the same numbers in float16 give, in bfloat16."""
+    case = make_gpu_case(
+        RAGGED, dtype=torch.float16, cache_dtype=torch.float8_e4m3fn, tokens=tokens
+    )
+    q, k, v, table, lens = case.arguments
+    q = q.to(torch.float8_e4m3fn)
+    case.arguments = (q.half(), k, v, table, lens)
+    case.options |= {"k_scale": 0.7, "v_scale": 1.3}
+    expected, scores = case.run(return_page_scores=True)
+    config = DeltaConfig(page_size=16, budget_pages=8, recent_pages=2, sink_pages=1)
+    ids, counts = ops.select_pages(scores, lens, config)
+    out = torch.empty(q.shape, dtype=torch.bfloat16, device="cuda")
+    more = {"k_scale": 0.7, "v_scale": 1.3}
+    whole, sparse = (
+        DecodeInputs(out, k, v, table, lens, case.options["scale"], 16, **more, **pages)
+        for pages in ({"return_page_scores": True}, {"page_ids": ids, "page_counts": counts})
+    )
+    plan = plan_decode(whole, config, 0, q.dtype)
+    found = plan.run(q, k, v, table, lens, None, out, Scratch())
+    assert error(out, expected) < 5e-3
+    assert all(torch.equal(a, b) for a, b in zip(found, (ids, counts), strict=True))
+    plan_decode(sparse, None, 0, q.dtype).run(
+        q, k, v, table, lens, None, out, Scratch(), ids, counts
+    )
+    assert error(out, case.run(page_ids=ids, page_counts=counts)) < 5e-3
 
 
 def test_a_long_row():

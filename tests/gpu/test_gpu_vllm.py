@@ -150,5 +150,44 @@ def test_the_last_token_of_a_prompt_is_prefill_when_it_comes_alone(work):
     assert sum(right) < 17, "a step that reads two pages has to show, or this test shows nothing"
 
 
+FLOAT8 = {"kv_cache_dtype": "fp8"}
+
+
+@pytest.fixture(scope="module")
+def float8(work):
+    return work(config=CONFIG, engine=FLOAT8)[0]
+
+
+def test_float8_answers_are_as_right_as_those_of_stock_vllm(work, float8):
+    stock = work(engine=FLOAT8)[0]
+    everything = work(config={**CONFIG, "budget_pages": 256}, engine=FLOAT8)[0]
+    rights = [
+        sum(
+            is_correct(problem, each["text"]) for problem, each in zip(PROBLEMS, found, strict=True)
+        )
+        for found in (stock, everything, float8)
+    ]
+    # Stock attention rounds softmax weights to float8 as well, which turns near-ties.
+    assert min(rights[1:]) >= rights[0] - 2 and rights[0] >= 15
+    assert agreeing(stock, everything) >= 14
+
+
+def test_float8_graphs_equal_eager_steps(work, float8):
+    assert agreeing(float8, work(config=CONFIG, engine={**FLOAT8, "enforce_eager": True})[0]) >= 19
+
+
+def test_float8_with_drafts_mixed_batches_and_prefix_hits(work, float8):
+    requests = [{"prompt": p.prompt} for p in PROBLEMS]
+    n_gram = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    sizes = {"max_num_batched_tokens": 128, "max_num_seqs": 6, "enable_prefix_caching": True}
+    for more in ({}, {"speculative_config": {**n_gram, "num_speculative_tokens": 3}}):
+        first, again = work(
+            config=CONFIG, engine={**FLOAT8, **sizes, **more}, rounds=[requests, requests]
+        )
+        assert agreeing(float8, first) >= 17
+        assert agreeing(float8, again) >= 17
+        assert sum(each["cached"] for each in again) > 0
+
+
 def test_with_every_page_in_the_budget_it_is_stock_vllm(work):
     assert agreeing(work()[0], work(config={"budget_pages": 256})[0]) >= 20

@@ -110,6 +110,21 @@ def test_an_adapter_with_every_page_in_the_budget_is_stock_vllm(tiny):
     assert first_tokens(tiny(model="llama")) != first_tokens(stock)
 
 
+def test_float8_scales_of_a_checkpoint(tiny):
+    """Written into the cache by vLLM, and read by both."""
+    scaled = {"model": "llama", "float8": [0.05, 0.03], "prompts": [PROMPTS[0]]}
+    config = {**ALL_PAGES, "dense_layers": [0], "delta_layers": [1]}
+    stock = run_or_skip(tiny, **scaled)
+    everything = tiny(**scaled, config=config)
+    assert first_tokens(everything)[0][:4] == first_tokens(stock)[0][:4]
+    for ours, theirs in zip(everything["logprobs"][0][:3], stock["logprobs"][0][:3], strict=True):
+        for token in set(ours) & set(theirs):
+            # Stock attention rounds softmax weights to float8 as well.
+            assert ours[token] == pytest.approx(theirs[token], abs=0.3)
+    sparse = tiny(**scaled, config={**config, "budget_pages": 3})
+    assert sparse["counted"][0] < sparse["counted"][1]
+
+
 def test_heads_that_the_kernels_do_not_take(tiny):
     stock = run_or_skip(tiny, model="gemma4_wide")
     refused = tiny(model="gemma4_wide", config=ALL_PAGES)

@@ -1,7 +1,8 @@
 """Compile every kernel for Hopper, which takes no GPU: a process of its own, without interpreter.
 
 ``python compile_kernels.py DTYPE`` takes queries of a dtype, and prints how many kernels there are.
-With bfloat16, the selection, which has no queries, is compiled too. The interpreter runs kernels as
+With bfloat16, the selection, which has no queries, is compiled too. Queries of float8 are those of
+plans, whose output is bfloat16. The interpreter runs kernels as
 Python and lets pass what the compiler refuses.
 """
 
@@ -57,13 +58,35 @@ class Compiled:
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def plan_float8():
+    """Plans of float8 queries and caches, with drafts and without: a Δ-layer and a sparse one."""
+    kv = torch.zeros(40, 16, 2, 128, dtype=torch.float8_e4m3fn)
+    table, lens = torch.zeros(2, 20, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    for queries in ((2,), (2, 4)):
+        q, out = (
+            torch.zeros(*queries, 12, 128, dtype=dtype) for dtype in (kv.dtype, torch.bfloat16)
+        )
+        pages = torch.zeros(*queries, 8, dtype=torch.int32), torch.ones(queries, dtype=torch.int32)
+        for ids, counts, cfg in ((None, None, DeltaConfig()), (*pages, None)):
+            inputs = ops.DecodeInputs(
+                out, kv, kv, table, lens, 0.1, 16, ids, counts, return_page_scores=ids is None
+            )
+            plan = ops.plan_decode(inputs, cfg, 0, q.dtype)
+            plan.run(q, kv, kv, table, lens, None, out, ops.Scratch(), ids, counts)
+
+
 def main(dtype):
     attention.attend = Compiled(attention.attend)
     attention.finish = Compiled(attention.finish)
     selection.select = Compiled(selection.select)
     dispatch.triton_backend().unsupported = lambda *tensors: None
-    plans._operand = lambda kind: getattr(triton.language, str(kind.q_dtype).removeprefix("torch."))
-    for cache, sinks in itertools.product((None, torch.float8_e4m3fn), (False, True)):
+    device = torch.device("cuda")
+    operand = plans._operand
+    plans._operand = lambda kind: operand(kind._replace(device=device))
+    if dtype == torch.float8_e4m3fn:
+        plan_float8()
+    caches = () if dtype == torch.float8_e4m3fn else (None, torch.float8_e4m3fn)
+    for cache, sinks in itertools.product(caches, (False, True)):
         q = torch.zeros(2, 12, 128, dtype=dtype)
         kv = torch.zeros(40, 16, 2, 128, dtype=cache or dtype)
         table, lens = torch.zeros(2, 20, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
