@@ -69,7 +69,7 @@ class LoadOptions:
 
     def _kv_bytes(self) -> int:
         # vLLM keeps a block to itself.
-        return self.shape.kv_bytes * (BLOCK + max(one.kv_tokens for one in self.workloads))
+        return self.shape.kv_bytes() * (BLOCK + max(one.kv_tokens for one in self.workloads))
 
     def runs(self) -> list[tuple[Workload, Rate]]:
         """All runs of a side, in order."""
