@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -72,6 +73,7 @@ def plan_decode(
     cfg: DeltaConfig | None = None,
     compile_rows: int = 0,
     q_dtype: dtype | None = None,
+    over_all_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """Plan the kernels of one layer for every later step of the same shapes.
 
@@ -85,6 +87,9 @@ def plan_decode(
         Compile now what batches of up to so many rows need.
     q_dtype : dtype, optional
         Of the q that steps have, where it is float8; the q of ``inputs`` has the output's dtype.
+    over_all_ranks : callable, optional
+        Of a Δ-layer whose query heads are on several ranks: maximum over all of them of float32
+        numbers, s_t of every token of the table. It may overwrite what it gets.
 
     Returns
     -------
@@ -101,7 +106,7 @@ def plan_decode(
     kernels = triton_backend()
     if kernels is None or kernels_refuse(inputs.q, inputs.k_cache) or needs_gradients(inputs):
         return None
-    return kernels.plan_decode(inputs, cfg, compile_rows, q_dtype)
+    return kernels.plan_decode(inputs, cfg, compile_rows, q_dtype, over_all_ranks)
 
 
 def run_select(

@@ -172,6 +172,40 @@ def test_a_sparse_layer_needs_its_delta_layer(planned):
         step.run(planned, 2)
 
 
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_ranks_that_select_together_keep_the_pages_of_all_heads(planned, tokens):
+    step = Step([40, 37, 48, 9], tokens=tokens)
+    _, expected = step.expected(1)
+    q, cache, forward = step.q[1], step.caches[1], step.forward
+    synced = replace(SETTINGS, sync_heads=True)
+    alone = []
+    for heads, kv_head in ((slice(0, 2), 0), (slice(2, 4), 1)):
+        rest = slice(2, 4) if heads.start == 0 else slice(0, 2)
+
+        def both(scores, rest=rest, kv_head=1 - kv_head):
+            k_cache, v_cache = (each[:, :, kv_head : kv_head + 1] for each in views(cache))
+            _, others = ops.decode_attention(
+                q[..., rest, :], k_cache, v_cache, step.table, step.lens, scale=SCALE,
+                page_size=1, return_page_scores=True,
+            )  # fmt: skip
+            return scores.copy_(torch.maximum(scores, others.flatten()))
+
+        mine, own = q[..., heads, :], cache[..., kv_head : kv_head + 1, :]
+        for settings, callback in ((synced, both), (SETTINGS, both), (synced, None)):
+            kernels = LayerKernels(
+                settings, 1, "delta", views, scale=SCALE, over_all_ranks=callback
+            )
+            out = torch.empty(mine.shape)
+            assert kernels.attend(mine, own, step.table, step.lens, forward, None, None, out)
+            torch.testing.assert_close(out, step.expected(1)[0][..., heads, :])
+            kept = [torch.equal(a, b) for a, b in zip(forward.selections[1], expected[1])]
+            if settings.sync_heads and callback:
+                assert all(kept)
+            else:
+                alone.append(kept[0])
+    assert not all(alone), "one rank's heads have to want other pages, or this test shows nothing"
+
+
 def test_where_the_kernels_do_not_compute_nothing_is_done(planned):
     step = Step([5])
     out = torch.full((1, DIM, HEADS), 7.0).transpose(1, 2)
@@ -194,7 +228,7 @@ def test_what_is_compiled_ahead_is_planned_like_a_step(planned, layer):
         )
     found = {inputs.q.shape: inputs for inputs, *_ in planned["counted"]}
     assert set(found) == {(1, HEADS, DIM), (1, 3, HEADS, DIM)} and len(planned["counted"]) == 2
-    assert all(rows == 5 for *_, rows, _ in planned["counted"])
+    assert all(rows == 5 for _, _, rows, *_ in planned["counted"])
     for lengths, tokens in (([7], 0), ([40], 3)):
         step = Step(lengths, tokens=tokens)
         for number in range(1, layer + 1):

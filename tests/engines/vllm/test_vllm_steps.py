@@ -11,7 +11,7 @@ from deltadecode import DeltaConfig, ops
 from deltadecode.engines.serving.rows import divide
 from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.serving.step import Cache, ForwardPass, attend
-from deltadecode.engines.vllm import implementation
+from deltadecode.engines.vllm import implementation, ranks
 from deltadecode.engines.vllm.implementation import DeltaImpl
 
 CONFIG = DeltaConfig(4, 3, 1, 1, (), (0,))
@@ -37,6 +37,11 @@ class Impl(DeltaImpl, Stock):
         self._number, self._role, self._kernels = number, SETTINGS.plan.role(number), None
 
 
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    monkeypatch.setattr(ranks, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+
+
 @pytest.fixture(params=[True, False], ids=["kernels", "operations"])
 def run(request, monkeypatch):
     """Run both layers over a batch; gives the outputs of every token."""
@@ -45,9 +50,6 @@ def run(request, monkeypatch):
         pytest.skip("needs the interpreter")
     context = SimpleNamespace()
     monkeypatch.setattr(implementation, "get_forward_context", lambda: context)
-    monkeypatch.setattr(
-        implementation, "get_tp_group", lambda: SimpleNamespace(world_size=1, device_group=None)
-    )
     layers = [Impl(number, request.param) for number in range(2)]
 
     def run(batch):

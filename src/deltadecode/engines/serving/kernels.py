@@ -49,8 +49,8 @@ class LayerKernels:
         Most decode rows of a batch; kernels for all numbers of them are compiled at the first step.
     tokens : int
         Most new tokens of a row.
-    over_ranks : bool
-        Whether there are several ranks, whose scores ``sync_heads`` has to gather on the way.
+    over_all_ranks : callable, optional
+        As in :func:`deltadecode.engines.serving.step.attend`.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class LayerKernels:
         v_scale: float = 1.0,
         rows: int = 0,
         tokens: int = 1,
-        over_ranks: bool = False,
+        over_all_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._settings, self._layer, self._views = settings, layer, views
         self._source = settings.plan.source(layer) if role == "sparse" else None
         self._scale, self._softcap, self._sinks, self._rows = scale, softcap, sinks, rows
         self._tokens = tokens
         self._q_scale, self._cache_scales = q_scale, (k_scale, v_scale)
-        self._synced = settings.sync_heads and over_ranks
+        self._over_all_ranks = over_all_ranks if settings.sync_heads else None
         self._ahead = False
         self._planned: dict[Any, _Planned | None] = {}
 
@@ -135,7 +135,7 @@ class LayerKernels:
         ``q`` is [at least ``tokens``, Hq, D], ``cache`` the engine's tensor, and ``dtype`` that of
         the output.
         """
-        if self._ahead or self._synced or is_captured(q):
+        if self._ahead or is_captured(q):
             return
         self._ahead = True
         block_size = self._views(cache)[0].shape[1]
@@ -160,7 +160,7 @@ class LayerKernels:
         forward: ForwardPass,
         out: Tensor,
     ) -> _Planned | None:
-        if self._synced or not out.is_contiguous():
+        if not out.is_contiguous():
             return None
         selection = None
         if self._source is not None:
@@ -191,4 +191,6 @@ class LayerKernels:
             ids, counts, self._sinks, self._softcap, *self._cache_scales,
             return_page_scores=selection is None,
         )  # fmt: skip
-        return plan_decode(inputs, config if selection is None else None, self._rows, q_dtype)
+        if selection is not None:
+            return plan_decode(inputs, None, self._rows, q_dtype)
+        return plan_decode(inputs, config, self._rows, q_dtype, self._over_all_ranks)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -18,6 +17,7 @@ from deltadecode.engines.serving.step import Cache, ForwardPass, attend
 from deltadecode.engines.vllm import versions
 from deltadecode.engines.vllm.builder import most_rows
 from deltadecode.engines.vllm.checks import FLOAT8_DTYPES
+from deltadecode.engines.vllm.ranks import over_all_ranks
 from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
 from deltadecode.ops import is_captured
 
@@ -175,7 +175,7 @@ class DeltaImpl:
                 v_scale=v_scale,
                 prompts=prompts,
                 idle=idle,
-                over_all_ranks=_over_all_ranks,
+                over_all_ranks=over_all_ranks(),
             )
             out.copy_(attended)
         if drafts is not None:
@@ -207,7 +207,7 @@ class DeltaImpl:
                 v_scale=v_scale,
                 rows=self._most_rows,
                 tokens=self._most_tokens,
-                over_ranks=get_tp_group().world_size > 1,
+                over_all_ranks=over_all_ranks(),
             )
         return self._kernels
 
@@ -263,13 +263,3 @@ def _by_row(tokens: Tensor, rows: Rows, count: int) -> Tensor:
     if size != tokens.shape[0]:
         tokens = tokens[:size]
     return tokens if rows.tokens == 1 else tokens.unflatten(0, (count, rows.tokens))
-
-
-def _over_all_ranks(token_scores: Tensor) -> Tensor:
-    """s_t over the query heads of every rank: a maximum of maxima is exact."""
-    group = get_tp_group()
-    if group.world_size > 1:
-        torch.distributed.all_reduce(
-            token_scores, op=torch.distributed.ReduceOp.MAX, group=group.device_group
-        )
-    return token_scores

@@ -16,6 +16,12 @@ _BACKEND = ("get_impl_cls", "get_builder_cls", "get_supported_kernel_block_sizes
 _EVERYWHERE = {
     "vllm.config:get_current_vllm_config_or_none": (),
     "vllm.distributed:get_tp_group": (),
+    "vllm.distributed.parallel_state:GroupCoordinator.all_gather": ("input_", "dim"),
+    "vllm.distributed.device_communicators.pynccl:PyNcclCommunicator.all_reduce": (
+        "in_tensor",
+        "out_tensor",
+        "op",
+    ),
     "vllm.distributed.utils:get_pp_indices": ("num_hidden_layers", "pp_rank", "pp_size"),
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": ("usage_context",),
     "vllm.forward_context:get_forward_context": (),

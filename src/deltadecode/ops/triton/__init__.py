@@ -8,6 +8,7 @@ Contracts stand in :mod:`deltadecode.ops.operations`, the definition in
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -98,7 +99,11 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
 
 
 def plan_decode(
-    inputs: DecodeInputs, cfg: DeltaConfig | None, compile_rows: int, q_dtype: torch.dtype | None
+    inputs: DecodeInputs,
+    cfg: DeltaConfig | None,
+    compile_rows: int,
+    q_dtype: torch.dtype | None,
+    over_all_ranks: Callable[[Tensor], Tensor] | None,
 ) -> DecodePlan | None:
     """Plan of one layer; see :func:`deltadecode.ops.plan_decode`."""
     rows, last_strides = inputs.q.shape[0], (inputs.q.stride(-1), inputs.block_table.stride(1))
@@ -107,10 +112,13 @@ def plan_decode(
         return None
     if last_strides != (1, 1) or rows > _rows_at_once(inputs):
         return None
+    if over_all_ranks is not None:
+        # Pages of one token: a maximum over heads comes before the sum over a page (R2).
+        inputs = replace(inputs, page_size=1)
     kind = attention_kind(inputs, q_dtype)
     if compile_rows and kind.device.type == "cuda":
         compile_ahead(kind, cfg, compile_rows)
-    return DecodePlan(kind, cfg)
+    return DecodePlan(kind, cfg, over_all_ranks)
 
 
 def _rows_at_once(inputs: DecodeInputs) -> int:

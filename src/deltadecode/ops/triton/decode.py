@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -28,17 +29,25 @@ _COMPILERS = 8
 class DecodePlan:
     """Attention of one layer and, of a Δ-layer, its selection; see :func:`plan_decode`.
 
-    ``cfg`` is given for a Δ-layer only, whose ``kind`` has page scores.
+    ``cfg`` is given for a Δ-layer only, whose ``kind`` has page scores: of pages of one token where
+    scores ``over_all_ranks`` come first.
     """
 
-    def __init__(self, kind: AttentionKind, cfg: DeltaConfig | None) -> None:
+    def __init__(
+        self,
+        kind: AttentionKind,
+        cfg: DeltaConfig | None,
+        over_all_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self._attention = attention_plan(kind)
+        self._over_all_ranks = over_all_ranks
         self._selection = None
         if cfg is not None:
-            pages = self._attention.pages
+            self._page_size = cfg.page_size
+            pages = self._attention.pages * kind.page_size // cfg.page_size
             scored = selection_kind(cfg, kind.queries, pages, torch.float32, pages)
             self._selection = selection_plan(scored)
-            self._scores = math.prod(kind.queries) * pages
+            self._scores = math.prod(kind.queries) * self._attention.pages
         else:
             self._scores = 0
 
@@ -83,6 +92,9 @@ class DecodePlan:
         )
         if self._selection is None or scores is None:
             return None
+        if self._over_all_ranks is not None:
+            token_scores = self._over_all_ranks(memory[floats : floats + self._scores])
+            scores = token_scores.view(-1, self._page_size).sum(-1)
         return self._selection.run(scores, seq_lens)
 
     def compile(self) -> None:
