@@ -190,15 +190,16 @@ def test_ranks_that_select_together_keep_the_pages_of_all_heads(planned, tokens)
             )  # fmt: skip
             return scores.copy_(torch.maximum(scores, others.flatten()))
 
-        mine, own = q[..., heads, :], cache[..., kv_head : kv_head + 1, :]
+        part, own = q[..., heads, :], cache[..., kv_head : kv_head + 1, :]
         for settings, callback in ((synced, both), (SETTINGS, both), (synced, None)):
             kernels = LayerKernels(
                 settings, 1, "delta", views, scale=SCALE, over_all_ranks=callback
             )
-            out = torch.empty(mine.shape)
-            assert kernels.attend(mine, own, step.table, step.lens, forward, None, None, out)
+            out = torch.empty(part.shape)
+            assert kernels.attend(part, own, step.table, step.lens, forward, None, None, out)
             torch.testing.assert_close(out, step.expected(1)[0][..., heads, :])
-            kept = [torch.equal(a, b) for a, b in zip(forward.selections[1], expected[1])]
+            pairs = zip(forward.selections[1], expected[1], strict=True)
+            kept = [torch.equal(mine, all_heads) for mine, all_heads in pairs]
             if settings.sync_heads and callback:
                 assert all(kept)
             else:

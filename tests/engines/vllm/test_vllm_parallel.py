@@ -1,9 +1,15 @@
 """Two ranks on the loopback interface: tensor parallel, pipeline parallel."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from conftest import environment  # of this folder
 
 from deltadecode.lab.tasks import is_correct, make_problem
 
+RANKS = Path(__file__).parents[2] / "gpu" / "rank_worker.py"
 CONFIG = {"page_size": 8, "budget_pages": 32, "recent_pages": 4}
 PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(4)]
 REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
@@ -21,6 +27,15 @@ def tokens(completions):
 @pytest.fixture(scope="module")
 def one_rank(work):
     return run(work, CONFIG)
+
+
+def test_planned_kernels_of_two_ranks_keep_the_pages_of_all_heads():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, str(RANKS), "cpu"], text=True, check=False, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(TRITON_INTERPRET="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 def test_two_tensor_ranks_that_select_together_give_the_same_tokens(work, one_rank):
