@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import deltadecode
+
 ROOT = Path(__file__).resolve().parents[1]
 _PATIENCE_S = 30
 
@@ -18,6 +20,21 @@ def environment(source: Path = ROOT / "src") -> dict[str, str]:
     """Environment of a process that imports ``deltadecode`` from here, and ``benchmarks``."""
     paths = [str(source), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def write_entry_point(folder: Path) -> Path:
+    """Write what an installation would have, so that vLLM finds the plugin in a source tree.
+
+    Gives the folder to have on the path.
+    """
+    place = (folder / "plugin").resolve()
+    info = place / f"deltadecode-{deltadecode.__version__}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    about = f"Metadata-Version: 2.1\nName: deltadecode\nVersion: {deltadecode.__version__}\n"
+    (info / "METADATA").write_text(about, encoding="utf-8")
+    point = "[vllm.general_plugins]\ndeltadecode = deltadecode_vllm:register\n"
+    (info / "entry_points.txt").write_text(point, encoding="utf-8")
+    return place
 
 
 def serve(lines: TextIO, answers: TextIO, start: Callable[[dict[str, Any]], Any]) -> int:

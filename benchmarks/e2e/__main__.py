@@ -42,6 +42,12 @@ def e2e(
     kv_cache_dtype: Annotated[
         str, typer.Option(help="Of both engines: auto, as the weights, or fp8.")
     ] = "auto",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs of each engine, which share every layer.")
+    ] = 1,
+    sync_heads: Annotated[
+        bool, typer.Option("--sync-heads", help="Their ranks select pages together.")
+    ] = False,
     as_json: cli.Json = False,
     out: cli.Out = None,
     tag: cli.Tag = None,
@@ -60,7 +66,8 @@ def e2e(
         options = make_options(
             shape=shape, kinds=workload or [], points=point or [], steps=steps, rounds=rounds,
             plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
-            drafts=drafts, kv_cache_dtype=kv_cache_dtype,
+            drafts=drafts, kv_cache_dtype=kv_cache_dtype, tensor_parallel=tensor_parallel,
+            sync_heads=sync_heads,
         )  # fmt: skip
     if not has_vllm():
         raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")

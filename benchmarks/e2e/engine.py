@@ -1,6 +1,7 @@
 """One vLLM engine, its steps driven and timed one by one: ``python -m benchmarks.e2e.engine``."""
 
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 import deltadecode_vllm
 from benchmarks.e2e.profile import summarize
-from benchmarks.processes import serve_process
+from benchmarks.processes import serve_process, write_entry_point
 from deltadecode.engines.serving.settings import KEY
 from deltadecode.engines.vllm import BACKEND
 
@@ -22,9 +23,10 @@ class Engine:
     """A vLLM engine in this process, with random weights.
 
     ``spec`` has ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a
-    sequence), ``memory_share`` (of the device), ``kv_bytes`` (of the cache; None: what the share
-    leaves), ``eager``, ``vocabulary``, ``drafts`` (made of each sequence in each step),
-    ``kv_cache_dtype``, and ``plan``: values of a DeltaConfig, or None for stock attention.
+    sequence), ``ranks`` (tensor parallel), ``memory_share`` (of each device), ``kv_bytes`` (of the
+    cache on each; None: what the share leaves), ``eager``, ``vocabulary``, ``drafts`` (made of each
+    sequence in each step), ``kv_cache_dtype``, and ``plan``: values of a DeltaConfig and perhaps
+    ``sync_heads``, or None for stock attention.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -32,6 +34,9 @@ class Engine:
         if spec["plan"] is not None:
             # Registered here, since in a source tree there is no entry point for vLLM to find.
             deltadecode_vllm.register()
+        ranks: dict[str, Any] = {}
+        if spec["ranks"] > 1:
+            ranks = self._set_ranks(spec["ranks"])
         from vllm import LLM
 
         ours = {"attention_backend": BACKEND, "additional_config": {KEY: spec["plan"]}}
@@ -45,7 +50,7 @@ class Engine:
             enable_prefix_caching=False,
             disable_log_stats=True, enforce_eager=spec["eager"],
             speculative_config=_drafting(spec["drafts"]) if spec["drafts"] else None,
-            **(ours if spec["plan"] is not None else {}),
+            **(ours if spec["plan"] is not None else {}), **ranks,
         )  # fmt: skip
         if spec["drafts"]:
             _draft_always(spec["drafts"])
@@ -70,18 +75,24 @@ class Engine:
         config = self._engine.vllm_config
         cache = config.cache_config
         tokens = getattr(cache, "kv_cache_size_tokens", None)
-        layers = config.compilation_config.static_forward_context.values()
-        backends = {
-            layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")
-        }
         return {
             "start_s": round(self.start_s, 1),
             "kv_tokens": tokens or cache.num_gpu_blocks * cache.block_size,
-            "backends": sorted(backends),
+            "backends": self._llm.collective_rpc(_backends)[0],
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode).rpartition(".")[2],
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "tensor_parallel": config.parallel_config.tensor_parallel_size,
             "vllm": vllm.__version__,
         }
+
+    def _set_ranks(self, count: int) -> dict[str, Any]:
+        """Arguments of an engine with ranks in processes of their own."""
+        self._folder = tempfile.TemporaryDirectory(prefix="deltadecode-")
+        # Processes that are not forked look for the plugin on this process's path.
+        sys.path.insert(0, str(write_entry_point(Path(self._folder.name))))
+        # What adds over ranks by NVLink multicast is off on both sides: not every machine has it.
+        unfused = {"pass_config": {"fuse_allreduce_rms": False}}
+        return {"tensor_parallel_size": count, "compilation_config": unfused}
 
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command: ``do`` names it, the other keys are its arguments.
@@ -207,6 +218,12 @@ class Engine:
         self._scheduler.schedule = counted
 
 
+def _backends(worker: Any) -> list[str]:
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    found = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+    return sorted(found)
+
+
 def _drafting(count: int) -> dict[str, Any]:
     lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
     return {"method": "ngram", "num_speculative_tokens": count, **lookup}
@@ -231,6 +248,7 @@ def _set_environment() -> None:
     # Read when vLLM is imported. In one process, so that the plugin is registered where the
     # engine runs, its scheduler can be asked, and the profiler sees its kernels.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ |= {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
     quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)

@@ -31,6 +31,8 @@ class RunOptions:
     memory_share: float  # of the device, for each engine
     in_turn: bool = False  # one engine after the other; else both live, and rounds alternate
     start_together: bool = False  # with caches of just the size that is needed
+    tensor_parallel: int = 1  # ranks of each engine
+    sync_heads: bool = False  # of the DELTA side
     command: str = "python -m benchmarks.e2e"  # that repeats it
     worker: Sequence[str] = WORKER
 
@@ -42,15 +44,25 @@ class RunOptions:
             "memory_share": self.memory_share, "eager": self.shape.eager,
             "vocabulary": self.shape.vocabulary, "drafts": self.workloads[0].drafts,
             "kv_cache_dtype": self.workloads[0].kv_cache_dtype,
-            "plan": self.plan.to_dict() if side == DELTA else None,
+            "ranks": self.tensor_parallel, "plan": self._settings() if side == DELTA else None,
             # Else an engine takes what is free, less what it sees taken while it starts.
             "kv_bytes": self._kv_bytes() if self.start_together else None,
         }  # fmt: skip
 
+    def of_ranks(self) -> dict[str, Any]:
+        """What a row says of ranks, where there are several."""
+        if self.tensor_parallel == 1:
+            return {}
+        return {"tensor_parallel": self.tensor_parallel, "sync_heads": self.sync_heads}
+
+    def _settings(self) -> dict[str, Any]:
+        return self.plan.to_dict() | ({"sync_heads": True} if self.sync_heads else {})
+
     def _kv_bytes(self) -> int:
         # vLLM keeps a block to itself.
         tokens = BLOCK + max(one.kv_tokens for one in self.workloads)
-        return self.shape.kv_bytes(self.workloads[0].kv_cache_dtype) * tokens
+        each = self.shape.kv_bytes(self.workloads[0].kv_cache_dtype)
+        return each // min(self.tensor_parallel, self.shape.kv_heads) * tokens
 
 
 class Measurement:
@@ -68,7 +80,7 @@ class Measurement:
             **result("e2e", options.command, []),
             "model": shape.name, "parameters": shape.parameters, "plan": options.plan.to_dict(),
             "plan_note": shape.plan_note if options.plan == shape.plan else "given",
-            "memory_share": options.memory_share, "in_turn": options.in_turn,
+            "memory_share": options.memory_share, "in_turn": options.in_turn, **options.of_ranks(),
             "engines": {}, "skipped": [], "one_side": [],
         }  # fmt: skip
 
@@ -153,7 +165,8 @@ class Measurement:
         if workload.kind == "profile" and not (stock[0]["busy_us"] and delta[0]["busy_us"]):
             return self._skip(workload, "the profiler saw nothing run on a GPU")
         opened = [value for side in SIDES for value in values[f"{side} opening"]]
-        self.result["rows"].append(make_row(workload, delta, stock, opened, self.options.plan))
+        made = make_row(workload, delta, stock, opened, self.options.plan)
+        self.result["rows"].append(made | self.options.of_ranks())
 
     def _skip(self, workload: Workload, why: str) -> None:
         self.result["skipped"].append({"case": workload.case, "why": why})

@@ -32,12 +32,15 @@ def make_options(
     start_together: bool = False,
     drafts: int = 0,
     kv_cache_dtype: str = "auto",
+    tensor_parallel: int = 1,
+    sync_heads: bool = False,
 ) -> RunOptions:
     """Check what was asked for; a ValueError for what cannot be.
 
     ``kinds`` and ``points`` (``batch:context``) say what to measure, ``memory_share`` is of the
     device for each engine: by default 0.42, or 0.85 in turn. ``drafts`` are verified in each step,
-    ``kv_cache_dtype`` is that of both engines.
+    ``kv_cache_dtype`` is that of both engines. ``tensor_parallel`` ranks hold either model, and
+    select together with ``sync_heads``.
     """
     model = find_shape(shape)
     for name, value in (("steps", steps), ("rounds", rounds)):
@@ -49,6 +52,12 @@ def make_options(
         raise ValueError(f"memory share must be above 0 and at most {most}, got {share}")
     if in_turn and start_together:
         raise ValueError("--in-turn starts one engine after the other; got --start-together too")
+    if tensor_parallel < 1 or model.heads % tensor_parallel:
+        raise ValueError(
+            f"tensor parallel must divide {model.name}'s {model.heads} heads, got {tensor_parallel}"
+        )
+    if sync_heads and tensor_parallel == 1:
+        raise ValueError("--sync-heads needs --tensor-parallel of at least 2, got 1")
     chosen = workloads(
         kinds, [parse_point(p) for p in points], steps=steps, rounds=rounds, drafts=drafts,
         kv_cache_dtype=kv_cache_dtype,
@@ -66,8 +75,11 @@ def make_options(
         plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
         drafts=drafts or None,
         kv_cache_dtype=None if kv_cache_dtype == "auto" else kv_cache_dtype,
+        tensor_parallel=tensor_parallel if tensor_parallel > 1 else None, sync_heads=sync_heads,
     )  # fmt: skip
-    return RunOptions(model, cfg, chosen, share, in_turn, start_together, command)
+    return RunOptions(
+        model, cfg, chosen, share, in_turn, start_together, tensor_parallel, sync_heads, command
+    )
 
 
 def has_vllm() -> bool:

@@ -15,8 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import deltadecode
-from benchmarks.processes import environment
+from benchmarks.processes import environment, write_entry_point
 from deltadecode.cli.output import one_line
 
 NAME = "load"  # of the model, in requests
@@ -123,7 +122,7 @@ def server_environment(folder: Path) -> dict[str, str]:
     kept["VLLM_LOGGING_LEVEL"] = "INFO"  # the size of the cache is said there
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
     if not any(plugin.name == "deltadecode" for plugin in plugins):
-        kept["PYTHONPATH"] = os.pathsep.join([str(_write_entry_point(folder)), kept["PYTHONPATH"]])
+        kept["PYTHONPATH"] = os.pathsep.join([str(write_entry_point(folder)), kept["PYTHONPATH"]])
     return kept
 
 
@@ -143,15 +142,3 @@ def last_words(log: str) -> str:
     lines = [one for line in log.splitlines() if (one := " ".join(line.split()))]
     errors = [line for line in lines if _ERROR.search(line)]
     return (errors or lines or ["it said nothing"])[-1][-300:]
-
-
-def _write_entry_point(folder: Path) -> Path:
-    """What an installation would have written, in a source tree."""
-    place = (folder / "plugin").resolve()
-    info = place / f"deltadecode-{deltadecode.__version__}.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    about = f"Metadata-Version: 2.1\nName: deltadecode\nVersion: {deltadecode.__version__}\n"
-    (info / "METADATA").write_text(about, encoding="utf-8")
-    point = "[vllm.general_plugins]\ndeltadecode = deltadecode_vllm:register\n"
-    (info / "entry_points.txt").write_text(point, encoding="utf-8")
-    return place

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -326,3 +327,30 @@ def test_drafts_belong_to_single_steps():
     )
     with pytest.raises(ValueError, match="drafts are for step, short and profile, got 'headline'"):
         e2e.make_options(drafts=3)
+
+
+def test_ranks_are_said_and_divide_the_model(tmp_path, fake):
+    setup = e2e.make_options(
+        shape="qwen3-8b", kinds=["step"], points=["16:32768"], start_together=True,
+        tensor_parallel=2, sync_heads=True,
+    )  # fmt: skip
+    assert "--tensor-parallel 2 --sync-heads" in setup.command
+    stock, delta = (setup.spec(side, tmp_path) for side in ("stock", "DELTA"))
+    assert stock["ranks"] == delta["ranks"] == 2
+    assert delta["plan"] == {**setup.plan.to_dict(), "sync_heads": True}
+    one = e2e.make_options(
+        shape="qwen3-8b", kinds=["step"], points=["16:32768"], start_together=True
+    )
+    assert one.spec("stock", tmp_path)["kv_bytes"] == 2 * stock["kv_bytes"]
+    assert "--tensor-parallel" not in one.command and one.of_ranks() == {}
+    with pytest.raises(ValueError, match="must divide tiny's 4 heads, got 3"):
+        e2e.make_options(shape="tiny", tensor_parallel=3)
+    with pytest.raises(ValueError, match="--sync-heads needs --tensor-parallel of at least 2"):
+        e2e.make_options(sync_heads=True)
+
+
+def test_rows_say_of_how_many_ranks_they_are(fake):
+    setup = replace(fake(["step"]), tensor_parallel=2)
+    found = e2e.run(setup)
+    for line in (found, *found["rows"]):
+        assert (line["tensor_parallel"], line["sync_heads"]) == (2, False)

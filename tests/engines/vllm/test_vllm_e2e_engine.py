@@ -74,6 +74,13 @@ def test_steps_with_drafts_verify_them(tmp_path):
         assert answer["verified"] == 8 * 4 * 3
 
 
+def test_ranks_run_the_plan(tmp_path):
+    done, ready = run(tmp_path, "DELTA", kinds=["step"], tensor_parallel=2, sync_heads=True)
+    assert ready["tensor_parallel"] == 2
+    assert ready["backends"] == ["CUSTOM"]
+    assert [len(a["done"]["seconds"]) for c, a in done if c["do"] == "steps"] == [8, 8, 8]
+
+
 @pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM has no float8 caches on such CPUs"
 )

@@ -23,6 +23,7 @@ def largest_over_ranks(scores: Tensor) -> Tensor:
     group = get_tp_group()
     nccl = getattr(group.device_communicator, "pynccl_comm", None)
     if nccl is None or nccl.disabled:
-        return group.all_gather(scores[None], dim=0).amax(0)
+        every: Tensor = group.all_gather(scores[None], dim=0)
+        return every.amax(0)
     nccl.all_reduce(scores, scores, op=ReduceOp.MAX)
     return scores
