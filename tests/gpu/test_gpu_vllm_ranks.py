@@ -22,8 +22,10 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 WORKER = Path(__file__).parent / "rank_worker.py"
-CONFIG = {"page_size": 8, "budget_pages": 32, "recent_pages": 4}
-STAGES = {**CONFIG, "delta_layers": [0, 5, 7, 12, 16]}  # the second begins with layer 12
+# The second of two stages begins with layer 12.
+CONFIG = {
+    "page_size": 8, "budget_pages": 32, "recent_pages": 4, "delta_layers": [0, 5, 7, 12, 16],
+}  # fmt: skip
 PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(12)]
 # What adds over ranks by NVLink multicast is off: not every machine has it.
 UNFUSED = {"pass_config": {"fuse_allreduce_rms": False}}
@@ -104,6 +106,5 @@ def test_with_every_page_in_the_budget_two_ranks_are_stock_vllm(work):
     assert agreeing(run(work), run(work, {**CONFIG, "budget_pages": 256})) >= 11
 
 
-def test_two_stages_with_their_own_delta_layers_give_the_tokens_of_one(work):
-    one = run(work, STAGES, tp=1)
-    assert agreeing(one, run(work, STAGES, tp=1, pipeline_parallel_size=2)) >= 10
+def test_two_stages_with_their_own_delta_layers_give_the_tokens_of_one(work, one_rank):
+    assert agreeing(one_rank, run(work, CONFIG, tp=1, pipeline_parallel_size=2)) >= 10

@@ -17,11 +17,6 @@ _EVERYWHERE = {
     "vllm.config:get_current_vllm_config_or_none": (),
     "vllm.distributed:get_tp_group": (),
     "vllm.distributed.parallel_state:GroupCoordinator.all_gather": ("input_", "dim"),
-    "vllm.distributed.device_communicators.pynccl:PyNcclCommunicator.all_reduce": (
-        "in_tensor",
-        "out_tensor",
-        "op",
-    ),
     "vllm.distributed.utils:get_pp_indices": ("num_hidden_layers", "pp_rank", "pp_size"),
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": ("usage_context",),
     "vllm.forward_context:get_forward_context": (),
@@ -74,6 +69,11 @@ _CPU = {
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": _BUILD,
 }
 _GPU = {
+    "vllm.distributed.device_communicators.pynccl:PyNcclCommunicator.all_reduce": (
+        "in_tensor",
+        "out_tensor",
+        "op",
+    ),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": _BACKEND,
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward": _FORWARD,
     "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata": (
