@@ -66,8 +66,10 @@ def plan_float8():
         q, out = (
             torch.zeros(*queries, 12, 128, dtype=dtype) for dtype in (kv.dtype, torch.bfloat16)
         )
-        pages = torch.zeros(*queries, 8, dtype=torch.int32), torch.ones(queries, dtype=torch.int32)
-        for ids, counts, cfg in ((None, None, DeltaConfig()), (*pages, None)):
+        ids = [torch.zeros(*queries, width, dtype=torch.int32) for width in (8, 1024)]
+        ones = torch.ones(queries, dtype=torch.int32)
+        layers = (None, None, DeltaConfig()), *((each, ones, None) for each in ids)
+        for ids, counts, cfg in layers:
             inputs = ops.DecodeInputs(
                 out, kv, kv, table, lens, 0.1, 16, ids, counts, return_page_scores=ids is None
             )

@@ -11,6 +11,17 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Two pairs of float8 numbers to the first of both, and the second of both, as float16.
+_TAKE_APART = tl.constexpr("""{
+    .reg .b32 bytes;
+    .reg .b16 two, none;
+    prmt.b32 bytes, $2, 0, 0x4420;
+    mov.b32 {two, none}, bytes;
+    cvt.rn.f16x2.e4m3x2 $0, two;
+    prmt.b32 bytes, $2, 0, 0x4431;
+    mov.b32 {two, none}, bytes;
+    cvt.rn.f16x2.e4m3x2 $1, two;
+}""")
 
 
 @triton.jit
@@ -40,15 +51,31 @@ def _logits(scores, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _take_apart(pairs, OPERAND: tl.constexpr):
+    """Two float8 numbers of each int16: the even ones of a row, and the odd ones."""
+    if tl.float16 == OPERAND:
+        even, odd = tl.inline_asm_elementwise(
+            _TAKE_APART, "=r,=r,r", [pairs], (tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:  # the interpreter
+        even = (pairs & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(OPERAND)
+        odd = ((pairs >> 8) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(OPERAND)
+    return even, odd
+
+
+@triton.jit
 def _tiles(
     q, highest, total, acc, first, last, length, n, pages, blocks, page_0, table_ptr, k_ptr, v_ptr,
     logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr,
     SCORES: tl.constexpr, SOFTCAP: tl.constexpr, OPERAND: tl.constexpr, LISTED: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Attend to the tokens ``first`` to ``last``, of a row or of its selected pages.
 
-    ``pages`` and ``blocks`` [LISTED] are of the selected pages from the ``page_0``-th on.
+    ``pages`` and ``blocks`` [LISTED] are of the selected pages from the ``page_0``-th on. With
+    PAIRS values are read two at a time, and ``acc`` is of even numbers and of odd ones: matrix
+    products want tokens side by side, and single bytes of several tokens are slow to gather.
     """
     for start in range(first, last, TILE):
         index = start + tl.arange(0, TILE)
@@ -78,10 +105,18 @@ def _tiles(
         shrink = tl.exp2(highest - base)
         total = total * shrink + tl.sum(weights, 1)
         v_at = block * v_block + slot * v_slot
-        v = tl.load(v_ptr + v_at[:, None] + dim[None, :], mask=held, other=0.0)
-        acc = tl.dot(
-            weights.to(OPERAND), v.to(OPERAND), acc * shrink[:, None], input_precision="ieee"
-        )
+        weights = weights.to(OPERAND)
+        if PAIRS > 0:
+            pair = tl.arange(0, PAIRS)
+            at = v_ptr.to(tl.pointer_type(tl.int16)) + (v_at // 2)[:, None] + pair[None, :]
+            even, odd = _take_apart(tl.load(at, mask=valid[:, None], other=0), OPERAND)
+            evens, odds = acc
+            evens = tl.dot(weights, even, evens * shrink[:, None], input_precision="ieee")
+            odds = tl.dot(weights, odd, odds * shrink[:, None], input_precision="ieee")
+            acc = (evens, odds)
+        else:
+            v = tl.load(v_ptr + v_at[:, None] + dim[None, :], mask=held, other=0.0)
+            acc = tl.dot(weights, v.to(OPERAND), acc * shrink[:, None], input_precision="ieee")
         highest = higher
     return highest, total, acc
 
@@ -134,7 +169,7 @@ def attend(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, SCORES: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, WIDTH: tl.constexpr,
-    LISTED: tl.constexpr, STEP: tl.constexpr,
+    LISTED: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B * turns).
 
@@ -182,7 +217,10 @@ def attend(
     ).to(OPERAND)
     highest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    if PAIRS > 0:
+        acc = (tl.zeros([GROUP_PAD, PAIRS], tl.float32), tl.zeros([GROUP_PAD, PAIRS], tl.float32))
+    else:
+        acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
 
     # A row's tiles are dealt out by its own length alone, so that no other row has a say.
     per_split = tl.cdiv(tl.cdiv(length, TILE), SPLITS)
@@ -196,7 +234,7 @@ def attend(
                     q, highest, total, acc, first, last, length, n, pages, blocks, 0, table_ptr,
                     k_ptr, v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale,
                     softcap, line, real, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
-                    OPERAND, LISTED,
+                    OPERAND, LISTED, PAIRS,
                 )  # fmt: skip
             else:
                 for start in range(first, last, STEP):
@@ -209,21 +247,25 @@ def attend(
                         q, highest, total, acc, start, tl.minimum(start + STEP, last), length, n,
                         pages, blocks, page_0, table_ptr, k_ptr, v_ptr, logits_ptr, k_block,
                         k_slot, v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
-                        PAGE, BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED,
+                        PAGE, BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS,
                     )  # fmt: skip
         else:
             highest, total, acc = _tiles(
                 q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
                 v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, line,
                 real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED,
+                PAIRS,
             )  # fmt: skip
     else:
         highest, total, acc = _tiles(
             q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
             v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, line,
-            real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED,
+            real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS,
         )  # fmt: skip
 
+    if PAIRS > 0:
+        evens, odds = acc
+        acc = tl.interleave(evens, odds)
     if PACKED > 1:  # noqa: SIM102 - known when it is compiled, unlike the other one
         if split == SPLITS - 1:
             last = tl.minimum(seen + (PACKED - 1), tokens)

@@ -137,6 +137,7 @@ class AttentionPlan:
                 PACKED=packed,
                 BLOCK=kind.block_size if kind.blocks > 1 else _WHOLE_ROW, TILE=tile.tokens,
                 WIDTH=kind.ids_width, LISTED=listed, STEP=step, SPARSE=kind.sparse,
+                PAIRS=_pairs(kind, dim_pad),
                 SOFTCAP=kind.softcap is not None, OPERAND=_operand(kind), DIM_PAD=dim_pad,
                 num_warps=tile.warps, num_stages=tile.stages, **common,
             ),
@@ -243,6 +244,16 @@ def _operand(kind: AttentionKind) -> tl.dtype:
         return tl.float32  # the interpreter multiplies nothing smaller
     halves = {torch.float8_e4m3fn: tl.float16, torch.float16: tl.float16}
     return {**halves, torch.bfloat16: tl.bfloat16}.get(kind.q_dtype, tl.float32)
+
+
+def _pairs(kind: AttentionKind, dim_pad: int) -> int:
+    """Pairs of numbers that values are read as; 0 for one by one.
+
+    Engines that multiply float8 queries have caches at even addresses.
+    """
+    float8 = kind.q_dtype == kind.cache_dtype == torch.float8_e4m3fn
+    even = kind.dim == dim_pad and not any(stride % 2 for stride in kind.v_strides)
+    return dim_pad // 2 if float8 and even else 0
 
 
 # A growing cache gives every step a plan of its own.
