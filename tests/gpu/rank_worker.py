@@ -116,7 +116,8 @@ def run_rank(number, port, device):
         rank = Rank(number, device)
         kernels = rank.kernels(TOGETHER)
         for layer, each in enumerate(kernels):
-            each.compile_ahead(rank.own_q[layer], rank.own_caches[layer], BLOCK * BLOCKS)
+            q, cache = rank.own_q[layer], rank.own_caches[layer]
+            each.compile_ahead(q, cache, BLOCK * BLOCKS, q.dtype)
         rank.check(rank.step(kernels))
         if device == "cuda":
             check_graph(rank, kernels)
