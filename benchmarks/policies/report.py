@@ -23,6 +23,7 @@ _KEPT = (
 def make_result(folder: Path, command: str) -> dict[str, Any]:
     """A result file's content; cells that were not finished are left out, and named.
 
+    Where samples were made at several commits, ``commits`` has them all and ``commit`` one of them.
     A row has what the evaluation's summary says of a cell, and ``scores`` (of a text: ``kls``), one
     for each sample in the order of the seeds.
     """
@@ -38,6 +39,9 @@ def make_result(folder: Path, command: str) -> dict[str, Any]:
     made = result("policies", command, rows)
     newest = cells[-1].made_by
     made |= {key: newest[key] for key in ("commit", "machine", "versions") if key in newest}
+    commits = sorted({str(cell.made_by.get("commit")) for cell in cells})
+    if len(commits) > 1:
+        made["commits"] = commits
     made["chat"] = cells[0].settings["chat"]
     made["kascade"] = {
         path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("kascade-*.json"))

@@ -1,6 +1,7 @@
 """The comparison of policies: what runs, what is kept, and how it is shown."""
 
 import json
+import shutil
 import time
 from functools import partial
 
@@ -106,6 +107,18 @@ def test_the_table_has_a_line_for_each_policy_and_fills_a_page(finished, tmp_pat
     tables.fill(page, result, tmp_path / "r.json", tmp_path / "r.png")
     text = page.read_text()
     assert "| KeyDiff |" in text and "![r](r.png)" in text and "old" not in text
+
+
+def test_samples_of_several_commits_are_all_named(finished, tmp_path):
+    folder = tmp_path / "samples"
+    shutil.copytree(finished, folder)
+    assert "commits" not in make_result(folder, "a command")
+    path = next(folder.glob("*.jsonl"))
+    header, *samples = path.read_text().splitlines()
+    header = json.loads(header)
+    header["made_by"]["commit"] = "another"
+    path.write_text("\n".join([json.dumps(header), *samples]) + "\n")
+    assert "another" in make_result(folder, "a command")["commits"]
 
 
 def test_a_stopped_run_goes_on_and_says_what_is_missing(model, tokenizer, tmp_path):
