@@ -59,8 +59,9 @@ class RunOptions:
         return self.plan.to_dict() | ({"sync_heads": True} if self.sync_heads else {})
 
     def _kv_bytes(self) -> int:
-        # vLLM keeps a block to itself.
-        tokens = BLOCK + max(one.kv_tokens for one in self.workloads)
+        # vLLM keeps a block to itself, and the size that it gives leaves out what the last block of
+        # each sequence does not use.
+        tokens = max(one.kv_tokens + (1 + one.batch) * BLOCK for one in self.workloads)
         each = self.shape.kv_bytes(self.workloads[0].kv_cache_dtype)
         return each // min(self.tensor_parallel, self.shape.kv_heads) * tokens
 

@@ -161,7 +161,9 @@ def test_in_turn_one_engine_ends_before_the_other_starts(fake, tmp_path):
 def test_started_together_each_gets_a_cache_of_the_size_that_is_needed(fake, tmp_path):
     setup = fake(["step"], start_together=True)
     found = e2e.run(setup)
-    need = setup.workloads[0].kv_tokens + 128  # a block that vLLM keeps to itself
+    (step,) = setup.workloads
+    # A block that vLLM keeps to itself, and the rest of each sequence's last one.
+    need = step.kv_tokens + (1 + step.batch) * 128
     assert setup.spec("stock", tmp_path)["kv_bytes"] == need * 6 * 2 * 2 * 32 * 2
     assert fake(["step"]).spec("stock", tmp_path)["kv_bytes"] is None
     assert found["rows"][0]["ratio"] == 2.0
