@@ -243,6 +243,14 @@ def sides(file, places, unit, **keys):
     return [*both, rounded(row["theirs"] / row["ours"], 2)]
 
 
+def served(file, workload, what, places, unit):
+    """What two servers did when all requests of a workload came at once."""
+    (row,) = rows_of(file, workload=workload, rate="inf")
+    stock, ours = row[f"{what}_theirs"], row[f"{what}_ours"]
+    ratio = ours / stock if what == "tok_s" else stock / ours
+    return [*(f"{rounded(side, places)} {unit}" for side in (stock, ours)), rounded(ratio, 2)]
+
+
 def kernel_sides():
     file = "kernels-20261125-h100.json"
     case = {"heads": "12/2", "batch": 64, "context": 32768, "peer": "FlashAttention-3"}
@@ -258,16 +266,17 @@ def right_answers():
 
 def test_numbers_of_the_readme_are_those_of_the_files():
     r1, short = "e2e-20261124-r1-1.5b.json", "e2e-20261125-r1-short.json"
+    shape_8b = "e2e-20261124-qwen3-8b.json"
+    served_r1, served_8b = "serve-20261128-r1-1.5b.json", "serve-20261128-qwen3-8b.json"
     step = "decode step, bfloat16, context 16384"
     expected = [
         (r1, sides(r1, 1, "s", kind="headline")),
         (r1, sides(r1, 2, "ms", kind="step", context=18000)),
         (r1, sides(r1, 2, "ms", kind="step", context=2048)),
-        *(
-            (file, sides(file, 2, "ms", kind="step", batch=16))
-            for file in ("e2e-20261124-r1-64k.json", "e2e-20261124-qwen3-8b.json")
-        ),
-        (short, sides(short, 2, "ms", kind="short", context=1000)),
+        (shape_8b, sides(shape_8b, 2, "ms", kind="step", batch=16)),
+        (served_r1, served(served_r1, "reasoning", "tok_s", 0, "tok/s")),
+        (served_8b, served(served_8b, "long-context", "tpot_p50", 1, "ms")),
+        (served_8b, served(served_8b, "chat", "tok_s", 0, "tok/s")),
         (short, sides(short, 3, "s", kind="prefill")),
         ("kernels-20261125-h100.json", kernel_sides()),
         *(
