@@ -10,6 +10,8 @@ import pytest
 from docs_commands import WrongCommand, benchmark, check, check_span, extras, lines
 from docs_pages import PAGES, ROOT, read
 
+from benchmarks.e2e.shapes import SHAPES
+
 RESULTS = ROOT / "benchmarks" / "results"
 page = cache(read)
 SHELL = {"console", "sh", "bash", "shell"}
@@ -292,6 +294,26 @@ def test_numbers_of_the_readme_are_those_of_the_files():
         if len(links) == 1 and links[0].startswith("benchmarks/results/")
     ]
     assert shown == expected
+
+
+def test_gains_of_steps_are_those_of_bytes_and_files():
+    shapes = {"R1-Distill-Qwen-1.5B": "r1-1.5b", "Qwen3-8B": "qwen3-8b", "SmolLM2-135M": "smollm2"}
+    operating = page("docs/operating.md")
+    shown, model = 0, ""
+    for cells, links in zip(operating.rows, operating.row_links, strict=True):
+        if len(cells) != 5 or not links:
+            continue
+        model = cells[0].removesuffix(" shape") or model
+        batch, context = (int(part.replace(",", "")) for part in cells[1].split(" × "))
+        (row,) = (
+            row
+            for row in rows_of(links[0].rpartition("/")[2], batch=batch, context=context)
+            if row["kind"] in ("step", "short")
+        )
+        bytes_ = SHAPES[shapes[model]].gain_by_bytes(batch, context)
+        assert cells[2:4] == [rounded(bytes_, 2), rounded(row["theirs"] / row["ours"], 2)]
+        shown += 1
+    assert shown == 7
 
 
 def test_the_demo_of_the_readme_is_the_one_on_file():

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from deltadecode.config import DeltaConfig
+from deltadecode.engines.serving.counts import attended_tokens
+from deltadecode.engines.serving.settings import ServingSettings
 
 _BYTES = {"auto": 2, "fp8": 1}  # of a number in the cache, by its dtype; weights are bfloat16
 
@@ -41,6 +43,17 @@ class ModelShape:
     def kv_bytes(self, kv_cache_dtype: str = "auto") -> int:
         """Bytes of KV cache per token, all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * _BYTES[kv_cache_dtype]
+
+    def gain_by_bytes(self, batch: int, context: int, kv_cache_dtype: str = "auto") -> float:
+        """Time of a decode step of full attention over DELTA's, if bytes read were all its cost.
+
+        Both read all weights, but of the embedding only a row for each token.
+        """
+        settings = ServingSettings(self.plan, self.plan.layer_plan(self.layers))
+        attended, full = attended_tokens(settings, context)
+        weights = _BYTES["auto"] * (self.parameters - self.vocabulary * self.hidden)
+        cache = batch * context * self.kv_bytes(kv_cache_dtype)
+        return (weights + cache) / (weights + cache * attended / full)
 
     def config(self) -> dict[str, Any]:
         """The model's ``config.json``."""

@@ -53,6 +53,16 @@ def test_shapes_have_the_parameters_of_the_models_they_are_named_after(name, bil
     assert round(SHAPES[name].parameters / 1e9, 3) == billions
 
 
+def test_a_step_gains_at_most_what_it_does_not_read():
+    r1 = SHAPES["r1-1.5b"]
+    assert r1.gain_by_bytes(64, 1024) == 1.0
+    weights, cache = 2 * (r1.parameters - 151936 * 1536), 64 * 18000 * r1.kv_bytes()
+    # 5 of 28 layers read 18,000 tokens, and 23 read 1,024.
+    read = cache * (5 * 18000 + 23 * 1024) / (28 * 18000)
+    assert r1.gain_by_bytes(64, 18000) == pytest.approx((weights + cache) / (weights + read))
+    assert 1.0 < r1.gain_by_bytes(64, 18000, "fp8") < r1.gain_by_bytes(64, 18000)
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_transformers_builds_a_model_of_that_size_from_the_config(shape, tmp_path):
     config = AutoConfig.from_pretrained(shape.write(tmp_path))
