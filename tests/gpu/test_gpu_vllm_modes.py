@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_gpu_vllm import CONFIG, PROBLEMS, agreeing, plugin_path
+from test_gpu_vllm import CONFIG, PROBLEMS, agreeing, plugin_path, said
 from test_gpu_vllm import graphs as graphs  # fixtures of this module too
 from test_gpu_vllm import pytestmark as pytestmark
 from test_gpu_vllm import work as work
@@ -73,7 +73,7 @@ def tiny(tmp_path_factory):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
             env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "WARNING"},
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-4000:]
+        assert done.returncode == 0, said(done.stdout)
         (found,) = json.loads((folder / "out.json").read_text())
         return found
 

@@ -42,6 +42,8 @@ def without_multicast():
         for name in ("VLLM_ALLREDUCE_USE_SYMM_MEM", "VLLM_ALLREDUCE_USE_FLASHINFER"):
             patch.setenv(name, "0")
         patch.setenv("NCCL_NVLS_ENABLE", "0")
+        # vLLM's own all-reduce opens memory of other processes, which such segments are not.
+        patch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
         yield
 
 
