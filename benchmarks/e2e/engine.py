@@ -12,6 +12,7 @@ import numpy as np
 import deltadecode_vllm
 from benchmarks.e2e.profile import summarize
 from benchmarks.processes import serve_process, write_entry_point
+from benchmarks.watch import watch
 from deltadecode.engines.serving.settings import KEY
 from deltadecode.engines.vllm import BACKEND
 
@@ -59,8 +60,8 @@ class Engine:
         self._vocabulary, self._drafts = spec["vocabulary"], spec["drafts"]
         self._ids: list[str] = []
         self._preemptions = self._verified = 0
-        self._count_preemptions()
-        self._count_drafts()
+        watch(self._scheduler, "_preempt_request", self._count_preemption)
+        watch(self._scheduler, "schedule", self._count_drafts)
         # What compiles at its first use does so now.
         self._decode(min(spec["batch"], 4), 16, 8)
         self.start_s = time.perf_counter() - began
@@ -198,24 +199,11 @@ class Engine:
             raise RuntimeError("a sequence ended before all of them were in the cache")
         return all(request.num_output_tokens for request in requests)
 
-    def _count_preemptions(self) -> None:
-        preempt = self._scheduler._preempt_request
+    def _count_preemption(self, _: Any) -> None:
+        self._preemptions += 1
 
-        def counted(*arguments: Any, **options: Any) -> Any:
-            self._preemptions += 1
-            return preempt(*arguments, **options)
-
-        self._scheduler._preempt_request = counted
-
-    def _count_drafts(self) -> None:
-        schedule = self._scheduler.schedule
-
-        def counted(*arguments: Any, **options: Any) -> Any:
-            output = schedule(*arguments, **options)
-            self._verified += sum(map(len, output.scheduled_spec_decode_tokens.values()))
-            return output
-
-        self._scheduler.schedule = counted
+    def _count_drafts(self, output: Any) -> None:
+        self._verified += sum(map(len, output.scheduled_spec_decode_tokens.values()))
 
 
 def _backends(worker: Any) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import deltadecode_vllm
 from benchmarks.processes import serve_process
+from benchmarks.watch import watch
 from deltadecode.engines.serving.settings import KEY
 from deltadecode.engines.vllm import BACKEND
 
@@ -59,7 +60,7 @@ class Engine:
         self._live: dict[str, Live] = {}
         self._count = 0
         self._preemptions = 0
-        self._count_preemptions()
+        watch(self._scheduler, "_preempt_request", self._count_preemption)
 
     def facts(self) -> dict[str, Any]:
         """What runs, for the result."""
@@ -154,14 +155,8 @@ class Engine:
         )
         self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
 
-    def _count_preemptions(self) -> None:
-        preempt = self._scheduler._preempt_request
-
-        def counted(*arguments: Any, **options: Any) -> Any:
-            self._preemptions += 1
-            return preempt(*arguments, **options)
-
-        self._scheduler._preempt_request = counted
+    def _count_preemption(self, _: Any) -> None:
+        self._preemptions += 1
 
     def _memory(self) -> dict[str, Any]:
         import torch
