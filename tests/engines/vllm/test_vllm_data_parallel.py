@@ -7,7 +7,7 @@ from vllm_server import complete, serving  # of this folder
 
 from deltadecode.lab.tasks import is_correct, make_problem
 
-PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(6)]
+PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(4)]
 
 
 def test_two_replicas_answer_and_count_together(tmp_path):

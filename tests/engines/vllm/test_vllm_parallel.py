@@ -11,7 +11,7 @@ from deltadecode.lab.tasks import is_correct, make_problem
 
 RANKS = Path(__file__).parents[2] / "gpu" / "rank_worker.py"
 CONFIG = {"page_size": 8, "budget_pages": 32, "recent_pages": 4}
-PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(4)]
+PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(2)]
 REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
 
 
