@@ -82,7 +82,16 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> Tensor:
     static = role.state.static if role is not None and role.state.static.active else None
-    if role is not None and role.kind != "own":
+    if role is not None and role.kind != "own" and role.state.draft_tokens:
+        drafting = role.state.local.drafting
+        if drafting is not None and dropout == 0:
+            _refuse_unknown(module, kwargs)
+            _refuse_head_sizes(module, key, value)
+            options = _options(role, query[:, :, 0], scaling, kwargs)
+            out = drafting.attend(role.layer, query, key, value, mask, options)
+            if out is not None:
+                return out
+    elif role is not None and role.kind != "own":
         decode = _eager_step if static is None else _static_step
         out = decode(module, role, query, key, value, mask, dropout, scaling, kwargs)
         if out is not None:

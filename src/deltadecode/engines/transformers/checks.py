@@ -31,6 +31,11 @@ def check_cache(cache: Any, state: ModelState) -> None:
             "pass no past_key_values, or DeltaCache(model.config); PEFT prefix tuning cannot be "
             "combined with it"
         )
+    if state.draft_tokens and not isinstance(cache, DeltaCache):
+        raise UnsupportedCacheError(
+            f"lossless decoding needs a DeltaCache, which takes drafts back, got a "
+            f"{type(cache).__name__}"
+        )
     if cache.num_layers != state.plan.num_layers:
         raise UnsupportedCacheError(
             f"the {type(cache).__name__} must be of this model with {state.plan.num_layers} layers,"
@@ -131,6 +136,8 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
         )
     check_attentions(settings.output_attentions)
     mode = settings.get_generation_mode(arguments.get("assistant_model"))
+    if state.draft_tokens:
+        _check_lossless(settings, mode, arguments)
     if mode == GenerationMode.ASSISTED_GENERATION:
         raise ArgumentError(
             "assisted decoding (assistant_model, prompt_lookup_num_tokens, ...) is not possible "
@@ -149,6 +156,35 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
         check_rows(cache, mask, _stored(settings, tokens))
     elif settings.cache_implementation == "static":
         check_gaps(mask, tokens)
+
+
+def _check_lossless(
+    settings: GenerationConfig, mode: GenerationMode, arguments: dict[str, Any]
+) -> None:
+    """Refuse what cannot be drafted and verified.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        For a static cache, or none.
+    ArgumentError
+        For beam search, another assistant, a loop of the user's own, hidden states, or guidance.
+    """
+    if settings.cache_implementation == "static" or settings.use_cache is False:
+        name = "use_cache" if settings.use_cache is False else "cache_implementation"
+        raise UnsupportedCacheError(
+            "lossless decoding needs a DeltaCache, which takes drafts back, got "
+            f"{name}={getattr(settings, name)!r}"
+        )
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ArgumentError(
+            "lossless decoding is greedy or samples, and has no other assistant, got "
+            f"{mode.value}"
+        )
+    for name in ("custom_generate", "output_hidden_states", "guidance_scale", "synced_gpus"):
+        value = arguments.get(name, getattr(settings, name, None))
+        if value not in (None, False, 1, 1.0):
+            raise ArgumentError(f"lossless decoding cannot be combined with {name}, got {value!r}")
 
 
 def _stored(settings: GenerationConfig, tokens: int) -> int:

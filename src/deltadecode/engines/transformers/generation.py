@@ -1,4 +1,4 @@
-"""The three methods of ``generate`` that DELTA wraps, once, on Transformers' own class.
+"""The methods of ``generate`` that DELTA wraps, once, on Transformers' own class.
 
 They look up the binding of the model they are called on, and do nothing where there is none.
 """
@@ -17,10 +17,12 @@ from transformers.generation.utils import GenerationMixin
 from deltadecode.engines.transformers.bind import find_state
 from deltadecode.engines.transformers.cache import DeltaCache
 from deltadecode.engines.transformers.checks import check_generate
+from deltadecode.engines.transformers.speculation import Speculation
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache, replace_static
 
 Method = Callable[..., Any]
+_LOOP = ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "streamer")
 
 
 def _generate(stock: Method, state: ModelState, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,12 +92,36 @@ def _prefill(
         state.local.prefilling = state.static.prefilling = False
 
 
+def _sample(
+    stock: Method,
+    state: ModelState,
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """In lossless mode, draft and verify instead of one step after the other."""
+    given = input_ids, logits_processor, stopping_criteria, generation_config
+    # As the assistant of another model, what it gives is only drafts.
+    if not state.draft_tokens or generation_config.is_assistant:
+        return stock(model, *given, *args, **kwargs)
+    named = _arguments_of(stock, (model, *given, *args), kwargs)
+    for name in ("self", "synced_gpus"):
+        named.pop(name, None)
+    of_loop = {name: named.pop(name, None) for name in _LOOP}
+    return Speculation(model, state, **of_loop, model_kwargs=named).run()
+
+
 def wrap_generation() -> None:
     """Wrap the methods; called once, when the package is imported."""
     for method, run in (
         ("generate", _generate),
         ("_prepare_cache_for_generation", _prepare_cache_for_generation),
         ("_prefill", _prefill),
+        ("_sample", _sample),
     ):
         setattr(GenerationMixin, method, _wrapped(getattr(GenerationMixin, method), run))
 

@@ -8,6 +8,7 @@ from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.bind import (
     bind,
     detach,
+    find_decoder,
     find_hook,
     find_state,
     is_shared,
@@ -15,11 +16,18 @@ from deltadecode.engines.transformers.bind import (
     unwrap,
 )
 from deltadecode.engines.transformers.checks import check_attentions
+from deltadecode.engines.transformers.lossless import check_croppable, check_draft_tokens
 from deltadecode.engines.transformers.stats import DecodeStats
 from deltadecode.errors import ArgumentError, ArgumentTypeError
 
 
-def enable(model: PreTrainedModel, cfg: DeltaConfig | None = None) -> None:
+def enable(
+    model: PreTrainedModel,
+    cfg: DeltaConfig | None = None,
+    *,
+    lossless: bool = False,
+    draft_tokens: int | None = None,
+) -> None:
     """Decode with DELTA from now on (arXiv 2510.09883; docs/semantics.md).
 
     The model's own ``generate`` and ``forward`` then attend to selected pages in sparse layers at
@@ -33,21 +41,31 @@ def enable(model: PreTrainedModel, cfg: DeltaConfig | None = None) -> None:
         are looked through.
     cfg : DeltaConfig, optional
         Plan and budget; by default :meth:`DeltaConfig.for_model`.
+    lossless : bool
+        Let sparse steps only draft, and full attention verify: ``generate`` then gives what full
+        attention gives (R12 to R14). Every planned layer selects for itself, whatever its role.
+    draft_tokens : int, optional
+        Drafts before a verification, 1 to 16, with ``lossless`` only; by default 4.
 
     Raises
     ------
     UnsupportedModelError
-        When the model has nothing that could be planned, naming its class.
+        When the model has nothing that could be planned, or ``lossless`` and a cache that cannot
+        take drafts back, naming its class.
     DeltaConfigError
         When the plan does not fit the model; the model is then unchanged.
     ArgumentError
-        For another type, or when the model is set to return attention weights.
+        For another type, a number of drafts out of range, or when the model is set to return
+        attention weights.
     """
     inner = unwrap(model)
+    drafts = check_draft_tokens(lossless, draft_tokens)
     if cfg is not None and not isinstance(cfg, DeltaConfig):
         raise ArgumentTypeError(f"cfg must be a DeltaConfig, got {type(cfg).__name__}")
     check_attentions(inner.config.output_attentions)
-    bind(inner, cfg)
+    if drafts:
+        check_croppable(find_decoder(inner).model)
+    bind(inner, cfg, drafts)
 
 
 def disable(model: PreTrainedModel) -> None:

@@ -30,6 +30,8 @@ class ModelState:
         None takes :meth:`DeltaConfig.for_model`.
     previous : str or None
         Attention implementation that ``disable`` restores; None: the model's default.
+    draft_tokens : int
+        Drafts before a verification, in lossless mode; 0 otherwise.
 
     Raises
     ------
@@ -37,15 +39,17 @@ class ModelState:
         When the plan does not fit the model (R9).
     """
 
-    def __init__(self, config: Any, cfg: DeltaConfig | None, previous: str | None) -> None:
+    def __init__(
+        self, config: Any, cfg: DeltaConfig | None, previous: str | None, draft_tokens: int = 0
+    ) -> None:
         text = text_config(config)
         layers = attention_layers(text)
-        self.config, self.previous = config, previous
+        self.config, self.previous, self.draft_tokens = config, previous, draft_tokens
         self.cfg = DeltaConfig.for_model(text) if cfg is None else cfg
         self.plan = self.cfg.layer_plan(num_layers(text), layers)
         self.first, self.last = layers[0], layers[-1]
         self.longest = longest_prompt(text)
-        self.stats = DecodeStats(self.plan)
+        self.stats = DecodeStats(self.plan, lossless=self.draft_tokens > 0)
         self.local = LocalPass()
         self.static = StaticPass()
 
@@ -56,7 +60,7 @@ class ModelState:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the plan alone."""
-        return type(self), (self.config, self.cfg, self.previous)
+        return type(self), (self.config, self.cfg, self.previous, self.draft_tokens)
 
     def prepare_counts(self, layer: int, device: torch.device) -> None:
         """Make what a layer counts in at steps from a static cache, before they are compiled."""

@@ -42,8 +42,8 @@ class DecodeStats:
     prompt; prefill, also by chunks, is not counted.
     """
 
-    def __init__(self, plan: LayerPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: LayerPlan, lossless: bool = False) -> None:
+        self._plan, self._lossless = plan, lossless
         # Layer -> what compiled steps have counted, which no Python number could.
         self._on_device: dict[int, Tensor] = {}
         self.reset()
@@ -51,6 +51,7 @@ class DecodeStats:
     def reset(self) -> None:
         """Set every count to zero."""
         self._steps = 0
+        self.drafted = self.verified = self.accepted = 0
         # All full layers read the same, and so do all sparse ones, but for what they leave out.
         self._full = 0
         self._sparse = 0
@@ -80,20 +81,25 @@ class DecodeStats:
         return self.attended_tokens / full if full else 1.0
 
     @property
+    def acceptance(self) -> float:
+        """``accepted / verified``; 1.0 before the first draft was verified."""
+        return self.accepted / self.verified if self.verified else 1.0
+
+    @property
     def per_layer(self) -> list[LayerStats]:
         """Counts of each planned layer, ascending."""
         records = []
         full = self._full + self._sum(1)
         counted = {layer: int(counts[2]) for layer, counts in self._on_device.items()}
         for layer in self._plan.attention_layers:
-            source = self._plan.source(layer)
-            attended = full
+            source = None if self._lossless else self._plan.source(layer)
+            attended = self._sparse if self._lossless else full
             if source is not None:
                 attended = self._sparse - int(self._unread.get(source, 0)) + counted.get(source, 0)
             records.append(
                 LayerStats(
                     layer=layer,
-                    role=self._plan.role(layer),
+                    role="delta" if self._lossless else self._plan.role(layer),
                     source=source,
                     attended_tokens=attended,
                     full_tokens=full,
@@ -112,6 +118,21 @@ class DecodeStats:
         self._steps += 1
         self._full += full
         self._sparse += sparse
+
+    def add_read(self, tokens: int) -> None:
+        """Count one pass of lossless decoding: tokens that each layer reads, over all rows."""
+        self._steps += 1
+        self._sparse += tokens
+
+    def add_full(self, tokens: int) -> None:
+        """Count what full attention would have read in a layer for tokens that were decided."""
+        self._full += tokens
+
+    def add_drafts(self, drafted: int, verified: int, accepted: int) -> None:
+        """Count the drafts of one verification, over all rows."""
+        self.drafted += drafted
+        self.verified += verified
+        self.accepted += accepted
 
     def add_unread(self, source: int, tokens: Tensor) -> None:
         """Take back tokens that :meth:`add_step` counted for the sparse layers of a Δ-layer.
