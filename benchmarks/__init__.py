@@ -8,6 +8,7 @@ python -m benchmarks.soak         many requests through vLLM with DELTA, a third
 python -m benchmarks.calibration  calibration of the embedded model, and its plan beside others
 python -m benchmarks.evaluation   the evaluation's own speed, batched beside one at a time
 python -m benchmarks.policies     DELTA and its peers on a real model: needles, tracking, texts
+python -m benchmarks.lossless     lossless mode beside full attention: tokens, acceptance, speed
 
 Each has --help. CONTRIBUTING.md describes the result files.
 """

@@ -29,6 +29,8 @@ class Decoded:
         For the prompt and the first token.
     attended_tokens, full_tokens : int
         Over all decode steps and planned layers: tokens read, and those of full attention.
+    drafts : dict or None
+        In lossless mode, how many were drafted, verified and accepted.
     """
 
     text: str
@@ -37,6 +39,7 @@ class Decoded:
     seconds_to_first: float
     attended_tokens: int
     full_tokens: int
+    drafts: dict[str, int] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -80,17 +83,19 @@ def decode(
     *,
     settings: dict[str, Any],
     seed: int = 0,
+    draft_tokens: int = 0,
     on_token: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Decoded:
     """Generate once; DELTA is enabled on the model only while it decodes.
 
     ``prompt_ids`` is [1, tokens] on the model's device; without a configuration, attention and
-    cache are the stock ones; ``settings`` are arguments of ``model.generate``.
+    cache are the stock ones; ``settings`` are arguments of ``model.generate``. ``draft_tokens`` are
+    those of lossless mode, 0 without it.
     """
     follower = Follower(tokenizer, on_token, on_text)
     if cfg is not None:
-        enable(model, cfg)
+        enable(model, cfg, lossless=draft_tokens > 0, draft_tokens=draft_tokens or None)
     try:
         set_seed(seed)
         start = time.perf_counter()
@@ -104,6 +109,9 @@ def decode(
         new = output[0, prompt_ids.shape[1] :].tolist()
         seconds = time.perf_counter() - start
         read = stats(model) if cfg is not None else None
+        drafts = None
+        if read is not None and draft_tokens:
+            drafts = {name: getattr(read, name) for name in ("drafted", "verified", "accepted")}
         counts = (read.attended_tokens, read.full_tokens) if read is not None else (0, 0)
     finally:
         disable(model)
@@ -115,4 +123,5 @@ def decode(
         seconds_to_first=first - start,
         attended_tokens=counts[0],
         full_tokens=counts[1],
+        drafts=drafts,
     )

@@ -1,0 +1,1 @@
+"""Lossless mode beside full attention: equal tokens, acceptance and speed."""

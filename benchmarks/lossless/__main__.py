@@ -1,0 +1,49 @@
+"""Command line of the benchmark of lossless mode."""
+
+from typing import Annotated
+
+import typer
+
+import benchmarks.command as cli
+
+
+def lossless(
+    model: Annotated[str, typer.Option(help="Folder or name of a model.")] = "embedded",
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a prompt. Default: 4000.")
+    ] = None,
+    budget: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pages that a draft may read. Default: 64.")
+    ] = None,
+    draft_tokens: Annotated[
+        list[int] | None, typer.Option(min=1, max=16, help="Before a verification. Default: 4.")
+    ] = None,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
+    texts: Annotated[int, typer.Option(min=1, help="Prompts for each context.")] = 5,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens of each prompt.")] = 200,
+    as_json: cli.Json = False,
+    out: cli.Out = None,
+    tag: cli.Tag = None,
+) -> None:
+    """Decode greedily in lossless mode and with full attention, float32 on the CPU."""
+    with cli.checking(out, tag):
+        from benchmarks.lossless.run import run
+        from benchmarks.report import table
+        from deltadecode.cli.loading import resolve_model
+
+        contexts, budgets = context or [4000], budget or [64]
+        folder, drafts = resolve_model(model), draft_tokens or [4]
+    command = cli.command_line(
+        "lossless", model=model, context=contexts, budget=budgets, draft_tokens=drafts,
+        page_size=page_size, texts=texts, tokens=tokens,
+    )  # fmt: skip
+    with cli.checking(out, tag), cli.progress() as show:
+        result = run(
+            folder, contexts, budgets, drafts, page_size=page_size, texts=texts, tokens=tokens,
+            command=command, progress=show,
+        )  # fmt: skip
+    cli.deliver(result, out, tag, as_json, table)
+
+
+if __name__ == "__main__":
+    cli.launch(lossless)

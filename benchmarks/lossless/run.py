@@ -1,0 +1,111 @@
+"""Prompts of a real text, decoded in lossless mode and with full attention."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from benchmarks.report import Progress
+from deltadecode.cli.decoding import Decoded, decode
+from deltadecode.cli.loading import load_model, load_tokenizer
+from deltadecode.config import DeltaConfig
+from deltadecode.lab.results import result, row
+from deltadecode.lab.tasks import make_problem
+from deltadecode.lab.tasks.text import Text
+
+_PEER = "Transformers sdpa + DynamicCache"
+_RECENT, _SINK = 8, 1
+# Enough for the longest context that the embedded model has: about 35 tokens a step.
+_STEPS = 300
+
+
+def run(
+    folder: str,
+    contexts: Sequence[int],
+    budgets: Sequence[int],
+    drafts: Sequence[int],
+    *,
+    page_size: int,
+    texts: int,
+    tokens: int,
+    command: str,
+    progress: Progress = lambda case, done: None,
+) -> dict[str, Any]:
+    """A row for each context, budget and number of drafts, in milliseconds a decoded token.
+
+    ``acceptance`` is the share of verified drafts that stayed, ``per_verification`` the tokens that
+    a verification gave in the mean, ``same`` the texts whose every token is that of full attention.
+    """
+    model, tokenizer = load_model(folder, "float32", torch.device("cpu")), load_tokenizer(folder)
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    cases = list(product(contexts, budgets, drafts))
+    parts = len(contexts) * texts * (1 + len(budgets) * len(drafts))
+    decoded: dict[tuple[int, int, int], list[Decoded]] = {case: [] for case in cases}
+    stock: dict[int, list[Decoded]] = {context: [] for context in contexts}
+    done = 0
+    for context in contexts:
+        for prompt in _prompts(tokenizer, context, texts, tokens):
+            progress(f"context {context}: full attention", done / parts)
+            stock[context].append(decode(model, tokenizer, prompt, None, settings=settings))
+            done += 1
+            for case in (case for case in cases if case[0] == context):
+                _, budget, count = case
+                progress(f"context {context}: K {budget}, {count} drafts", done / parts)
+                cfg = replace(
+                    DeltaConfig.for_model(model), page_size=page_size, budget_pages=budget,
+                    budget_share=0.0, recent_pages=_RECENT, sink_pages=_SINK,
+                )  # fmt: skip
+                decoded[case].append(
+                    decode(model, tokenizer, prompt, cfg, settings=settings, draft_tokens=count)
+                )
+                done += 1
+    return result(
+        "lossless", command, [_row(case, decoded[case], stock[case[0]], page_size) for case in cases]
+    )
+
+
+def _prompts(tokenizer: Any, context: int, texts: int, tokens: int) -> list[torch.Tensor]:
+    """Token ids [1, context] of each prompt.
+
+    Of the embedded model they are chain problems with the beginning of their solution, of others
+    pieces of Python's own documentation.
+    """
+    if tokenizer.vocab_size > 1000:
+        task = Text(source="stdlib-docs", context=context, tokens=tokens)
+        pieces = task.pieces(tokenizer, range(texts))
+    else:
+        problems = [make_problem(seed, steps=_STEPS) for seed in range(texts)]
+        pieces = [tokenizer(problem.prompt + problem.solution).input_ids for problem in problems]
+    if min(map(len, pieces)) < context:
+        raise ValueError(f"--context must be at most {min(map(len, pieces))}, got {context}")
+    return [torch.tensor([piece[:context]]) for piece in pieces]
+
+
+def _row(
+    case: tuple[int, int, int], ours: list[Decoded], theirs: list[Decoded], page_size: int
+) -> dict[str, Any]:
+    context, budget, count = case
+    drafts = {
+        name: sum((each.drafts or {})[name] for each in ours)
+        for name in ("drafted", "verified", "accepted")
+    }
+    pairs = zip(ours, theirs, strict=True)
+    attended, full = (
+        sum(getattr(each, name) for each in ours) for name in ("attended_tokens", "full_tokens")
+    )
+    return row(
+        f"context {context}, K {budget}, {count} drafts", _PEER, "ms a token",
+        _ms(ours), _ms(theirs), context=context, budget_pages=budget, page_size=page_size,
+        draft_tokens=count, texts=len(ours), tokens=sum(len(each.token_ids) for each in ours),
+        same=sum(one.token_ids == other.token_ids for one, other in pairs), **drafts,
+        acceptance=round(drafts["accepted"] / max(drafts["verified"], 1), 4),
+        attended_fraction=round(attended / full, 4),
+    )  # fmt: skip
+
+
+def _ms(decoded: list[Decoded]) -> float:
+    """Milliseconds a token after the first."""
+    seconds = sum(each.seconds - each.seconds_to_first for each in decoded)
+    return 1000 * seconds / sum(len(each.token_ids) - 1 for each in decoded)
