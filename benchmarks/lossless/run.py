@@ -62,7 +62,9 @@ def run(
                 )
                 done += 1
     return result(
-        "lossless", command, [_row(case, decoded[case], stock[case[0]], page_size) for case in cases]
+        "lossless",
+        command,
+        [_row(case, decoded[case], stock[case[0]], page_size) for case in cases],
     )
 
 

@@ -42,6 +42,8 @@ def generate(
     dense_layers: options.DenseLayers = None,
     delta_layers: options.DeltaLayers = None,
     full: options.Full = False,
+    lossless: options.Lossless = False,
+    draft_tokens: options.DraftTokens = None,
     compare: options.Compare = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -53,7 +55,10 @@ def generate(
     fields = options.plan_fields(
         page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers, budget_share
     )
-    _check_full(full, {"plan": plan, "compare": compare or None, **fields})
+    mode = {"lossless": lossless or None, "draft_tokens": draft_tokens}
+    _check_full(full, {"plan": plan, "compare": compare or None, **mode, **fields})
+    if draft_tokens is not None and not lossless:
+        raise BadInput("--draft-tokens needs --lossless")
     if not 0.0 < top_p <= 1.0:
         raise BadInput(f"--top-p must be in (0, 1], got {top_p}")
     if not math.isfinite(temperature):
@@ -73,7 +78,8 @@ def generate(
         settings |= {"temperature": temperature, "top_p": top_p}
 
     loaded = loading.load_model(folder, dtype, place)
-    job = Job(loaded, tokenizer, prompt_ids.to(place), settings, seed)
+    drafts = (draft_tokens or options.DRAFT_TOKENS) if lossless else 0
+    job = Job(loaded, tokenizer, prompt_ids.to(place), settings, seed, drafts)
     if new_tokens < max_new_tokens:
         note(f"writing at most {new_tokens} tokens: the model has no more positions")
     first = job.run(cfg, show=not as_json)
@@ -95,6 +101,7 @@ class Job:
     prompt_ids: Tensor
     settings: dict[str, Any]
     seed: int
+    draft_tokens: int = 0
 
     def run(self, cfg: DeltaConfig | None, *, show: bool) -> Decoded:
         """Decode once, None: with full attention; the text to stdout, or a bar to stderr."""
@@ -119,6 +126,7 @@ class Job:
                 cfg,
                 settings=self.settings,
                 seed=self.seed,
+                draft_tokens=0 if cfg is None else self.draft_tokens,
                 on_token=on_token,
                 on_text=_print if show else lambda text: None,
             )

@@ -186,6 +186,24 @@ DeltaLayers = Annotated[
 Full = Annotated[
     bool, typer.Option("--full", help="Full attention only.", rich_help_panel=PLAN_PANEL)
 ]
+DRAFT_TOKENS = 4
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless",
+        help="Sparse steps only draft, and full attention verifies: its text, exactly.",
+        rich_help_panel=PLAN_PANEL,
+    ),
+]
+DraftTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=16,
+        help=f"With --lossless: drafts before a verification; {DRAFT_TOKENS}.",
+        rich_help_panel=PLAN_PANEL,
+    ),
+]
 Compare = Annotated[
     bool,
     typer.Option(

@@ -25,6 +25,7 @@ def summary(
         "attended_tokens": None if cfg is None else decoded.attended_tokens,
         "full_tokens": None if cfg is None else decoded.full_tokens,
         "attended_fraction": None if cfg is None else _fraction(decoded),
+        "lossless": decoded.drafts,
         "config": None if cfg is None else asdict(cfg),
     }
 
@@ -44,6 +45,10 @@ def remarks(decoded: Decoded, full: Decoded | None, *, delta: bool) -> list[str]
     """Lines on what a generation took, DELTA's or not, and on full attention to compare with."""
     lines = [_took("DELTA" if delta else "full attention", decoded)]
     if delta:
+        if decoded.drafts is not None:
+            lines.append(
+                "lossless: {accepted} of {verified} verified drafts held".format(**decoded.drafts)
+            )
         lines[0] += f"; attended to {_fraction(decoded):.1%} of what full attention reads"
     if full is None:
         return lines

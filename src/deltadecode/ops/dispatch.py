@@ -57,6 +57,10 @@ def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | Non
             )
         chosen = torch_backend
     by_row = inputs.q.dim() == 4 and chosen in (torch_backend, reference)
+    if by_row and chosen is torch_backend:
+        at_once = torch_backend.verify_attention(inputs)
+        if at_once is not None:
+            return at_once
     out: Tensor
     scores: Tensor | None
     out, scores = chosen.decode_attention(each_token_alone(inputs) if by_row else inputs)

@@ -67,6 +67,43 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     return page_ids, counts
 
 
+def verify_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None] | None:
+    """Attend to all tokens with the Q tokens [B, Q, Hq, D] of each row, which read the cache once.
+
+    Output like q, and page scores [B, Q, pages] if asked for. None where rows differ in length, lie
+    in no one block, or read pages: each token then attends alone.
+    """
+    q, table = inputs.q, inputs.block_table
+    rows, tokens, heads, dim = q.shape
+    block_size, kv_heads = inputs.k_cache.shape[1:3]
+    lengths, first = inputs.seq_lens.tolist(), table[:, 0].tolist()
+    if (
+        inputs.page_ids is not None
+        or len(set(lengths)) != 1
+        or not tokens <= lengths[0] <= block_size
+        or first != list(range(first[0], first[0] + rows))
+    ):
+        return None
+    k = _first_tokens(inputs.k_cache, table, first[0], lengths[0]).to(q.dtype)
+    v = _first_tokens(inputs.v_cache, table, first[0], lengths[0]).to(q.dtype)
+    group = heads // kv_heads
+    # The tokens of a query head are query heads of their own, which see less and less.
+    packed = q.view(rows, tokens, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+    sinks = None if inputs.sinks is None else inputs.sinks.repeat_interleave(tokens)
+    out, alpha = _attend_explicitly(
+        packed.reshape(rows, kv_heads, group * tokens, dim), k, v,
+        inputs.scale * inputs.k_scale, sinks, inputs.softcap, tokens,
+    )  # fmt: skip
+    out = out.view(rows, kv_heads, group, tokens, dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    if inputs.v_scale != 1.0:
+        out = out * inputs.v_scale
+    if not inputs.return_page_scores:
+        return out, None
+    largest = alpha.view(rows, heads, tokens, -1).amax(dim=1).flatten(0, 1)[:, None, None]
+    pages = table.shape[1] * block_size // inputs.page_size
+    return out, _sum_over_pages(largest, inputs.page_size, pages).view(rows, tokens, pages)
+
+
 def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
     """Attend with one query token per sequence; see :func:`deltadecode.ops.decode_attention`."""
     q, page_size, page_ids = inputs.q, inputs.page_size, inputs.page_ids
@@ -204,10 +241,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _attend_explicitly(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+    tokens: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Attention that returns its weights too, [R, Hkv, G, T] float32, and knows sinks and softcap.
 
+    Heads are those of the last ``tokens`` tokens in turn, each of which sees none behind itself.
     Stays in float32 from q to the output, whatever the input: the choice of pages hangs on it.
     """
     dtype = _exact(q.dtype)
@@ -223,6 +267,11 @@ def _attend_explicitly(
         logits = torch.tanh(logits / softcap) * softcap  # autograd keeps the tanh
     elif softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
+    if tokens > 1:
+        behind = torch.ones(tokens, tokens - 1, dtype=torch.bool, device=q.device).triu()
+        seen = logits.view(len(logits), -1, tokens, logits.shape[2])
+        last = seen[..., 1 - tokens :].masked_fill(behind, float("-inf"))
+        logits = torch.cat([seen[..., : 1 - tokens], last], dim=3).view(logits.shape)
     if sinks is not None:
         column = sinks.to(dtype).view(q.shape[1], q.shape[2], 1).repeat(len(q), 1, 1)
         logits = torch.cat([logits, column], dim=2)

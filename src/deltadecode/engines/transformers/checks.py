@@ -178,12 +178,15 @@ def _check_lossless(
         )
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ArgumentError(
-            "lossless decoding is greedy or samples, and has no other assistant, got "
-            f"{mode.value}"
+            f"lossless decoding is greedy or samples, and has no other assistant, got {mode.value}"
         )
     for name in ("custom_generate", "output_hidden_states", "guidance_scale", "synced_gpus"):
         value = arguments.get(name, getattr(settings, name, None))
-        if value not in (None, False, 1, 1.0):
+        if (
+            value is not None
+            and value is not False
+            and not (name == "guidance_scale" and value == 1)
+        ):
             raise ArgumentError(f"lossless decoding cannot be combined with {name}, got {value!r}")
 
 

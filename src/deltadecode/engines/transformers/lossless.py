@@ -111,7 +111,9 @@ class Drafting:
             self.state.stats.add_full(len(group.members) * sum(lengths))
         self._pages = {
             layer: {
-                place: _held_pages(scores[:, kept - 1], groups[place].length - rejected, drafts, cfg)
+                place: _held_pages(
+                    scores[:, kept - 1], groups[place].length - rejected, drafts, cfg
+                )
                 for place, scores in by_group.items()
                 if _exceeds(cfg, groups[place].length - rejected)
             }
@@ -218,7 +220,9 @@ def check_draft_tokens(lossless: bool, draft_tokens: int | None) -> int:
     """
     if not lossless:
         if draft_tokens is not None:
-            raise ArgumentError(f"draft_tokens needs lossless=True, got draft_tokens={draft_tokens}")
+            raise ArgumentError(
+                f"draft_tokens needs lossless=True, got draft_tokens={draft_tokens}"
+            )
         return 0
     count = DRAFT_TOKENS if draft_tokens is None else draft_tokens
     if type(count) is not int:
@@ -243,6 +247,6 @@ def check_croppable(decoder: PreTrainedModel) -> None:
         crops |= kind is DynamicSlidingWindowLayer and hasattr(kind, "activate_past_recording")
         if not crops:
             raise UnsupportedModelError(
-                f"{type(decoder).__name__} cannot decode losslessly: the cache of layer {number}, a "
+                f"{type(decoder).__name__} cannot decode losslessly: layer {number}'s cache, a "
                 f"{kind.__name__}, cannot take rejected drafts back"
             )

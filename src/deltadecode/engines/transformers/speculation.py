@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from deltadecode.engines.transformers.acceptance import choose, verify
 from deltadecode.engines.transformers.lossless import Drafting, Phase
@@ -83,7 +83,8 @@ class Speculation:
         ids = self.ids[:, : self.emitted]
         if not self.settings.return_dict_in_generate:
             return ids
-        return GenerateDecoderOnlyOutput(
+        output: Any = GenerateDecoderOnlyOutput  # its annotations name tuples of one tensor
+        return output(
             sequences=ids,
             scores=tuple(self.scores) if self.settings.output_scores else None,
             logits=tuple(self.logits) if self.settings.output_logits else None,

@@ -39,7 +39,13 @@ class DecodeStats:
 
     The object is live: it goes on counting as the model decodes, and keeps its last numbers after
     :func:`deltadecode.disable`. A decode step is a forward pass of one new token per row after the
-    prompt; prefill, also by chunks, is not counted.
+    prompt; prefill, also by chunks, is not counted. In lossless mode drafts and verifications are
+    steps (docs/semantics.md, R11).
+
+    Attributes
+    ----------
+    drafted, verified, accepted : int
+        Drafts of lossless mode, over all rows: made, compared with full attention, and kept.
     """
 
     def __init__(self, plan: LayerPlan, lossless: bool = False) -> None:
