@@ -267,3 +267,19 @@ def test_failure_is_one_line_and_exit_code_1(run, model, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "generate", fail)
     code, _, err = run("generate", model, "Facts", "--max-new-tokens", "9", "--json")
     assert (code, err) == (1, "deltadecode: error: RuntimeError: first line\n")
+
+
+def test_lossless_writes_what_full_attention_writes(run, model):
+    arguments = ["generate", model, "Facts bada leads", "--max-new-tokens", "30", *SMALL, "--json"]
+    code, out, err = run(*arguments, "--lossless", "--draft-tokens", "3", "--compare")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["compare"]["same"]
+    drafts = found["lossless"]
+    assert 0 < drafts["accepted"] <= drafts["verified"] <= drafts["drafted"]
+
+
+def test_draft_tokens_needs_lossless(run, model):
+    code, out, err = run("generate", model, "Facts", "--draft-tokens", "3")
+    assert (code, out) == (2, "")
+    assert "--draft-tokens needs --lossless" in err
