@@ -88,7 +88,7 @@ def _attend(
             _refuse_unknown(module, kwargs)
             _refuse_head_sizes(module, key, value)
             options = _options(role, query[:, :, 0], scaling, kwargs)
-            out = drafting.attend(role.layer, query, key, value, mask, options)
+            out: Tensor | None = drafting.attend(role.layer, query, key, value, mask, options)
             if out is not None:
                 return out
     elif role is not None and role.kind != "own":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch import Tensor
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.rows import RowGroup, group_rows
 from deltadecode.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from deltadecode.engines.transformers.lossless import Drafting
 
 # Of one Δ-layer: number of the row group -> page ids and page counts. A group within the budget
 # selects nothing.
@@ -111,7 +108,8 @@ class LocalPass(threading.local):
 
     prefilling = False  # ``generate`` is at the prompt: one token is its last chunk
     step: Step | None = None
-    drafting: Drafting | None = None  # in lossless mode, while ``generate`` decodes
+    # Its Drafting, in lossless mode, while ``generate`` decodes.
+    drafting: Any = None
 
 
 class StaticPass:
