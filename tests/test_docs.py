@@ -316,6 +316,21 @@ def test_gains_of_steps_are_those_of_bytes_and_files():
     assert shown == 7
 
 
+def test_what_lossless_mode_measured_is_on_its_page():
+    rows = [
+        row for tag in ("embedded", "smollm2") for row in rows_of(f"lossless-20261128-{tag}.json")
+    ]
+    tables = {size: [c for c in page("docs/lossless.md").rows if len(c) == size] for size in (9, 6)}
+    for row, counts, times in zip(rows, tables[9][1:], tables[6][1:], strict=True):
+        assert row["same"] == row["texts"]
+        where = [f"{row['context']:,}", str(row["budget_pages"])]
+        assert counts[1:3] == times[1:3] == where
+        assert counts[4:7] == [str(row[name]) for name in ("drafted", "verified", "accepted")]
+        assert counts[7:] == [rounded(row[n], 3) for n in ("acceptance", "attended_fraction")]
+        both = [f"{rounded(row[side], 1)} ms" for side in ("theirs", "ours")]
+        assert times[3:] == [*both, rounded(row["theirs"] / row["ours"], 2)]
+
+
 def test_the_demo_of_the_readme_is_the_one_on_file():
     (block,) = (block for block in page("README.md").blocks if block.language == "text")
     output = json.loads((RESULTS / "demo-20261124.json").read_text(encoding="utf-8"))["output"]
