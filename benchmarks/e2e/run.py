@@ -15,7 +15,7 @@ from deltadecode.config import DeltaConfig
 from deltadecode.lab.results import write_result
 
 # Two engines leave room for graphs and for what a process takes outside of its share.
-_SHARE_OF_TWO = 0.42
+SHARE_OF_TWO = 0.42
 _SHARE_OF_ONE = 0.85
 
 
@@ -46,7 +46,7 @@ def make_options(
     for name, value in (("steps", steps), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    share = memory_share or (_SHARE_OF_ONE if in_turn else _SHARE_OF_TWO)
+    share = memory_share or (_SHARE_OF_ONE if in_turn else SHARE_OF_TWO)
     if not 0.0 < share * (1 if in_turn else 2) <= 1.0:
         most = "1" if in_turn else "0.5, or --in-turn given"
         raise ValueError(f"memory share must be above 0 and at most {most}, got {share}")

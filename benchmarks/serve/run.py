@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.e2e.measure import DELTA, SIDES, STOCK
+from benchmarks.e2e.run import SHARE_OF_TWO
 from benchmarks.e2e.shapes import ModelShape
 from benchmarks.e2e.workloads import BLOCK
 from benchmarks.report import Progress
@@ -24,8 +25,6 @@ from deltadecode.lab.results import result
 
 TOKENIZER = "tokenizer"  # folder in the model's
 _SPARE = 16  # tokens of a sequence beyond the longest request
-# Two servers leave room for graphs and for what a process takes outside of its share.
-_SHARE_OF_TWO = 0.42
 _WARM_UP = (16, 512, 16)  # requests, tokens in, tokens out
 
 
@@ -59,7 +58,7 @@ class LoadOptions:
         if self.shape.eager:
             line.append("--enforce-eager")
         if self.start_together:
-            line += ["--gpu-memory-utilization", str(_SHARE_OF_TWO)]
+            line += ["--gpu-memory-utilization", str(SHARE_OF_TWO)]
             # Else a server takes what is free, less what it sees taken while it starts.
             line += ["--kv-cache-memory-bytes", str(self._kv_bytes())]
         if side == DELTA:
@@ -103,11 +102,11 @@ class Load:
         with tempfile.TemporaryDirectory(prefix="deltadecode-") as folder:
             model = self.options.shape.write(Path(folder) / self.options.shape.name)
             write_tokenizer(self.options.shape, model / TOKENIZER)
-            groups = [[side] for side in self.options.sides]
-            for sides in [[*self.options.sides]] if self.options.start_together else groups:
-                sides = [side for side in sides if self._missing(side)]
-                if sides and not self._is_over():
-                    self._serve(sides, model)
+            sides = self.options.sides
+            for group in [sides] if self.options.start_together else [[side] for side in sides]:
+                missing = [side for side in group if self._missing(side)]
+                if missing and not self._is_over():
+                    self._serve(missing, model)
         return not unfinished(self.options)
 
     def _serve(self, sides: Sequence[str], model: Path) -> None:
@@ -125,7 +124,7 @@ class Load:
                 server.warm_up(*self._warm_up())
             for run in options.runs():
                 for server in servers:
-                    if run in self._missing(server.side) and not self._is_over():
+                    if read_run(options.raw, server.side, *run) is None and not self._is_over():
                         self._measure(server, model, *run)
                         if not server.alive():
                             raise server.failure("went away under load")

@@ -245,8 +245,7 @@ def _attend_group(
 ) -> Tensor:
     """Output of the rows of one group; a Δ-layer leaves its selection in the step."""
     cfg, group = role.state.cfg, rows.groups[place]
-    keys, values = group.blocks(key, cfg.page_size), group.blocks(value, cfg.page_size)
-    inputs = query, keys, values, group.block_table, group.seq_lens
+    inputs = query, *group.paged(key, value, cfg.page_size)
     pages = -(-group.length // cfg.page_size)
     out: Tensor
     if pages <= cfg.pages_for(pages):

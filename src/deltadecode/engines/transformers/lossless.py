@@ -148,16 +148,8 @@ class Drafting:
         value: Tensor,
         options: dict[str, Any],
     ) -> Tensor:
-        page = options["page_size"]
-        out, scores = decode_attention(
-            query,
-            group.blocks(key, page),
-            group.blocks(value, page),
-            group.block_table,
-            group.seq_lens,
-            return_page_scores=True,
-            **options,
-        )
+        cache = group.paged(key, value, options["page_size"])
+        out, scores = decode_attention(query, *cache, return_page_scores=True, **options)
         self._scores.setdefault(layer, {})[place] = scores
         return out  # type: ignore[no-any-return]
 
@@ -176,14 +168,7 @@ class Drafting:
         if ids is not None:
             ids = ids[:, None]
             options = {**options, "page_ids": ids, "page_counts": _counts(ids, group, page)}
-        out: Tensor = decode_attention(
-            query,
-            group.blocks(key, page),
-            group.blocks(value, page),
-            group.block_table,
-            group.seq_lens,
-            **options,
-        )
+        out: Tensor = decode_attention(query, *group.paged(key, value, page), **options)
         return out
 
 

@@ -106,6 +106,11 @@ class RowGroup:
         blocks[:, : self.length].copy_(held.transpose(1, 2))
         return blocks
 
+    def paged(self, key: Tensor, value: Tensor, page_size: int) -> tuple[Tensor, ...]:
+        """The rows' cache as the operations take it: keys, values, block table and lengths."""
+        keys, values = self.blocks(key, page_size), self.blocks(value, page_size)
+        return keys, values, self.block_table, self.seq_lens
+
 
 def group_rows(mask: Tensor | None, states: Tensor) -> list[RowGroup]:
     """Group the rows of a batch by where their tokens lie.
