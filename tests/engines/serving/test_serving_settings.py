@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from transformers import AutoConfig
 
 from deltadecode import DeltaConfig, DeltaConfigError, UnsupportedModelError
 from deltadecode.engines.serving.counts import StepCounts, attended_tokens, describe
 from deltadecode.engines.serving.settings import ServingSettings, own_settings, resolve
+from deltadecode.lab.tasks import model_path
 
 
 class Model:
@@ -49,6 +51,18 @@ def test_without_settings_it_is_the_plan_of_the_model():
     settings = resolve(None, Model())
     assert settings.config == DeltaConfig.for_model(Model())
     assert (settings.sync_heads, settings.on_unsupported) == (False, "error")
+
+
+def test_settings_need_to_go_with_the_model_s_plan_alone():
+    """That one has no sink page, and the class's default has one: two pages are enough here."""
+    model = AutoConfig.from_pretrained(model_path())
+    assert DeltaConfig.for_model(model).sink_pages == 0
+    settings = resolve({"budget_pages": 2, "recent_pages": 1}, model)
+    assert (settings.config.budget_pages, settings.config.sink_pages) == (2, 0)
+    longer = resolve({"recent_pages": 90}, model)  # of its 100 pages
+    assert longer.config.recent_pages == 90
+    with pytest.raises(DeltaConfigError, match="budget_pages must be greater"):
+        resolve({"budget_pages": 2, "recent_pages": 1}, Model())
 
 
 def test_settings_replace_fields_of_the_model_s_plan():
@@ -121,12 +135,16 @@ def test_rule11_each_token_of_a_verify_row_is_counted_with_pages_of_its_own():
     config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
     settings = ServingSettings(config, config.layer_plan(7, (0, 1, 3, 4, 6)))
     counts = StepCounts(settings)
-    counts.add_row(200)
+    counts.add([200], [1])
     assert counts.take() == attended_tokens(settings, 200)
-    counts.add_row(95, 3)  # the last of them is on the seventh page
+    counts.add([200, 95], [1, 1])
+    both = zip(attended_tokens(settings, 200), attended_tokens(settings, 95), strict=True)
+    assert counts.take() == tuple(map(sum, both))
+    counts.add([95], [3])  # the last of them is on the seventh page
     each = [attended_tokens(settings, tokens) for tokens in (95, 96, 97)]
     assert [attended == full for attended, full in each] == [True, True, False]
     assert counts.take() == tuple(map(sum, zip(*each, strict=True)))
+    counts.add([], [])
     assert counts.take() == (0, 0)
 
 
@@ -134,9 +152,9 @@ def test_rule11_rows_below_min_tokens_are_counted_in_full():
     config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
     settings = ServingSettings(config, config.layer_plan(7, (0, 1, 3, 4, 6)), min_tokens=201)
     counts = StepCounts(settings)
-    counts.add_row(200)
+    counts.add([200], [1])
     assert counts.take() == (1000, 1000)
-    counts.add_row(200, 2)
+    counts.add([200], [2])
     assert counts.take() == (1000 + attended_tokens(settings, 201)[0], 1000 + 1005)
     assert attended_tokens(settings, 201) == attended_tokens(replace(settings, min_tokens=0), 201)
     assert ", all below 201 tokens; " in describe(settings, 300)

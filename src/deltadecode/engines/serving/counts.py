@@ -4,25 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from deltadecode.config import SHARE_DEN
 from deltadecode.engines.serving.settings import ServingSettings
 
+Ints = TypeVar("Ints", int, NDArray[np.int64])
 
-def attended_tokens(settings: ServingSettings, tokens: int) -> tuple[int, int]:
+
+def attended_tokens(settings: ServingSettings, tokens: Ints) -> tuple[Ints, Ints]:
     """What one decode step of one sequence attends to, over the planned layers.
 
-    ``tokens`` are in the cache, the new one included. Returns the numbers of DELTA and of full
-    attention. With L = 0 the last page may be left out, and the first is an upper bound.
+    ``tokens``, a number or an array of such, are in the cache, the new one included. Returns the
+    numbers of DELTA and of full attention. With L = 0 the last page may be left out, and the first
+    is an upper bound.
     """
     config = settings.config
     page = config.page_size
-    pages, selected = -(-tokens // page), tokens
-    budget = config.pages_for(pages)
-    if pages > budget and tokens >= settings.min_tokens:
-        last = (tokens - 1) % page + 1 if config.recent_pages else page
-        selected = (budget - 1) * page + last
+    pages = -(-tokens // page)
+    share = -(-config.share_num * pages // SHARE_DEN)
+    # As DeltaConfig.pages_for has it, of all rows at once.
+    budget = np.maximum(config.budget_pages, share) if config.share_num else config.budget_pages
+    last = (tokens - 1) % page + 1 if config.recent_pages else page
+    leaves_out = (pages > budget) & (tokens >= settings.min_tokens)
+    selected = np.where(leaves_out, (budget - 1) * page + last, tokens)
     sparse, planned = settings.layer_counts
-    return (planned - sparse) * tokens + sparse * selected, planned * tokens
+    attended, full = (planned - sparse) * tokens + sparse * selected, planned * tokens
+    return (int(attended), int(full)) if isinstance(tokens, int) else (attended, full)
 
 
 @dataclass
@@ -33,20 +44,26 @@ class StepCounts:
     attended: int = field(default=0, init=False)
     full: int = field(default=0, init=False)
 
-    def add_row(self, tokens: int, new_tokens: int = 1) -> None:
-        """Count one row of a batch; no row of a prompt.
+    def add(self, tokens: Sequence[int], new_tokens: Sequence[int]) -> None:
+        """Count rows of a batch; none of a prompt.
+
+        A step waits for this, so all rows are counted at once.
 
         Parameters
         ----------
-        tokens : int
-            In the sequence, up to and including the first new one.
-        new_tokens : int
-            More than one where drafts are verified, each with pages of its own (R10).
+        tokens : sequence of int
+            In each sequence, up to and including the first new one.
+        new_tokens : sequence of int
+            Of each; more than one where drafts are verified, each with pages of its own (R10).
         """
-        for seen in range(tokens, tokens + new_tokens):
-            attended, full = attended_tokens(self.settings, seen)
-            self.attended += attended
-            self.full += full
+        seen = np.asarray(tokens, dtype=np.int64)
+        most = max(new_tokens, default=0)
+        if most > 1:
+            places = np.arange(most)
+            seen = (seen[:, None] + places)[places < np.asarray(new_tokens)[:, None]]
+        attended, full = attended_tokens(self.settings, seen)
+        self.attended += int(attended.sum())
+        self.full += int(full.sum())
 
     def take(self) -> tuple[int, int]:
         """Attended and full tokens since the last call."""

@@ -16,6 +16,7 @@ from deltadecode.errors import DeltaConfigError
 KEY = "deltadecode"
 OnUnsupported = Literal["error", "stock"]
 _CONFIG_KEYS = tuple(field.name for field in fields(DeltaConfig))
+_ANY_BUDGET = 1 << 30
 _OWN_KEYS = ("plan", "sync_heads", "on_unsupported", "min_tokens")
 
 
@@ -140,7 +141,8 @@ def resolve(user_values: object, model_config: Any) -> ServingSettings:
 
 
 def _defaults(loaded: DeltaConfig | None, values: Mapping[str, Any]) -> dict[str, Any]:
-    # No layers, where the user names some: those of another model may not go with them.
+    # Values that go with any that the user names: the model's own are not known yet.
     if loaded is not None:
         return asdict(loaded)
-    return {"dense_layers": (), "delta_layers": ()}
+    pages = {"budget_pages": _ANY_BUDGET, "recent_pages": 0, "sink_pages": 0}
+    return {"dense_layers": (), "delta_layers": (), **pages}

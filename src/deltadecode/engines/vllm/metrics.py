@@ -7,7 +7,7 @@ with the scheduler's own statistics, and there into Prometheus counters.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from deltadecode.engines.serving.counts import StepCounts, layer_numbers
@@ -17,15 +17,19 @@ from deltadecode_vllm import wrap_once
 
 
 def count_steps(scheduler: Any, settings: ServingSettings) -> None:
-    """Let one scheduler count its decode rows, and send the counts with its statistics."""
+    """Let one scheduler count its decode rows, and send the counts with its statistics.
+
+    Where it makes no statistics, nothing is counted.
+    """
+    if not getattr(scheduler, "log_stats", True):
+        return
     counts = StepCounts(settings)
     most = versions.most_tokens(scheduler.vllm_config)
     model_name = str(scheduler.vllm_config.model_config.served_model_name)
     update, make_stats = scheduler.update_from_output, scheduler.make_stats
 
     def update_from_output(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        for tokens, new_tokens in _decode_rows(scheduler.requests, scheduler_output, most):
-            counts.add_row(tokens, new_tokens)
+        counts.add(*_decode_rows(scheduler.requests, scheduler_output, most))
         return update(scheduler_output, *args, **kwargs)
 
     def make_stats_with_counts(*args: Any, **kwargs: Any) -> Any:
@@ -40,22 +44,26 @@ def count_steps(scheduler: Any, settings: ServingSettings) -> None:
     scheduler.make_stats = make_stats_with_counts
 
 
-def _decode_rows(requests: dict[str, Any], output: Any, most: int) -> Iterator[tuple[int, int]]:
+def _decode_rows(requests: dict[str, Any], output: Any, most: int) -> tuple[list[int], list[int]]:
     """Tokens up to the first new one, and new tokens, of each decode row that ran.
 
     Not of prompts, which every new request begins with, nor of requests that have ended meanwhile.
     Rows of more than ``most`` tokens are computed again, after a preemption: prefill. A step's own
     results are not in ``requests`` yet, while those of every earlier step are.
     """
+    tokens: list[int] = []
+    new_tokens: list[int] = []
     running = output.scheduled_cached_reqs
     for name, computed in zip(running.req_ids, running.num_computed_tokens, strict=True):
         request = requests.get(name)
         if request is None or request.is_finished() or computed < request.num_prompt_tokens:
             continue
-        new_tokens = output.num_scheduled_tokens[name]
-        if new_tokens <= most:
+        new = output.num_scheduled_tokens[name]
+        if new <= most:
             # With asynchronous scheduling drafts count as computed that are then rejected.
-            yield min(computed + 1, request.num_tokens), new_tokens
+            tokens.append(min(computed + 1, request.num_tokens))
+            new_tokens.append(new)
+    return tokens, new_tokens
 
 
 def install(settings: ServingSettings, model_name: str) -> None:
