@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ _QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_O
 _ABORTED = 1 / 3  # of the requests
 BLOCK = 32  # tokens of a block of the cache; a multiple of what each backend asks for
 _DRAIN_STEPS = 100_000
+_MEMORY_CHECKS, _MEMORY_CHECK_S = 30, 2.0
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Engine:
         if spec["plan"] is not None:
             # Registered here, since in a source tree there is no entry point for vLLM to find.
             deltadecode_vllm.register()
+        _wait_for_memory()
         from vllm import LLM
 
         ours = {"attention_backend": BACKEND, "additional_config": {KEY: spec["plan"]}}
@@ -175,6 +178,23 @@ def _answer(output: Any) -> dict[str, Any]:
         others = [entry.logprob for other, entry in entries.items() if other != token]
         margins.append(round(best - max(others), 5))
     return {"tokens": list(output.token_ids), "margins": margins}
+
+
+def _wait_for_memory() -> None:
+    """Wait until the engine before this one has given all of its GPU's memory back.
+
+    That goes on after its process has ended, and vLLM takes free memory that grows for an error.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    free = -1
+    for _ in range(_MEMORY_CHECKS):
+        before, free = free, int(torch.cuda.mem_get_info()[0])
+        if free == before:
+            return
+        time.sleep(_MEMORY_CHECK_S)
 
 
 if __name__ == "__main__":
