@@ -7,7 +7,7 @@ from deltadecode.lab.tasks import make_problem
 CONFIG = {"page_size": 8, "budget_pages": 32, "recent_pages": 4}
 # The last requests come while others decode, so batches are mixed.
 PROBLEMS = [make_problem(seed, steps=8 + seed % 4, distractors=12) for seed in range(6)]
-ALONE = 3  # of them also run one after the other, which takes longest
+ALONE = 2  # of them also run one after the other, which takes longest
 REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
 # Of 321 tokens: in chunks of 64, and after 10 cached blocks of 32, the last one is left alone.
 LONE = {
