@@ -1,14 +1,23 @@
 """Lossless mode: sparse steps draft, full attention verifies, and nothing is lost (R12 to R14)."""
 
 import copy
+import string
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_tiny import generate, make_model, make_prompt, small_config
+from hf_tiny import VOCAB, generate, make_model, make_prompt, small_config
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import deltadecode as dd
@@ -191,6 +200,31 @@ def test_end_tokens_padding_and_processors_are_those_of_the_stock_loop() -> None
             got = generate(ours, tokens, STEPS, **options)
             expected = generate(stock, tokens, STEPS, **options)
             assert torch.equal(got.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_stop_strings_and_streamers_of_a_batch_are_those_of_the_stock_loop(end: bool) -> None:
+    stock, ours = models()
+    tokens, mask = left_padded()
+    letters = string.ascii_letters + string.digits
+    spelling = Tokenizer(BPE({letters[i]: i for i in range(VOCAB)}, merges=[]))
+    spelling.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelling)
+    free = generate(stock, tokens, STEPS, attention_mask=mask).sequences
+    ends = enumerate((40, 42, 37, 44, 50))  # of two tokens: of one verification, or of two
+    stops = [tokenizer.decode(free[row, at : at + 2]) for row, at in ends]
+    options = {"attention_mask": mask, "stop_strings": stops, "tokenizer": tokenizer}
+    if end:  # rows that stopped are padded while the others go on
+        options["eos_token_id"] = free[3, 44].item()
+    results, streams = [], []
+    for model in (ours, stock):
+        streamer = Listing()
+        results.append(generate(model, tokens, STEPS, streamer=streamer, **options).sequences)
+        streams.append(streamer.pieces)
+        assert streamer.ended
+    assert torch.equal(*results)
+    assert streams[0] == streams[1]
+    assert max(LENGTHS) < results[0].shape[1] < free.shape[1]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 6])
