@@ -1,5 +1,6 @@
 """Command line of the benchmark of lossless mode."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -21,13 +22,17 @@ def lossless(
     page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
     texts: Annotated[int, typer.Option(min=1, help="Prompts for each context.")] = 5,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens of each prompt.")] = 200,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: count equal tokens, in ragged batches of so many."),
+    ] = None,
     as_json: cli.Json = False,
     out: cli.Out = None,
     tag: cli.Tag = None,
 ) -> None:
     """Decode greedily in lossless mode and with full attention, float32 on the CPU."""
     with cli.checking(out, tag):
-        from benchmarks.lossless.run import run
+        from benchmarks.lossless import batches, run
         from benchmarks.report import table
         from deltadecode.cli.loading import resolve_model
 
@@ -35,10 +40,11 @@ def lossless(
         folder, drafts = resolve_model(model), draft_tokens or [4]
     command = cli.command_line(
         "lossless", model=model, context=contexts, budget=budgets, draft_tokens=drafts,
-        page_size=page_size, texts=texts, tokens=tokens,
+        page_size=page_size, texts=texts, tokens=tokens, batch=batch,
     )  # fmt: skip
+    measure = run.run if batch is None else partial(batches.run, batch=batch)
     with cli.checking(out, tag), cli.progress() as show:
-        result = run(
+        result = measure(
             folder, contexts, budgets, drafts, page_size=page_size, texts=texts, tokens=tokens,
             command=command, progress=show,
         )  # fmt: skip

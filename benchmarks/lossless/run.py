@@ -15,7 +15,7 @@ from deltadecode.lab.results import result, row
 from deltadecode.lab.tasks import make_problem
 from deltadecode.lab.tasks.text import Text
 
-_PEER = "Transformers sdpa + DynamicCache"
+PEER = "Transformers sdpa + DynamicCache"
 _RECENT, _SINK = 8, 1
 # Enough for the longest context that the embedded model has: about 35 tokens a step.
 _STEPS = 300
@@ -46,17 +46,14 @@ def run(
     stock: dict[int, list[Decoded]] = {context: [] for context in contexts}
     done = 0
     for context in contexts:
-        for prompt in _prompts(tokenizer, context, texts, tokens):
+        for prompt in make_prompts(tokenizer, context, texts, tokens):
             progress(f"context {context}: full attention", done / parts)
             stock[context].append(decode(model, tokenizer, prompt, None, settings=settings))
             done += 1
             for case in (case for case in cases if case[0] == context):
                 _, budget, count = case
                 progress(f"context {context}: K {budget}, {count} drafts", done / parts)
-                cfg = replace(
-                    DeltaConfig.for_model(model), page_size=page_size, budget_pages=budget,
-                    budget_share=0.0, recent_pages=_RECENT, sink_pages=_SINK,
-                )  # fmt: skip
+                cfg = make_plan(model, page_size, budget)
                 decoded[case].append(
                     decode(model, tokenizer, prompt, cfg, settings=settings, draft_tokens=count)
                 )
@@ -68,7 +65,15 @@ def run(
     )
 
 
-def _prompts(tokenizer: Any, context: int, texts: int, tokens: int) -> list[torch.Tensor]:
+def make_plan(model: Any, page_size: int, budget: int) -> DeltaConfig:
+    """The model's own plan with other pages."""
+    return replace(
+        DeltaConfig.for_model(model), page_size=page_size, budget_pages=budget, budget_share=0.0,
+        recent_pages=_RECENT, sink_pages=_SINK,
+    )  # fmt: skip
+
+
+def make_prompts(tokenizer: Any, context: int, texts: int, tokens: int) -> list[torch.Tensor]:
     """Token ids [1, context] of each prompt.
 
     Of the embedded model they are chain problems with the beginning of their solution, of others
@@ -98,7 +103,7 @@ def _row(
         sum(getattr(each, name) for each in ours) for name in ("attended_tokens", "full_tokens")
     )
     return row(
-        f"context {context}, K {budget}, {count} drafts", _PEER, "ms a token",
+        f"context {context}, K {budget}, {count} drafts", PEER, "ms a token",
         _ms(ours), _ms(theirs), context=context, budget_pages=budget, page_size=page_size,
         draft_tokens=count, texts=len(ours), tokens=sum(len(each.token_ids) for each in ours),
         same=sum(one.token_ids == other.token_ids for one, other in pairs), **drafts,

@@ -14,7 +14,10 @@ import torch
 
 from benchmarks.command import command_line, launch
 
-NAMES = ["cpu", "kernels", "e2e", "serve", "soak", "calibration", "evaluation", "policies"]
+NAMES = [
+    *("cpu", "kernels", "e2e", "serve", "soak", "calibration", "evaluation", "policies"),
+    "lossless",
+]
 ROOT = Path(__file__).resolve().parents[2]
 
 

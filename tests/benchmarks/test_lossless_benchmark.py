@@ -1,0 +1,54 @@
+"""The benchmark of lossless mode: what it counts, in small, on the embedded model."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.command import launch
+from benchmarks.lossless.__main__ import lossless
+from benchmarks.lossless.batches import left_padded
+from deltadecode.engines.transformers import speculation
+
+SMALL = ("--context", 320, "--budget", 12, "--texts", 3, "--tokens", 20, "--json")
+
+
+@pytest.fixture
+def rows(outcome):
+    """Rows of a run with arguments."""
+    pytest.importorskip("deltadecode_embedded")
+
+    def call(*arguments):
+        code, out, err = outcome(partial(launch, lossless), *SMALL, *arguments)
+        assert code == 0, err
+        return json.loads(out)["rows"]
+
+    return call
+
+
+def test_batches_are_ragged_and_padded_on_the_left():
+    tokens, mask = left_padded([torch.arange(1, 9), torch.arange(11, 19), torch.arange(21, 29)])
+    assert mask.sum(dim=1).tolist() == [8, 6, 4]
+    assert tokens.tolist()[2] == [0, 0, 0, 0, 21, 22, 23, 24]
+    assert torch.equal(mask.bool(), tokens > 0)
+
+
+def test_equal_tokens_of_ragged_batches(rows, monkeypatch):
+    (row,) = rows("--batch", 2)
+    assert row["ours"] == row["theirs"] == row["tokens"] == 60 and row["ratio"] == 1
+    assert row["same"] == row["texts"] == 3 and row["first_unlike"] is None
+    assert 0 < row["accepted"] <= row["verified"] <= row["drafted"]
+    # Drafts that are kept unseen are not full attention's, and the count says so.
+    everything = torch.ones(1, dtype=torch.bool)
+    monkeypatch.setattr(speculation, "verify", lambda scores, drafts, probs: (drafts, everything))
+    (row,) = rows("--budget", 10, "--batch", 3)[1:]
+    assert row["ours"] < row["theirs"] and row["ratio"] < 1
+    assert row["same"] < 3 and row["first_unlike"] is not None
+
+
+def test_times_and_acceptance_of_single_texts(rows):
+    (row,) = rows("--draft-tokens", 2)
+    assert row["same"] == row["texts"] == 3
+    assert row["unit"] == "ms a token" and row["ours"] > 0 < row["theirs"]
+    assert row["acceptance"] == round(row["accepted"] / row["verified"], 4)
