@@ -135,8 +135,8 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
             v = _first_tokens(v_cache, table, first[start], tokens)
         else:
             chosen = page_ids[start:stop, : -(-tokens // page_size)]
-            k = _gather_pages(k_cache, table, chosen, page_size)[:, :, :tokens]
-            v = _gather_pages(v_cache, table, chosen, page_size)[:, :, :tokens]
+            k = gather_pages(k_cache, table, chosen, page_size)[:, :, :tokens]
+            v = gather_pages(v_cache, table, chosen, page_size)[:, :, :tokens]
         if k.dtype != q.dtype:
             k, v = k.to(q.dtype), v.to(q.dtype)
         if explicit:
@@ -196,7 +196,7 @@ def _first_tokens(cache: Tensor, table: Tensor, first: int, tokens: int) -> Tens
     )
 
 
-def _gather_pages(cache: Tensor, table: Tensor, page_ids: Tensor, page_size: int) -> Tensor:
+def gather_pages(cache: Tensor, table: Tensor, page_ids: Tensor, page_size: int) -> Tensor:
     """Tokens of the given pages [R, K] of each row, [R, Hkv, K * P, D]."""
     blocks, block_size, kv_heads, dim = cache.shape
     rows, count = page_ids.shape

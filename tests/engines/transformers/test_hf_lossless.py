@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import deltadecode as dd
-from deltadecode.engines.transformers import acceptance, lossless
+from deltadecode.engines.transformers import acceptance
 from deltadecode.lab.tasks import make_problem, model_path
 from deltadecode.lab.tasks.text import Text
 
@@ -122,18 +122,6 @@ def test_a_wrong_acceptance_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     got = generate(ours, make_prompt(PROMPT), STEPS)
     assert not torch.equal(got.sequences, generate(stock, make_prompt(PROMPT), STEPS).sequences)
-
-
-def test_rule12_drafts_read_the_selected_and_the_new_pages() -> None:
-    scores = torch.tensor([[5.0, 1, 9, 2, 8, 3, 7, 0]])
-    cfg = small_config()  # P 4, K 5, L 2, S 1
-    held = lossless._held_pages(scores, 30, 4, cfg)  # 8 pages, the last one partial
-    assert held[held < 99].tolist() == [0, 2, 4, 6, 7, 8]
-    held = lossless._held_pages(scores, 32, 1, cfg)
-    assert held[held < 99].tolist() == [0, 2, 4, 6, 7, 8]
-    unforced = small_config(recent_pages=0, sink_pages=0, budget_pages=3)
-    held = lossless._held_pages(scores, 30, 4, unforced)
-    assert held[held < 99].tolist() == [2, 4, 6, 7, 8]
 
 
 def test_rule11_counts() -> None:

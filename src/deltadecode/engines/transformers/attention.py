@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deltadecode.engines.transformers.full import full_attention
+from deltadecode.engines.transformers.lossless import Phase
 from deltadecode.engines.transformers.state import ROLE, Role
 from deltadecode.engines.transformers.static import static_attention
 from deltadecode.engines.transformers.step import Rows, Step
@@ -84,11 +85,14 @@ def _attend(
     static = role.state.static if role is not None and role.state.static.active else None
     if role is not None and role.kind != "own" and role.state.draft_tokens:
         drafting = role.state.local.drafting
-        if drafting is not None and dropout == 0:
+        if drafting is not None and drafting.phase is Phase.DRAFT:
+            key, value, mask = drafting.held(role.layer, key, value)
+            query = query.to(key.dtype)
+        elif drafting is not None and dropout == 0:
             _refuse_unknown(module, kwargs)
             _refuse_head_sizes(module, key, value)
             options = _options(role, query[:, :, 0], scaling, kwargs)
-            out: Tensor | None = drafting.attend(role.layer, query, key, value, mask, options)
+            out: Tensor | None = drafting.verify(role.layer, query, key, value, mask, options)
             if out is not None:
                 return out
     elif role is not None and role.kind != "own":

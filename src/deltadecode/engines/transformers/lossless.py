@@ -14,22 +14,19 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from deltadecode.engines.transformers.cache import DeltaCache, DeltaLayer
+from deltadecode.engines.transformers.held import Held, Part
 from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.engines.transformers.step import Rows
 from deltadecode.errors import ArgumentError, ArgumentTypeError, UnsupportedModelError
-from deltadecode.ops import decode_attention, select_pages
+from deltadecode.ops import decode_attention
 
 if TYPE_CHECKING:
-    from deltadecode.config import DeltaConfig
     from deltadecode.engines.transformers.state import ModelState
 
 DRAFT_TOKENS = 4
 _MOST_DRAFTS = 16
-# Behind every page that exists.
-_NO_PAGE = 2**30
-
-# Layer -> number of the row group -> a tensor. Rows within the budget have none.
-ByLayer = dict[int, dict[int, Tensor]]
+# Layer -> number of the row group -> page scores.
+Scores = dict[int, dict[int, Tensor]]
 
 
 class Phase(Enum):
@@ -57,17 +54,16 @@ class Drafting:
         self.state = state
         self.phase = Phase.VERIFY
         self._rows: Rows | None = None
-        self._groups: list[RowGroup] = []  # of the last verification
-        self._scores: ByLayer = {}
-        self._pages: ByLayer = {}
+        self._scores: Scores = {}
+        self._parts: list[Part] = []  # of the last verification, one for each row group
+        self._held: dict[int, Held] = {}  # layer -> what its drafts read
 
     @property
     def ready(self) -> bool:
-        """Whether drafts would read less than full attention, from pages of every layer."""
-        layers = self.state.plan.attention_layers
-        return len(self._pages) == len(layers) and bool(self._pages[self.state.first])
+        """Whether drafts would read less than full attention."""
+        return any(part.pages is not None for part in self._parts)
 
-    def attend(
+    def verify(
         self,
         layer: int,
         query: Tensor,
@@ -82,22 +78,22 @@ class Drafting:
         is that of all Q tokens. ``options`` are those of :func:`deltadecode.ops.decode_attention`.
         """
         mask = mask if mask is None else mask[:, :, -1:]
-        if layer == self.state.first:
-            self._rows = Rows.of(self.state.cfg, key, mask)
-            self._count(self._rows)
-        if self._rows is None or self._rows.device != key.device:
-            self._rows = Rows.of(self.state.cfg, key, mask)
         rows = self._rows
+        if layer == self.state.first:
+            rows = self._rows = Rows.of(self.state.cfg, key, mask)
+            self._scores, self._parts, self._held = {}, [], {}
+            self.state.stats.add_read(rows.full_tokens)
+        if rows is None or rows.device != key.device:
+            rows = self._rows = Rows.of(self.state.cfg, key, mask)
         if rows.every_page:
             return None
         query = query.transpose(1, 2).to(key.dtype)
-        attend = self._verify if self.phase is Phase.VERIFY else self._draft
         if rows.groups[0].rows is None:
-            return attend(layer, 0, rows.groups[0], query, key, value, options)
+            return self._attend(layer, 0, rows.groups[0], query, key, value, options)
         out = torch.empty_like(query)
         for place, group in enumerate(rows.groups):
             part = query[group.rows]
-            out[group.rows] = attend(layer, place, group, part, key, value, options)
+            out[group.rows] = self._attend(layer, place, group, part, key, value, options)
         return out
 
     def select(self, kept: int, rejected: int) -> None:
@@ -105,40 +101,37 @@ class Drafting:
 
         ``kept`` tokens stay, and the ``rejected`` behind them have left it.
         """
-        cfg, groups, drafts = self.state.cfg, self._groups, self.state.draft_tokens
-        for group in groups:
-            lengths = range(group.length - rejected - kept + 1, group.length - rejected + 1)
+        assert self._rows is not None
+        every_layer = len(self._scores) == len(self.state.plan.attention_layers)
+        for place, group in enumerate(self._rows.groups):
+            tokens = group.length - rejected
+            lengths = range(tokens - kept + 1, tokens + 1)
             self.state.stats.add_full(len(group.members) * sum(lengths))
-        self._pages = {
-            layer: {
-                place: _held_pages(
-                    scores[:, kept - 1], groups[place].length - rejected, drafts, cfg
-                )
-                for place, scores in by_group.items()
-                if _exceeds(cfg, groups[place].length - rejected)
-            }
-            for layer, by_group in self._scores.items()
-        }
+            if every_layer:
+                # All layers at once: their rows are as long.
+                scores = [by_group[place][:, kept - 1] for by_group in self._scores.values()]
+                together = torch.stack([part.to(group.device) for part in scores])
+                part = Part.of(group.first_tokens(tokens), together, self.state.cfg)
+                self._parts.append(part)
         self._scores = {}
 
-    def _count(self, rows: Rows) -> None:
-        if self.phase is Phase.VERIFY:
-            self._groups, self._scores, self._pages = rows.groups, {}, {}
-            self.state.stats.add_read(rows.full_tokens)
-            return
-        page = self.state.cfg.page_size
-        read = torch.zeros((), dtype=torch.int64)
-        for place, group in enumerate(rows.groups):
-            ids = self._pages.get(self.state.first, {}).get(place)
-            if ids is None:
-                read += len(group.members) * group.length
-                continue
-            # The last page is always read: it holds the new token.
-            missing = -group.length % page
-            read = read.to(ids.device) + (_counts(ids, group, page) * page - missing).sum()
-        self.state.stats.add_read(int(read))
+    def held(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask that a draft reads in one layer, its own token the last one.
 
-    def _verify(
+        Key and value are the whole cache [B, Hkv, slots, D].
+        """
+        held = self._held.get(layer)
+        if held is None:
+            parts = [part.to(key.device) for part in self._parts]
+            place = self.state.plan.attention_layers.index(layer)
+            page, drafts = self.state.cfg.page_size, self.state.draft_tokens
+            held = self._held[layer] = Held(parts, place, key, value, page, drafts)
+        states = held.append(key[:, :, -1:], value[:, :, -1:])
+        if layer == self.state.first:
+            self.state.stats.add_read(held.tokens)
+        return states
+
+    def _attend(
         self,
         layer: int,
         place: int,
@@ -152,47 +145,6 @@ class Drafting:
         out, scores = decode_attention(query, *cache, return_page_scores=True, **options)
         self._scores.setdefault(layer, {})[place] = scores
         return out  # type: ignore[no-any-return]
-
-    def _draft(
-        self,
-        layer: int,
-        place: int,
-        group: RowGroup,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        options: dict[str, Any],
-    ) -> Tensor:
-        page = options["page_size"]
-        ids = self._pages[layer].get(place)
-        if ids is not None:
-            ids = ids[:, None]
-            options = {**options, "page_ids": ids, "page_counts": _counts(ids, group, page)}
-        out: Tensor = decode_attention(query, *group.paged(key, value, page), **options)
-        return out
-
-
-def _exceeds(cfg: DeltaConfig, tokens: int) -> bool:
-    pages = -(-tokens // cfg.page_size)
-    return pages > cfg.pages_for(pages)
-
-
-def _held_pages(scores: Tensor, tokens: int, drafts: int, cfg: DeltaConfig) -> Tensor:
-    """Pages [R, any] int32, ascending, for drafts behind ``tokens``: the selected and the new ones.
-
-    Scores are [R, pages]. All rows have as many tokens.
-    """
-    lengths = torch.full((len(scores),), tokens, dtype=torch.int32, device=scores.device)
-    ids, _ = select_pages(scores, lengths, cfg)
-    first, last = tokens // cfg.page_size, (tokens + drafts - 1) // cfg.page_size
-    new = torch.arange(first, last + 1, dtype=torch.int32, device=ids.device)
-    ids = ids.masked_fill((ids < 0) | (ids == first), _NO_PAGE)
-    return torch.cat([ids, new.expand(len(ids), -1)], dim=1).sort(dim=1).values
-
-
-def _counts(ids: Tensor, group: RowGroup, page_size: int) -> Tensor:
-    """How many of the pages there are yet, [R, ...] int32."""
-    return (ids < -(-group.length // page_size)).sum(dim=-1, dtype=torch.int32)
 
 
 def check_draft_tokens(lossless: bool, draft_tokens: int | None) -> int:

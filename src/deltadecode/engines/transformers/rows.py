@@ -8,7 +8,7 @@ rows are grouped by where their tokens start, and rows with gaps are packed firs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -71,6 +71,16 @@ class RowGroup:
         """[R] int32, all equal to ``length``."""
         rows = len(self.members)
         return torch.full((rows,), self.length, dtype=torch.int32, device=self.device)
+
+    def first_tokens(self, count: int) -> RowGroup:
+        """The same rows with so many of their tokens."""
+        slots = None if self.slots is None else self.slots[:count]
+        return replace(self, length=count, slots=slots)
+
+    def to(self, device: torch.device) -> RowGroup:
+        """The same rows where another layer's keys are."""
+        slots = None if self.slots is None else self.slots.to(device)
+        return replace(self, device=device, slots=slots)
 
     def blocks(self, states: Tensor, page_size: int) -> Tensor:
         """The rows as blocks of whole pages.
