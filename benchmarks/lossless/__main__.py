@@ -17,7 +17,8 @@ def lossless(
         list[int] | None, typer.Option(min=1, help="Pages that a draft may read. Default: 64.")
     ] = None,
     draft_tokens: Annotated[
-        list[int] | None, typer.Option(min=1, max=16, help="Before a verification. Default: 4.")
+        list[int] | None,
+        typer.Option(min=0, max=16, help="Before a verification; 0: as pays. Default: 4."),
     ] = None,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
     texts: Annotated[int, typer.Option(min=1, help="Prompts for each context.")] = 5,

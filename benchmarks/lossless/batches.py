@@ -50,7 +50,7 @@ def run(
                 _, budget, count = case
                 progress(f"context {context}, texts from {first}: K {budget}", done / parts)
                 cfg = make_plan(model, page_size, budget)
-                dd.enable(model, cfg, lossless=True, draft_tokens=count)
+                dd.enable(model, cfg, lossless=True, draft_tokens=count or None)
                 ours[case].append(_generate(model, *padded, tokens))
                 read = dd.stats(model)
                 new = (

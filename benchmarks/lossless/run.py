@@ -37,6 +37,7 @@ def run(
 
     ``acceptance`` is the share of verified drafts that stayed, ``per_verification`` the tokens that
     a verification gave in the mean, ``same`` the texts whose every token is that of full attention.
+    0 drafts: as many as decoding finds to pay.
     """
     model, tokenizer = load_model(folder, "float32", torch.device("cpu")), load_tokenizer(folder)
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
@@ -55,7 +56,15 @@ def run(
                 progress(f"context {context}: K {budget}, {count} drafts", done / parts)
                 cfg = make_plan(model, page_size, budget)
                 decoded[case].append(
-                    decode(model, tokenizer, prompt, cfg, settings=settings, draft_tokens=count)
+                    decode(
+                        model,
+                        tokenizer,
+                        prompt,
+                        cfg,
+                        settings=settings,
+                        lossless=True,
+                        draft_tokens=count or None,
+                    )
                 )
                 done += 1
     return result(

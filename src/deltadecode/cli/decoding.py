@@ -83,19 +83,20 @@ def decode(
     *,
     settings: dict[str, Any],
     seed: int = 0,
-    draft_tokens: int = 0,
+    lossless: bool = False,
+    draft_tokens: int | None = None,
     on_token: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Decoded:
     """Generate once; DELTA is enabled on the model only while it decodes.
 
     ``prompt_ids`` is [1, tokens] on the model's device; without a configuration, attention and
-    cache are the stock ones; ``settings`` are arguments of ``model.generate``. ``draft_tokens`` are
-    those of lossless mode, 0 without it.
+    cache are the stock ones; ``settings`` are arguments of ``model.generate``. ``lossless`` and
+    ``draft_tokens`` are those of :func:`deltadecode.enable`.
     """
     follower = Follower(tokenizer, on_token, on_text)
     if cfg is not None:
-        enable(model, cfg, lossless=draft_tokens > 0, draft_tokens=draft_tokens or None)
+        enable(model, cfg, lossless=lossless, draft_tokens=draft_tokens)
     try:
         set_seed(seed)
         start = time.perf_counter()
@@ -110,7 +111,7 @@ def decode(
         seconds = time.perf_counter() - start
         read = stats(model) if cfg is not None else None
         drafts = None
-        if read is not None and draft_tokens:
+        if read is not None and lossless:
             drafts = {name: getattr(read, name) for name in ("drafted", "verified", "accepted")}
         counts = (read.attended_tokens, read.full_tokens) if read is not None else (0, 0)
     finally:

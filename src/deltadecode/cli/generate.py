@@ -78,8 +78,7 @@ def generate(
         settings |= {"temperature": temperature, "top_p": top_p}
 
     loaded = loading.load_model(folder, dtype, place)
-    drafts = (draft_tokens or options.DRAFT_TOKENS) if lossless else 0
-    job = Job(loaded, tokenizer, prompt_ids.to(place), settings, seed, drafts)
+    job = Job(loaded, tokenizer, prompt_ids.to(place), settings, seed, lossless, draft_tokens)
     if new_tokens < max_new_tokens:
         note(f"writing at most {new_tokens} tokens: the model has no more positions")
     first = job.run(cfg, show=not as_json)
@@ -101,7 +100,8 @@ class Job:
     prompt_ids: Tensor
     settings: dict[str, Any]
     seed: int
-    draft_tokens: int = 0
+    lossless: bool = False
+    draft_tokens: int | None = None
 
     def run(self, cfg: DeltaConfig | None, *, show: bool) -> Decoded:
         """Decode once, None: with full attention; the text to stdout, or a bar to stderr."""
@@ -126,7 +126,8 @@ class Job:
                 cfg,
                 settings=self.settings,
                 seed=self.seed,
-                draft_tokens=0 if cfg is None else self.draft_tokens,
+                lossless=self.lossless and cfg is not None,
+                draft_tokens=self.draft_tokens,
                 on_token=on_token,
                 on_text=_print if show else lambda text: None,
             )

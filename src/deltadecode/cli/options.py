@@ -186,7 +186,6 @@ DeltaLayers = Annotated[
 Full = Annotated[
     bool, typer.Option("--full", help="Full attention only.", rich_help_panel=PLAN_PANEL)
 ]
-DRAFT_TOKENS = 4
 Lossless = Annotated[
     bool,
     typer.Option(
@@ -200,7 +199,7 @@ DraftTokens = Annotated[
     typer.Option(
         min=1,
         max=16,
-        help=f"With --lossless: drafts before a verification; {DRAFT_TOKENS}.",
+        help="With --lossless: drafts before a verification; by default as many as pay.",
         rich_help_panel=PLAN_PANEL,
     ),
 ]

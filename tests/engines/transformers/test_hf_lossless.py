@@ -31,7 +31,7 @@ LENGTHS = (23, 9, 1, 23, 34)
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "gpt_oss"]
 
 
-def models(family: str = "llama", draft_tokens: int = 4, **changes: Any) -> tuple[Any, Any]:
+def models(family: str = "llama", draft_tokens: int | None = 4, **changes: Any) -> tuple[Any, Any]:
     """A model with full attention, and the same one in lossless mode."""
     stock = make_model(family, "eager" if family in ("gemma2", "gpt_oss") else "sdpa").double()
     ours = copy.deepcopy(stock)
@@ -77,7 +77,7 @@ def real(folder: Any, prompts: list[torch.Tensor], steps: int, cfg: dd.DeltaConf
     mask = (torch.arange(width) >= width - lengths[:, None]).long()
     options = {"attention_mask": mask, "max_new_tokens": steps, "do_sample": False}
     expected = model.generate(tokens, **options)
-    dd.enable(model, cfg, lossless=True)
+    dd.enable(model, cfg, lossless=True, draft_tokens=4)
     got = model.generate(tokens, **options)
     counts = dd.stats(model)
     assert counts.drafted > 0 and counts.acceptance > 0.5

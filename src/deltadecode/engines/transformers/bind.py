@@ -174,7 +174,12 @@ def find_state(model: nn.Module) -> ModelState | None:
     return None
 
 
-def bind(model: PreTrainedModel, cfg: DeltaConfig | None, draft_tokens: int = 0) -> ModelState:
+def bind(
+    model: PreTrainedModel,
+    cfg: DeltaConfig | None,
+    draft_tokens: int = 0,
+    draft_fixed: bool = True,
+) -> ModelState:
     """Give the modules of a model their roles, in place of older ones, and its decoder the hook.
 
     Raises
@@ -190,7 +195,7 @@ def bind(model: PreTrainedModel, cfg: DeltaConfig | None, draft_tokens: int = 0)
         older = hook.state if hook is not None else None
         older = older or next((state for state in _attached if state.config is config), None)
         previous = None if older is None else older.previous
-    state = ModelState(config, cfg, previous, draft_tokens)
+    state = ModelState(config, cfg, previous, draft_tokens, draft_fixed)
     attach(model, decoder, state)
     for used in decoder.configs:
         used._attn_implementation_internal = NAME

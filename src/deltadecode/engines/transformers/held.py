@@ -91,14 +91,15 @@ class Held:
         shape = rows, heads, self.used + drafts, dim
         self.mask: Tensor | None = None
         self._hidden: int | None = None
-        make = torch.empty
-        if min(sizes) < self.used or any(part.gaps for part in parts):
-            # Zeros, since what a mask hides still is a factor.
-            make = torch.zeros
+        masked = min(sizes) < self.used or any(part.gaps for part in parts)
+        if masked:
             self.mask = torch.zeros(rows, 1, 1, shape[2], dtype=torch.bool, device=key.device)
             self.mask[..., self.used :] = True
-        self.keys = make(shape, dtype=key.dtype, device=key.device)
-        self.values = make(shape, dtype=key.dtype, device=key.device)
+        # Zeros, since what a mask hides still is a factor.
+        self.keys, self.values = (
+            states.new_zeros(shape) if masked else states.new_empty(shape)
+            for states in (key, value)
+        )
         for part in parts:
             self._copy(part, place, key, value, page_size)
 

@@ -23,7 +23,7 @@ from deltadecode.ops import decode_attention
 if TYPE_CHECKING:
     from deltadecode.engines.transformers.state import ModelState
 
-DRAFT_TOKENS = 4
+DRAFT_TOKENS = 8
 _MOST_DRAFTS = 16
 # Layer -> number of the row group -> page scores.
 Scores = dict[int, dict[int, Tensor]]
@@ -48,11 +48,14 @@ class Drafting:
     ----------
     phase : Phase
         Of the pass in progress.
+    selects : bool
+        Whether the verification in progress selects pages.
     """
 
     def __init__(self, state: ModelState) -> None:
         self.state = state
         self.phase = Phase.VERIFY
+        self.selects = True
         self._rows: Rows | None = None
         self._scores: Scores = {}
         self._parts: list[Part] = []  # of the last verification, one for each row group
@@ -85,7 +88,7 @@ class Drafting:
             self.state.stats.add_read(rows.full_tokens)
         if rows is None or rows.device != key.device:
             rows = self._rows = Rows.of(self.state.cfg, key, mask)
-        if rows.every_page:
+        if rows.every_page or not self.selects:
             return None
         query = query.transpose(1, 2).to(key.dtype)
         if rows.groups[0].rows is None:
@@ -148,7 +151,7 @@ class Drafting:
 
 
 def check_draft_tokens(lossless: bool, draft_tokens: int | None) -> int:
-    """The number of drafts before a verification; 0 where decoding is not lossless.
+    """The largest number of drafts before a verification; 0 where decoding is not lossless.
 
     Raises
     ------

@@ -45,7 +45,8 @@ def enable(
         Let sparse steps only draft, and full attention verify: ``generate`` then gives what full
         attention gives (R12 to R14). Every planned layer selects for itself, whatever its role.
     draft_tokens : int, optional
-        Drafts before a verification, 1 to 16, with ``lossless`` only; by default 4.
+        Drafts before a verification, 1 to 16, with ``lossless`` only. By default up to 8: as many
+        as acceptance makes worth it, and in greedy decoding none where they take longer.
 
     Raises
     ------
@@ -65,7 +66,7 @@ def enable(
     check_attentions(inner.config.output_attentions)
     if drafts:
         check_croppable(find_decoder(inner).model)
-    bind(inner, cfg, drafts)
+    bind(inner, cfg, drafts, draft_tokens is not None)
 
 
 def disable(model: PreTrainedModel) -> None:

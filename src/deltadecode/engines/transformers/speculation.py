@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from deltadecode.engines.transformers.acceptance import choose, verify
 from deltadecode.engines.transformers.lossless import Drafting, Phase
+from deltadecode.engines.transformers.pace import Pace
 from deltadecode.engines.transformers.state import ModelState
 
 # More than any text has: a row that is finished waits for nobody, and nobody waits for it.
@@ -50,6 +51,9 @@ class Speculation:
         self.settings, self.streamer, self.kwargs = generation_config, streamer, model_kwargs
         self.drafting = Drafting(state)
         rows, self.emitted = input_ids.shape
+        timed = not state.draft_fixed and not generation_config.do_sample
+        times = state.times_of(rows, self.emitted) if timed else None
+        self.pace = Pace(state.draft_tokens, state.draft_fixed, times)
         self.decided = torch.full((rows,), self.emitted, device=input_ids.device)
         self.unfinished = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
         self.scores: list[Tensor] = []
@@ -94,6 +98,7 @@ class Speculation:
     def _round(self) -> None:
         """Draft, verify, and take what was rejected out of the cache."""
         count = self._draft_count()
+        self.drafting.selects = self.pace.selects
         self.drafting.phase = Phase.DRAFT
         probs = [self._draft(place) for place in range(count)]
         if count:
@@ -105,9 +110,11 @@ class Speculation:
         kept = self.emitted - before
         self._crop(count + 1 - kept)
         self.drafting.select(kept, count + 1 - kept)
+        self.pace.end(count, kept)
 
     def _draft_count(self) -> int:
-        count = self.state.draft_tokens if self.drafting.ready else 0
+        count = self.pace.begin()
+        count = count if self.drafting.ready else 0
         longest = self.criteria.max_length
         if longest is not None:  # the verification gives one token more than there are drafts
             count = min(count, longest - self.emitted - 1)

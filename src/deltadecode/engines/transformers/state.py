@@ -9,6 +9,7 @@ import torch
 
 from deltadecode.architecture import attention_layers, longest_prompt, num_layers, text_config
 from deltadecode.config import DeltaConfig
+from deltadecode.engines.transformers.pace import Times
 from deltadecode.engines.transformers.stats import DecodeStats
 from deltadecode.engines.transformers.step import LocalPass, StaticPass
 
@@ -31,7 +32,9 @@ class ModelState:
     previous : str or None
         Attention implementation that ``disable`` restores; None: the model's default.
     draft_tokens : int
-        Drafts before a verification, in lossless mode; 0 otherwise.
+        Largest number of drafts before a verification, in lossless mode; 0 otherwise.
+    draft_fixed : bool
+        Always draft so many, where there are pages to read.
 
     Raises
     ------
@@ -40,11 +43,17 @@ class ModelState:
     """
 
     def __init__(
-        self, config: Any, cfg: DeltaConfig | None, previous: str | None, draft_tokens: int = 0
+        self,
+        config: Any,
+        cfg: DeltaConfig | None,
+        previous: str | None,
+        draft_tokens: int = 0,
+        draft_fixed: bool = True,
     ) -> None:
         text = text_config(config)
         layers = attention_layers(text)
-        self.config, self.previous, self.draft_tokens = config, previous, draft_tokens
+        self.config, self.previous = config, previous
+        self.draft_tokens, self.draft_fixed = draft_tokens, draft_fixed
         self.cfg = DeltaConfig.for_model(text) if cfg is None else cfg
         self.plan = self.cfg.layer_plan(num_layers(text), layers)
         self.first, self.last = layers[0], layers[-1]
@@ -52,6 +61,7 @@ class ModelState:
         self.stats = DecodeStats(self.plan, lossless=self.draft_tokens > 0)
         self.local = LocalPass()
         self.static = StaticPass()
+        self._times: dict[tuple[int, int], Times] = {}
 
     @property
     def active(self) -> bool:
@@ -60,7 +70,12 @@ class ModelState:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the plan alone."""
-        return type(self), (self.config, self.cfg, self.previous, self.draft_tokens)
+        drafts = self.draft_tokens, self.draft_fixed
+        return type(self), (self.config, self.cfg, self.previous, *drafts)
+
+    def times_of(self, rows: int, tokens: int) -> Times:
+        """What lossless decoding took with so many rows and about so many tokens of each."""
+        return self._times.setdefault((rows, tokens.bit_length()), Times())
 
     def prepare_counts(self, layer: int, device: torch.device) -> None:
         """Make what a layer counts in at steps from a static cache, before they are compiled."""

@@ -1,0 +1,106 @@
+"""How many tokens to draft before the next verification (docs/semantics.md, R12)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from statistics import median
+
+clock = time.perf_counter
+
+# A draft is made while it will be kept with this chance, all those before it included. It takes
+# about so much of what a token takes in the mean.
+_WORTH = 0.7
+# Of a call's drafts before any was verified, as if so many had been; then the newest count most.
+_CHANCE, _WEIGHT, _FORGET = 0.92, 8.0, 0.95
+# Plain steps before drafts that took too long are tried again, at first and at most.
+_WAIT, _LONGEST_WAIT = 16, 512
+# Rounds that pay are compared with a new plain step so often.
+_REFRESH = 16
+
+
+class Times:
+    """What tokens took with drafts and without, of one shape of batch; kept between calls."""
+
+    def __init__(self) -> None:
+        self.plain: deque[float] = deque(maxlen=3)
+        self.rounds: deque[tuple[float, int]] = deque(maxlen=6)
+        self.warm = False  # a first round of all compiles, allocates and finds memory cold
+        self.wait = _WAIT
+        self.rest = self.plain.maxlen or 0  # steps without drafts that are still to come
+        self.rest += 1
+
+    def add_plain(self, seconds: float) -> None:
+        """Count a step of full attention that gave a token and selected nothing."""
+        self.plain.append(seconds)
+
+    def add_round(self, seconds: float, tokens: int) -> None:
+        """Count drafts and their verification, and rest where they took longer than they gave."""
+        if not self.warm:
+            self.warm = True
+            return
+        self.rounds.append((seconds, tokens))
+        if len(self.rounds) < 2:
+            return
+        mean = sum(taken for taken, _ in self.rounds) / sum(given for _, given in self.rounds)
+        if mean > median(self.plain):
+            self.rest, self.wait = self.wait, min(2 * self.wait, _LONGEST_WAIT)
+            self.rounds.clear()
+        else:
+            self.wait = _WAIT
+
+
+class Pace:
+    """What one call of ``generate`` drafts.
+
+    Parameters
+    ----------
+    most : int
+        Largest number of drafts before a verification.
+    fixed : bool
+        Always draft so many.
+    times : Times or None
+        None: drafts do not depend on the clock, so that a seed gives the same tokens again.
+
+    Attributes
+    ----------
+    selects : bool
+        Whether the next verification is to select pages, for drafts behind it.
+    """
+
+    def __init__(self, most: int, fixed: bool = True, times: Times | None = None) -> None:
+        self.most, self.fixed, self.times = most, fixed, times
+        self.selects = True
+        self._tried, self._kept = _WEIGHT, _WEIGHT * _CHANCE
+        self._rounds = 0
+        self._start = 0.0
+
+    def begin(self) -> int:
+        """Drafts to make now, if there are pages to read."""
+        self._start = clock()
+        self.selects = True
+        if self.times is not None and self.times.rest > 0:
+            self.times.rest -= 1
+            self.selects = self.times.rest == 0
+            return 0
+        if self.fixed:
+            return self.most
+        chance = min(self._kept / self._tried, 0.999)
+        return max(1, min(self.most, int(math.log(_WORTH) / math.log(chance))))
+
+    def end(self, drafts: int, tokens: int) -> None:
+        """Count what was verified: ``tokens`` that all rows moved on by, of ``drafts`` + 1."""
+        if drafts:
+            self._kept = _FORGET * self._kept + min(tokens - 1, drafts)
+            self._tried = _FORGET * self._tried + min(tokens, drafts)
+        if self.times is None:
+            return
+        seconds = clock() - self._start
+        if drafts:
+            self.times.add_round(seconds, tokens)
+            self._rounds += 1
+            if self.times.rest == 0 and self._rounds % _REFRESH == 0:
+                self.times.rest = 2  # of two, the second one selects, which takes longer
+        elif not self.selects:
+            self.times.add_plain(seconds)
