@@ -269,9 +269,9 @@ def _attend_explicitly(
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     if tokens > 1:
         behind = torch.ones(tokens, tokens - 1, dtype=torch.bool, device=q.device).triu()
+        # Nothing needs the logits themselves, autograd neither: to fill them in place is safe.
         seen = logits.view(len(logits), -1, tokens, logits.shape[2])
-        last = seen[..., 1 - tokens :].masked_fill(behind, float("-inf"))
-        logits = torch.cat([seen[..., : 1 - tokens], last], dim=3).view(logits.shape)
+        seen[..., 1 - tokens :].masked_fill_(behind, float("-inf"))
     if sinks is not None:
         column = sinks.to(dtype).view(q.shape[1], q.shape[2], 1).repeat(len(q), 1, 1)
         logits = torch.cat([logits, column], dim=2)
