@@ -52,3 +52,25 @@ def test_times_and_acceptance_of_single_texts(rows):
     assert row["same"] == row["texts"] == 3
     assert row["unit"] == "ms a token" and row["ours"] > 0 < row["theirs"]
     assert row["acceptance"] == round(row["accepted"] / row["verified"], 4)
+
+
+def test_the_figure_shows_acceptance_over_budgets_and_drafts(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.lossless.figure import draw, lines
+
+    rows = [
+        {
+            "context": context, "budget_pages": budget, "draft_tokens": drafts,
+            "acceptance": 1 - drafts / budget,
+        }
+        for context in (2000, 4000) for budget in (32, 16) for drafts in (4, 2)
+    ]  # fmt: skip
+    result = {"command": "python -m benchmarks.lossless --model smollm2", "rows": rows}
+    of_budget, of_drafts = lines(result)
+    assert of_budget["2,000 tokens"] == [(16, 0.75), (32, 0.875)] == of_budget["4,000 tokens"]
+    assert of_drafts == {"K 16": [(2, 0.875), (4, 0.75)], "K 32": [(2, 0.9375), (4, 0.875)]}
+    draw([result, result], tmp_path / "one.svg")
+    draw([result, result], tmp_path / "two.svg")
+    drawn = (tmp_path / "one.svg").read_text()
+    assert "SmolLM2-135M-Instruct, d = 4" in drawn and "<svg" in drawn
+    assert drawn == (tmp_path / "two.svg").read_text()
