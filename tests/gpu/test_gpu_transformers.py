@@ -147,3 +147,37 @@ def test_nothing_is_printed(lengths, capfd):
     generate(model, tokens, mask, steps=20, cache_implementation="static")
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
+
+
+@pytest.mark.parametrize("draft_tokens", [4, 16, None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lossless_mode_writes_what_full_attention_writes(family, draft_tokens):
+    model = make(family, torch.float32)
+    tokens, mask = left_padded()
+    dd.disable(model)
+    options = {
+        "attention_mask": mask, "max_new_tokens": STEPS, "do_sample": False,
+        "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    expected = model.generate(tokens, **options)
+    dd.enable(model, CFG, lossless=True, draft_tokens=draft_tokens)
+    for _ in range(2):
+        got = model.generate(tokens, **options)
+        assert torch.equal(got.sequences, expected.sequences)
+        logits = torch.stack(got.logits)
+        torch.testing.assert_close(logits, torch.stack(expected.logits), rtol=1e-3, atol=1e-3)
+    counts = dd.stats(model)
+    assert 0 < counts.accepted <= counts.verified <= counts.drafted
+
+
+def test_lossless_mode_samples_in_bfloat16():
+    model = make("llama", torch.bfloat16)
+    dd.enable(model, CFG, lossless=True)
+    tokens, mask = left_padded()
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        text = model.generate(tokens, attention_mask=mask, max_new_tokens=STEPS, do_sample=True)
+        texts.append(text)
+    assert torch.equal(*texts)
+    assert dd.stats(model).accepted > 0

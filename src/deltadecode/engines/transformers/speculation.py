@@ -6,6 +6,7 @@ than its neighbours' keeps what is decided, and puts it in the place of new draf
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -75,8 +76,10 @@ class Speculation:
         try:
             self._settle(outputs.logits[:, -1:], [])
             del outputs
-            while bool(self.unfinished.any()):
-                self._round()
+            # Experts are computed in another way for few tokens; older versions know no such thing.
+            with getattr(self.model, "_optimize_model_for_decode", nullcontext)():
+                while bool(self.unfinished.any()):
+                    self._round()
         finally:
             self.state.local.drafting = None
             for layer in self.cache.layers:
