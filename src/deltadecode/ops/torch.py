@@ -135,8 +135,8 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
             v = _first_tokens(v_cache, table, first[start], tokens)
         else:
             chosen = page_ids[start:stop, : -(-tokens // page_size)]
-            k = gather_pages(k_cache, table, chosen, page_size)[:, :, :tokens]
-            v = gather_pages(v_cache, table, chosen, page_size)[:, :, :tokens]
+            both = gather_pages((k_cache, v_cache), table, chosen, page_size)
+            k, v = (part[:, :, :tokens] for part in both)
         if k.dtype != q.dtype:
             k, v = k.to(q.dtype), v.to(q.dtype)
         if explicit:
@@ -196,9 +196,11 @@ def _first_tokens(cache: Tensor, table: Tensor, first: int, tokens: int) -> Tens
     )
 
 
-def gather_pages(cache: Tensor, table: Tensor, page_ids: Tensor, page_size: int) -> Tensor:
-    """Tokens of the given pages [R, K] of each row, [R, Hkv, K * P, D]."""
-    blocks, block_size, kv_heads, dim = cache.shape
+def gather_pages(
+    caches: tuple[Tensor, ...], table: Tensor, page_ids: Tensor, page_size: int
+) -> list[Tensor]:
+    """Tokens of the given pages [R, K] of each row, [R, Hkv, K * P, D], of caches of one shape."""
+    blocks, block_size, kv_heads, dim = caches[0].shape
     rows, count = page_ids.shape
     per_block = block_size // page_size
     if table.shape[1] == 1:
@@ -207,23 +209,29 @@ def gather_pages(cache: Tensor, table: Tensor, page_ids: Tensor, page_size: int)
         place = page_ids.div(per_block, rounding_mode="floor")
         block, page = table.gather(1, place.long()), page_ids - place * per_block
 
-    # Where a head's tokens follow each other in memory, a page of a head is one run of P * D
-    # elements, and all runs of all rows and heads are copied by one call.
-    run = page_size * dim
-    by_block, by_token, by_head = cache.stride()[:3]
-    by_block = 0 if blocks == 1 else by_block
-    by_head = 0 if kv_heads == 1 else by_head
-    if by_token == dim and by_block % run == 0 and by_head % run == 0:
+    gathered = []
+    index, of_index = None, None
+    for cache in caches:
+        # Where a head's tokens follow each other in memory, a page of a head is one run of P * D
+        # elements, and all runs of all rows and heads are copied by one call.
+        run = page_size * dim
+        by_block, by_token, by_head = cache.stride()[:3]
+        by_block = 0 if blocks == 1 else by_block
+        by_head = 0 if kv_heads == 1 else by_head
+        if by_token != dim or by_block % run or by_head % run:
+            paged = cache.view(blocks, per_block, page_size, kv_heads, dim)
+            gathered.append(paged[block, page].permute(0, 3, 1, 2, 4).flatten(2, 3))
+            continue
         by_block, by_head = by_block // run, by_head // run
+        if index is None or of_index != (by_block, by_head):
+            of_index = by_block, by_head
+            step = max(by_head, 1)
+            head = torch.arange(0, kv_heads * step, step, dtype=torch.int32, device=cache.device)
+            index = ((block * by_block + page)[:, None] + head[:, None]).flatten()
         runs = (blocks - 1) * by_block + (kv_heads - 1) * by_head + per_block
-        head = torch.arange(
-            0, kv_heads * max(by_head, 1), max(by_head, 1), dtype=torch.int32, device=cache.device
-        )
-        index = (block * by_block + page)[:, None] + head[:, None]
-        gathered = cache.as_strided((runs, run), (run, 1)).index_select(0, index.flatten())
-        return gathered.view(rows, kv_heads, count * page_size, dim)
-    paged = cache.view(blocks, per_block, page_size, kv_heads, dim)
-    return paged[block, page].permute(0, 3, 1, 2, 4).flatten(2, 3)
+        copied = cache.as_strided((runs, run), (run, 1)).index_select(0, index)
+        gathered.append(copied.view(rows, kv_heads, count * page_size, dim))
+    return gathered
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

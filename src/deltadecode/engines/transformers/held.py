@@ -130,14 +130,21 @@ class Held:
             ids = part.pages[place]
         start = end - ids.shape[1] * page_size
         rows = slice(None) if group.rows is None else group.rows
-        for ours, theirs in ((self.keys, key), (self.values, value)):
-            blocks = group.blocks(theirs, page_size)
-            pages = gather_pages(blocks, group.block_table, ids.clamp(min=0), page_size)
-            ours[rows, :, start:end] = pages
-            if tail:
-                last = blocks[group.block_table[:, 0], group.length - tail : group.length]
-                ours[rows, :, end : self.used] = last.transpose(1, 2)
         if self.mask is not None:
             seen = (ids >= 0).repeat_interleave(page_size, dim=1)
             self.mask[rows, 0, 0, start:end] = seen
             self.mask[rows, 0, 0, end : self.used] = True
+        ids = ids.clamp(min=0) if part.gaps else ids
+        caches = group.blocks(key, page_size), group.blocks(value, page_size)
+        pages = gather_pages(caches, group.block_table, ids, page_size)
+        last: slice | Tensor = slice(
+            group.offset + group.length - tail, group.offset + group.length
+        )
+        if group.slots is not None:
+            last = group.slots[group.length - tail :]
+        for ours, theirs, selected in zip(
+            (self.keys, self.values), (key, value), pages, strict=True
+        ):
+            ours[rows, :, start:end] = selected
+            if tail:
+                ours[rows, :, end : self.used] = theirs[:, :, last][rows]
