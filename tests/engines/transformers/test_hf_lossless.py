@@ -244,6 +244,14 @@ def test_forward_outside_of_generate_is_full_attention() -> None:
         torch.testing.assert_close(logits[1], logits[0], atol=1e-6, rtol=0)
 
 
+def test_a_model_that_drops_weights_decodes_with_full_attention() -> None:
+    model = make_model("llama", "sdpa", attention_dropout=0.2)
+    dd.enable(model, small_config(), lossless=True)
+    model.train()
+    out = generate(model, make_prompt(40), STEPS)
+    assert out.sequences.shape[1] == 40 + STEPS and dd.stats(model).drafted == 0
+
+
 def test_rule13_a_sampled_token_is_distributed_as_the_targets() -> None:
     torch.manual_seed(5)
     draws, vocabulary = 20_000, 12

@@ -104,7 +104,8 @@ class Drafting:
 
         ``kept`` tokens stay, and the ``rejected`` behind them have left it.
         """
-        assert self._rows is not None
+        if self._rows is None:  # weights are dropped at random: full attention all along
+            return
         every_layer = len(self._scores) == len(self.state.plan.attention_layers)
         for place, group in enumerate(self._rows.groups):
             tokens = group.length - rejected
