@@ -88,7 +88,7 @@ def verify_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None] | Non
     v = _first_tokens(inputs.v_cache, table, first[0], lengths[0]).to(q.dtype)
     group = heads // kv_heads
     # The tokens of a query head are query heads of their own, which see less and less.
-    packed = q.view(rows, tokens, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+    packed = q.reshape(rows, tokens, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
     sinks = None if inputs.sinks is None else inputs.sinks.repeat_interleave(tokens)
     out, alpha = _attend_explicitly(
         packed.reshape(rows, kv_heads, group * tokens, dim), k, v,

@@ -124,6 +124,7 @@ def check_type(model_type: str) -> Refused | None:
     got = _check_few_pages(model, layers, stock, tolerance)
     _check_padding(model, layers, tolerance)
     _check_static(model, layers, got, tolerance)
+    _check_lossless(model, layers, stock, tolerance)
     dd.disable(model)
     assert torch.equal(generate(model, prompt(), SHORT).logits, stock.logits[:SHORT])
     _check_half(model, layers)
@@ -224,6 +225,22 @@ def _check_static(
         assert "\n" not in str(error)
         return
     torch.testing.assert_close(static.logits, got.logits[:SHORT], atol=tolerance, rtol=0)
+
+
+def _check_lossless(
+    model: PreTrainedModel, layers: tuple[int, ...], stock: Generated, tolerance: float
+) -> None:
+    """Lossless mode gives the tokens and the logits of full attention, or is refused."""
+    dd.disable(model)
+    try:
+        dd.enable(model, plan(layers, BUDGET), lossless=True, draft_tokens=3)
+    except DeltaDecodeError as error:
+        assert "\n" not in str(error) and "take rejected drafts back" in str(error)
+        return
+    got = generate(model, prompt())
+    assert torch.equal(got.tokens, stock.tokens)
+    torch.testing.assert_close(got.logits, stock.logits, atol=tolerance, rtol=0)
+    assert dd.stats(model).drafted > 0
 
 
 def _check_half(model: PreTrainedModel, layers: tuple[int, ...]) -> None:

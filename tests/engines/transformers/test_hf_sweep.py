@@ -13,7 +13,10 @@ from hf_table import TYPES, read
 # Libraries warn of much that a tiny random model has.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-RUN = ("llama", "gemma2", "gpt_oss", "gemma4_text", "qwen3_next", "bart", "gpt2", "mllama")
+RUN = (
+    *("llama", "gemma2", "gpt_oss", "gemma4_text", "qwen3_next", "bart", "gpt2", "mllama"),
+    "afmoe",  # takes the output of attention as contiguous
+)
 REFUSED = {
     "deepseek_v3": "multi-head latent attention",
     "diffllama": "more than once a step",

@@ -90,7 +90,7 @@ class Drafting:
             rows = self._rows = Rows.of(self.state.cfg, key, mask)
         if rows.every_page or not self.selects:
             return None
-        query = query.transpose(1, 2).to(key.dtype)
+        query = query.transpose(1, 2).contiguous().to(key.dtype)
         if rows.groups[0].rows is None:
             return self._attend(layer, 0, rows.groups[0], query, key, value, options)
         out = torch.empty_like(query)
@@ -148,7 +148,8 @@ class Drafting:
         cache = group.paged(key, value, options["page_size"])
         out, scores = decode_attention(query, *cache, return_page_scores=True, **options)
         self._scores.setdefault(layer, {})[place] = scores
-        return out  # type: ignore[no-any-return]
+        # Some models view it in another shape, as they may what the stock functions give.
+        return out.contiguous()  # type: ignore[no-any-return]
 
 
 def check_draft_tokens(lossless: bool, draft_tokens: int | None) -> int:
