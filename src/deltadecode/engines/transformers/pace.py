@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from statistics import median
+from statistics import median_low
 
 clock = time.perf_counter
 
@@ -28,8 +28,8 @@ class Times:
         self.rounds: deque[tuple[float, int]] = deque(maxlen=6)
         self.warm = False  # a first round of all compiles, allocates and finds memory cold
         self.wait = _WAIT
-        self.rest = self.plain.maxlen or 0  # steps without drafts that are still to come
-        self.rest += 1
+        # Steps without drafts that are still to come: two to measure, and one that selects.
+        self.rest = 3
 
     def add_plain(self, seconds: float) -> None:
         """Count a step of full attention that gave a token and selected nothing."""
@@ -41,10 +41,10 @@ class Times:
             self.warm = True
             return
         self.rounds.append((seconds, tokens))
-        if len(self.rounds) < 2:
+        if len(self.rounds) < 2 or not self.plain:
             return
         mean = sum(taken for taken, _ in self.rounds) / sum(given for _, given in self.rounds)
-        if mean > median(self.plain):
+        if mean > median_low(self.plain):
             self.rest, self.wait = self.wait, min(2 * self.wait, _LONGEST_WAIT)
             self.rounds.clear()
         else:
