@@ -18,6 +18,8 @@ _CHANCE, _WEIGHT, _FORGET = 0.92, 8.0, 0.95
 _WAIT, _LONGEST_WAIT = 16, 512
 # Rounds that pay are compared with a new plain step so often.
 _REFRESH = 16
+# Rounds that decide, unless the first ones are slower by such a factor.
+_ENOUGH, _CLEARLY = 3, 1.25
 
 
 class Times:
@@ -25,7 +27,7 @@ class Times:
 
     def __init__(self) -> None:
         self.plain: deque[float] = deque(maxlen=3)
-        self.rounds: deque[tuple[float, int]] = deque(maxlen=6)
+        self.rounds: deque[tuple[float, float]] = deque(maxlen=6)
         self.warm = False  # a first round of all compiles, allocates and finds memory cold
         self.wait = _WAIT
         # Steps without drafts that are still to come: two to measure, and one that selects.
@@ -35,16 +37,22 @@ class Times:
         """Count a step of full attention that gave a token and selected nothing."""
         self.plain.append(seconds)
 
-    def add_round(self, seconds: float, tokens: int) -> None:
-        """Count drafts and their verification, and rest where they took longer than they gave."""
+    def add_round(self, seconds: float, tokens: float) -> None:
+        """Count drafts and their verification, and rest where they take longer than they give.
+
+        ``tokens`` are those that such a round gives in the mean.
+        """
         if not self.warm:
             self.warm = True
             return
         self.rounds.append((seconds, tokens))
-        if len(self.rounds) < 2 or not self.plain:
+        if not self.plain:
             return
         mean = sum(taken for taken, _ in self.rounds) / sum(given for _, given in self.rounds)
-        if mean > median_low(self.plain):
+        slower = mean / median_low(self.plain)
+        if len(self.rounds) < _ENOUGH and slower < _CLEARLY:
+            return
+        if slower > 1:
             self.rest, self.wait = self.wait, min(2 * self.wait, _LONGEST_WAIT)
             self.rounds.clear()
         else:
@@ -76,6 +84,10 @@ class Pace:
         self._rounds = 0
         self._start = 0.0
 
+    @property
+    def _chance(self) -> float:
+        return min(self._kept / self._tried, 0.999)
+
     def begin(self) -> int:
         """Drafts to make now, if there are pages to read."""
         self._start = clock()
@@ -86,8 +98,7 @@ class Pace:
             return 0
         if self.fixed:
             return self.most
-        chance = min(self._kept / self._tried, 0.999)
-        return max(1, min(self.most, int(math.log(_WORTH) / math.log(chance))))
+        return max(1, min(self.most, int(math.log(_WORTH) / math.log(self._chance))))
 
     def end(self, drafts: int, tokens: int) -> None:
         """Count what was verified: ``tokens`` that all rows moved on by, of ``drafts`` + 1."""
@@ -98,7 +109,9 @@ class Pace:
             return
         seconds = clock() - self._start
         if drafts:
-            self.times.add_round(seconds, tokens)
+            # One round may be lucky: what it would give by the chance of all of them.
+            mean = (1 - self._chance ** (drafts + 1)) / (1 - self._chance)
+            self.times.add_round(seconds, mean)
             self._rounds += 1
             if self.times.rest == 0 and self._rounds % _REFRESH == 0:
                 self.times.rest = 2  # of two, the second one selects, which takes longer
