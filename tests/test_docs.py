@@ -1,6 +1,7 @@
 """The documentation is true: its code runs, its commands exist, its links lead somewhere."""
 
 import fnmatch
+import itertools
 import json
 import re
 from decimal import ROUND_HALF_UP, Decimal
@@ -317,18 +318,44 @@ def test_gains_of_steps_are_those_of_bytes_and_files():
 
 
 def test_what_lossless_mode_measured_is_on_its_page():
-    rows = [
-        row for tag in ("embedded", "smollm2") for row in rows_of(f"lossless-20261128-{tag}.json")
-    ]
-    tables = {size: [c for c in page("docs/lossless.md").rows if len(c) == size] for size in (9, 6)}
-    for row, counts, times in zip(rows, tables[9][1:], tables[6][1:], strict=True):
+    def measured(kind):
+        return [
+            row
+            for tag in ("embedded", "smollm2")
+            for row in rows_of(f"lossless-20261128-{kind}{tag}.json")
+        ]
+
+    def table(header):
+        rows = page("docs/lossless.md").rows
+        (start,) = (place for place, cells in enumerate(rows) if ", ".join(cells) == header)
+        return itertools.takewhile(lambda cells: len(cells) == len(rows[start]), rows[start + 1 :])
+
+    head, counted = "model, context, K, d, ", "drafted, verified, accepted"
+    counts = table(f"{head}texts × tokens, {counted}, acceptance, attended fraction")
+    times = table(f"{head}full attention, lossless, full ÷ lossless")
+    for row, count, taken in zip(measured(""), counts, times, strict=True):
         assert row["same"] == row["texts"]
-        where = [f"{row['context']:,}", str(row["budget_pages"])]
-        assert counts[1:3] == times[1:3] == where
-        assert counts[4:7] == [str(row[name]) for name in ("drafted", "verified", "accepted")]
-        assert counts[7:] == [rounded(row[n], 3) for n in ("acceptance", "attended_fraction")]
+        where = [
+            f"{row['context']:,}",
+            str(row["budget_pages"]),
+            str(row["draft_tokens"] or "chosen"),
+        ]
+        assert count[1:4] == taken[1:4] == where
+        assert count[5:8] == [str(row[name]) for name in counted.split(", ")]
+        assert count[8:] == [rounded(row[n], 3) for n in ("acceptance", "attended_fraction")]
         both = [f"{rounded(row[side], 1)} ms" for side in ("theirs", "ours")]
-        assert times[3:] == [*both, rounded(row["theirs"] / row["ours"], 2)]
+        assert taken[4:] == [*both, rounded(row["theirs"] / row["ours"], 2)]
+    equal = table("model, contexts, K, texts × tokens, equal tokens, acceptance")
+    for row, cells in zip(measured("batches-"), equal, strict=True):
+        assert row["ours"] == row["theirs"] == row["tokens"] and row["first_unlike"] is None
+        assert cells[2:4] == [
+            str(row["budget_pages"]), f"{row['texts']} × {row['tokens'] // row['texts']}"
+        ]  # fmt: skip
+        assert cells[4:] == [
+            f"{row['tokens']:,} of {row['tokens']:,}", rounded(row["acceptance"], 3)
+        ]  # fmt: skip
+    for row in measured("acceptance-"):
+        assert row["ours"] == row["theirs"]
 
 
 def test_the_demo_of_the_readme_is_the_one_on_file():
