@@ -49,10 +49,10 @@ class Times:
         if not self.plain:
             return
         mean = sum(taken for taken, _ in self.rounds) / sum(given for _, given in self.rounds)
-        slower = mean / median_low(self.plain)
-        if len(self.rounds) < _ENOUGH and slower < _CLEARLY:
+        plain = median_low(self.plain)
+        if len(self.rounds) < _ENOUGH and mean < _CLEARLY * plain:
             return
-        if slower > 1:
+        if mean > plain:
             self.rest, self.wait = self.wait, min(2 * self.wait, _LONGEST_WAIT)
             self.rounds.clear()
         else:
