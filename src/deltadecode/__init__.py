@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deltadecode.engines.transformers import (
         DecodeStats,
         DeltaCache,
+        DeltaOffloadedCache,
         DeltaStaticCache,
         disable,
         enable,
@@ -40,6 +41,7 @@ __all__ = [
     "DeltaConfig",
     "DeltaConfigError",
     "DeltaDecodeError",
+    "DeltaOffloadedCache",
     "DeltaStaticCache",
     "LayerPlan",
     "UnsupportedCacheError",
@@ -52,7 +54,17 @@ __all__ = [
 ]
 
 _TRANSFORMERS = "deltadecode.engines.transformers"
-_LAZY = frozenset({"DecodeStats", "DeltaCache", "DeltaStaticCache", "disable", "enable", "stats"})
+_LAZY = frozenset(
+    {
+        "DecodeStats",
+        "DeltaCache",
+        "DeltaOffloadedCache",
+        "DeltaStaticCache",
+        "disable",
+        "enable",
+        "stats",
+    }
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from deltadecode.engines.transformers.bind import await_first_use
 from deltadecode.engines.transformers.cache import DeltaCache
 from deltadecode.engines.transformers.generation import wrap_generation
 from deltadecode.engines.transformers.model import disable, enable, stats
+from deltadecode.engines.transformers.offload import DeltaOffloadedCache
 from deltadecode.engines.transformers.state import NAME
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
 from deltadecode.engines.transformers.stats import DecodeStats, LayerStats
@@ -24,6 +25,7 @@ from deltadecode.engines.transformers.stats import DecodeStats, LayerStats
 __all__ = [
     "DecodeStats",
     "DeltaCache",
+    "DeltaOffloadedCache",
     "DeltaStaticCache",
     "LayerStats",
     "disable",

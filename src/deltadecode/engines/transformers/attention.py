@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deltadecode.engines.transformers.full import full_attention
 from deltadecode.engines.transformers.lossless import Phase
+from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.engines.transformers.state import ROLE, Role
 from deltadecode.engines.transformers.static import static_attention
 from deltadecode.engines.transformers.step import Rows, Step
@@ -131,6 +132,8 @@ def _eager_step(
         step = state.local.step = _step_outside(role, query, key)
     if layer == state.last:
         state.local.step = None
+        if step.offloaded is not None:
+            step.offloaded.begin(paging=False)
     if not step.decodes or key.shape[2] == 1:  # one token without a past is a prompt
         _refuse_head_sizes(module, key, value)
         return None
@@ -139,8 +142,17 @@ def _eager_step(
         step.full = step.full or dropout > 0
         full = rows.full_tokens
         state.stats.add_step(full, full if step.full else rows.sparse_tokens)
+        if step.offloaded is not None and not (rows.every_page or step.full):
+            state.stats.offload.add_step()
+    held = None if step.offloaded is None else step.offloaded.on_host(layer)
     if role.kind == "dense" or rows.every_page or step.full:
-        return None
+        if held is None:
+            return None
+        key, value = held.whole()
+        out: Tensor = full_attention(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out[:, 0]
     _refuse_unknown(module, kwargs)
     _refuse_head_sizes(module, key, value)
     # Autocast leaves queries in float32 behind their rotation, beside keys in half precision.
@@ -226,6 +238,8 @@ def _attend_to_pages(
     """A Δ or sparse layer at a step that has a row over the budget; [B, Hq, D] to [B, Hq, D]."""
     if role.source is None:
         step.selections[role.layer] = {}
+        if step.offloaded is not None:
+            step.offloaded.select(role.layer, rows.groups[0], key.shape[2])
     elif role.source not in step.selections:
         raise MissingSelectionError(role.layer, role.source)
     if rows.groups[0].rows is None:
@@ -249,10 +263,18 @@ def _attend_group(
 ) -> Tensor:
     """Output of the rows of one group; a Δ-layer leaves its selection in the step."""
     cfg, group = role.state.cfg, rows.groups[place]
-    inputs = query, *group.paged(key, value, cfg.page_size)
     pages = -(-group.length // cfg.page_size)
+    every_page = pages <= cfg.pages_for(pages)
+    held = None if step.offloaded is None else step.offloaded.on_host(role.layer)
+    if held is None:
+        inputs = query, *group.paged(key, value, cfg.page_size)
+    else:
+        inputs = query, *held.pages(place, group, whole=every_page)
     out: Tensor
-    if pages <= cfg.pages_for(pages):
+    if every_page:
+        if role.source is None:
+            ids = torch.arange(pages, dtype=torch.int32, device=query.device)
+            _request(role, step, place, group, ids.expand(len(group.members), -1), None)
         out = decode_attention(*inputs, **options)
     elif role.source is not None:
         ids, counts = step.selections[role.source][place]
@@ -262,7 +284,20 @@ def _attend_group(
         out, scores = decode_attention(*inputs, return_page_scores=True, **options)
         ids, counts = select_pages(scores, group.seq_lens, cfg)
         step.selections[role.layer][place] = ids, counts
+        _request(role, step, place, group, ids, counts)
         missing = pages * cfg.page_size - group.length
         if missing and not cfg.recent_pages:
             role.state.stats.add_unread(role.layer, (ids == pages - 1).sum() * missing)
     return out
+
+
+def _request(
+    role: Role, step: Step, place: int, group: RowGroup, ids: Tensor, counts: Tensor | None
+) -> None:
+    """Have the pages of a selection fetched from the host; without counts they are all pages."""
+    if step.offloaded is None:
+        return
+    counts = torch.full_like(ids[:, 0], ids.shape[1]) if counts is None else counts
+    fetch = step.offloaded.request(role.layer, place, group, ids, counts)
+    if fetch is not None:
+        role.state.stats.offload.add(fetch)

@@ -10,6 +10,8 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from transformers.modeling_utils import PreTrainedModel
 
 from deltadecode.engines.transformers.cache import DeltaCache
+from deltadecode.engines.transformers.offload import DeltaOffloadedCache
+from deltadecode.engines.transformers.offload_checks import check_offload, check_offloaded
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
 from deltadecode.errors import ArgumentError, UnsupportedCacheError
@@ -36,6 +38,8 @@ def check_cache(cache: Any, state: ModelState) -> None:
             f"lossless decoding needs a DeltaCache, which takes drafts back, got a "
             f"{type(cache).__name__}"
         )
+    if isinstance(cache, DeltaOffloadedCache):
+        check_offloaded(cache, state)
     if cache.num_layers != state.plan.num_layers:
         raise UnsupportedCacheError(
             f"the {type(cache).__name__} must be of this model with {state.plan.num_layers} layers,"
@@ -129,10 +133,11 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
     """
     settings = _settings(model, arguments)
     # "hybrid" stands in older checkpoints, and ``generate`` itself takes no notice of it.
-    if settings.cache_implementation not in (None, "dynamic", "static", "hybrid"):
+    if settings.cache_implementation not in (None, "dynamic", "static", "offloaded", "hybrid"):
         raise UnsupportedCacheError(
-            "DELTA decodes from a DeltaCache or DeltaStaticCache, got cache_implementation="
-            f"{settings.cache_implementation!r}; leave it unset, or 'static'"
+            "DELTA decodes from a DeltaCache, DeltaStaticCache or DeltaOffloadedCache, got "
+            f"cache_implementation={settings.cache_implementation!r}; leave it unset, or 'static' "
+            "or 'offloaded'"
         )
     check_attentions(settings.output_attentions)
     mode = settings.get_generation_mode(arguments.get("assistant_model"))
@@ -152,6 +157,8 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
         if isinstance(value, Tensor) and value.dim() > 1:
             tokens = max(tokens, value.shape[1])
     check_prompt(tokens, mask, state)
+    if settings.cache_implementation == "offloaded" and cache is None:
+        check_offload(model, state, _rows(settings, arguments), _stored(settings, tokens))
     if isinstance(cache, DeltaStaticCache):
         check_rows(cache, mask, _stored(settings, tokens))
     elif settings.cache_implementation == "static":
@@ -188,6 +195,13 @@ def _check_lossless(
             and not (name == "guidance_scale" and value == 1)
         ):
             raise ArgumentError(f"lossless decoding cannot be combined with {name}, got {value!r}")
+
+
+def _rows(settings: GenerationConfig, arguments: dict[str, Any]) -> int:
+    """Rows that a call of ``generate`` decodes."""
+    given = (arguments.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    rows = next((value.shape[0] for value in given if isinstance(value, Tensor)), 1)
+    return int(rows) * max(settings.num_beams or 1, settings.num_return_sequences or 1)
 
 
 def _stored(settings: GenerationConfig, tokens: int) -> int:

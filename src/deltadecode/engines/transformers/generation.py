@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerationMixin
 from deltadecode.engines.transformers.bind import find_state
 from deltadecode.engines.transformers.cache import DeltaCache
 from deltadecode.engines.transformers.checks import check_generate
+from deltadecode.engines.transformers.offload import DeltaOffloadedCache
 from deltadecode.engines.transformers.speculation import Speculation
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache, replace_static
@@ -53,6 +54,8 @@ def _prepare_cache_for_generation(
                 keys = getattr(layer, "keys", None)
                 if keys is not None:
                     state.prepare_counts(number, keys.device)
+        elif generation_config.cache_implementation == "offloaded":
+            cache = DeltaOffloadedCache(model.config, state.cfg)
         else:
             cache = DeltaCache(model.config)
         model_kwargs["past_key_values"] = cache

@@ -17,6 +17,7 @@ from deltadecode.engines.transformers.checks import (
     check_prompt,
     check_rows,
 )
+from deltadecode.engines.transformers.offload import DeltaOffloadedCache
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
 from deltadecode.engines.transformers.step import Step
@@ -91,14 +92,18 @@ class ForwardHook:
             state.static.full, state.static.tokens = full, new
         else:
             begin = _begin_uncompiled if torch.compiler.is_dynamo_compiling() else _begin
-            begin(state, new == 1 and cache is not None, full)
+            begin(state, new == 1 and cache is not None, full, cache)
         return (), kwargs
 
 
-def _begin(state: ModelState, one: bool, full: bool) -> None:
+def _begin(state: ModelState, one: bool, full: bool, cache: Any) -> None:
     """Begin a pass from any cache but a static one; what is exported is full attention."""
     decodes = one and not state.local.prefilling and not torch.compiler.is_compiling()
-    state.local.step = Step(decodes, full)
+    offloaded = cache if isinstance(cache, DeltaOffloadedCache) else None
+    state.local.step = Step(decodes, full, offloaded)
+    if offloaded is not None:
+        offloaded.begin(decodes and not full)
+        state.stats.offload.follow(offloaded)
 
 
 # What a compiled graph writes to a ``threading.local`` is lost.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltadecode.config import LayerPlan
+from deltadecode.engines.transformers.offload_stats import OffloadStats
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,22 @@ class DecodeStats:
     ----------
     drafted, verified, accepted : int
         Drafts of lossless mode, over all rows: made, compared with full attention, and kept.
+    offload : OffloadStats
+        What a cache of sparse layers on the host holds and fetches.
     """
 
     def __init__(self, plan: LayerPlan, lossless: bool = False) -> None:
         self._plan, self._lossless = plan, lossless
         # Layer -> what compiled steps have counted, which no Python number could.
         self._on_device: dict[int, Tensor] = {}
+        self.offload = OffloadStats()
         self.reset()
 
     def reset(self) -> None:
         """Set every count to zero."""
         self._steps = 0
         self.drafted = self.verified = self.accepted = 0
+        self.offload.reset()
         # All full layers read the same, and so do all sparse ones, but for what they leave out.
         self._full = 0
         self._sparse = 0

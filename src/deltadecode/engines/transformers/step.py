@@ -83,10 +83,13 @@ class Step:
         Where the rows lie; None before the first planned layer.
     selections : dict
         Δ-layer -> what it has selected in this step.
+    offloaded : DeltaOffloadedCache or None
+        The cache, if sparse layers may lie on the host.
     """
 
-    def __init__(self, decodes: bool, full: bool = False) -> None:
+    def __init__(self, decodes: bool, full: bool = False, offloaded: Any = None) -> None:
         self.decodes, self.full = decodes, full
+        self.offloaded = offloaded
         self.rows: Rows | None = None
         self.selections: dict[int, Selection] = {}
 

@@ -1,0 +1,134 @@
+"""Lookup, replacement and fetching of pages, against a plain least-recently-used cache."""
+
+import pytest
+import torch
+from hf_tiny import make_model, make_prompt, small_config
+
+import deltadecode as dd
+from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes
+from deltadecode.engines.transformers.offload_pages import PageDirectory
+from deltadecode.engines.transformers.rows import RowGroup
+
+ROWS, PAGE, BUDGET = 3, 4, 6
+CFG = dd.DeltaConfig(
+    page_size=PAGE, budget_pages=BUDGET, recent_pages=1, dense_layers=(), delta_layers=(0,)
+)
+CPU = torch.device("cpu")
+
+
+def selection(pages: int, seed: int) -> torch.Tensor:
+    """Ascending page ids of each row, the last page among them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randperm(pages - 1, generator=generator)[: BUDGET - 1] for _ in range(ROWS)]
+    return torch.stack([torch.cat([row, torch.tensor([pages - 1])]).sort().values for row in ids])
+
+
+def steps(directory: PageDirectory, lengths: range, members: list[int]):
+    for length in lengths:
+        pages = -(-length // PAGE)
+        ids = selection(pages, length)[members].int()
+        group = RowGroup(members, ROWS, 2, length, CPU)
+        directory.begin(CFG, ROWS, length + 2, CPU)
+        counts = torch.full((len(members),), BUDGET, dtype=torch.int32)
+        yield length, ids, directory.request(CFG, group, ids, counts)
+
+
+@pytest.mark.parametrize("members", [[0, 1, 2], [2]])
+def test_the_directory_is_a_least_recently_used_cache(members: list[int]) -> None:
+    directory = PageDirectory()
+    capacity = 2 * BUDGET
+    # Of each row: page -> when it was used last, and its cell. Free cells are the oldest.
+    plain = [{-1 - n: (0, n) for n in range(capacity)} for _ in members]
+    fetched = 0
+    for clock, (length, ids, request) in enumerate(steps(directory, range(60, 110), members), 1):
+        assert directory.capacity == capacity
+        for row, held in enumerate(plain):
+            wanted = ids[row].tolist()
+            first = members[row] * (capacity + 1)
+            absent = [page for page in wanted if page not in held]
+            held.update({page: (clock, held[page][1]) for page in wanted if page in held})
+            for page in absent:
+                oldest = min(set(held) - set(wanted), key=held.__getitem__)
+                held[page] = clock, held.pop(oldest)[1]
+            cells = {page: first + held[page][1] for page in wanted}
+            assert request.cells[row].tolist() == list(cells.values())
+            # A page that begins with the new token has nothing to fetch.
+            missing = [page in absent and page * PAGE < length - 1 for page in wanted]
+            assert request.missing[row].tolist() == missing
+            assert all(request.table[row, page] == cell for page, cell in cells.items())
+            assert request.newest[row] == cells[(length - 1) // PAGE]
+        fetched += int(request.missing.sum())
+        assert request.place == (length - 1) % PAGE
+    assert 0 < fetched < 50 * len(members) * BUDGET
+
+
+def test_pages_are_forgotten_when_the_tokens_have_changed() -> None:
+    directory = PageDirectory()
+    everything = BUDGET * ROWS
+    list(steps(directory, range(60, 70), [0, 1, 2]))
+    *_, (_, _, again) = steps(directory, range(72, 73), [0, 1, 2])
+    assert int(again.missing.sum()) == everything
+    directory.forget()
+    *_, (_, _, again) = steps(directory, range(73, 74), [0, 1, 2])
+    # The new token is the first of its page.
+    assert int(again.missing.sum()) == everything - ROWS
+
+
+def test_the_kernel_copies_what_the_plain_transfer_copies() -> None:
+    kernel = pytest.importorskip("deltadecode.engines.transformers.offload_kernel")
+    directory = PageDirectory()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        directory.forget()
+        host = torch.randn(120, 2, ROWS, 2, 12).to(dtype)
+        plain = torch.zeros(ROWS * (2 * BUDGET + 1), PAGE, 2, 2, 12, dtype=dtype)
+        ours = plain.clone()
+        for length, ids, request in steps(directory, range(60, 65), [0, 1, 2]):
+            Transfer().fetch(host, plain, request)
+            kernel.gather_pages(host, ours, request)
+            # Tokens that are not on the host yet may be anything.
+            held = ids.long()[:, :, None] * PAGE + torch.arange(PAGE) < length - 1
+            held &= request.missing[:, :, None]
+            cells = request.cells[:, :, None].expand_as(held)[held]
+            places = torch.arange(PAGE).expand_as(held)[held]
+            assert torch.equal(ours[cells, places], plain[cells, places])
+        assert ours.any()
+
+
+def test_stats() -> None:
+    cfg = small_config()
+    model = make_model("llama", "sdpa")
+    dd.enable(model, cfg)
+    stats = dd.stats(model).offload
+    assert (stats.hit_rate, stats.host_bytes, stats.fetched_bytes_per_step) == (1.0, 0, 0.0)
+    cache = dd.DeltaOffloadedCache(model.config, cfg, transfer=Transfer())
+    copied = []
+
+    class Counting(Transfer):
+        def fetch(self, host, pool, request):
+            copied.append(int(request.missing.sum()))
+            return super().fetch(host, pool, request)
+
+    cache.shared.transfer = Counting()
+    model.generate(make_prompt(41, rows=2), past_key_values=cache, max_new_tokens=31)
+    assert stats.steps == 30
+    assert stats.read_pages == 30 * 2 * 5 * 3
+    assert stats.fetched_pages == sum(copied)
+    of_page = 4 * 2 * 2 * 8 * 4
+    assert stats.fetched_bytes == sum(copied) * of_page
+    assert stats.hit_rate == 1 - sum(copied) / stats.read_pages
+    assert 0.3 < stats.hit_rate < 1
+    # Three sparse layers: room for 1,024 more tokens on the host, pools of twice the budget.
+    assert stats.host_bytes == 3 * (41 + 1024) * 2 * of_page // 4
+    pools = 3 * 2 * (2 * 5 + 1) * of_page
+    held = sum(cache.layers[layer].keys.untyped_storage().nbytes() * 2 for layer in (0, 1, 3))
+    assert stats.device_bytes == pools + held
+    assert "hit_rate=0." in repr(stats)
+    dd.stats(model).reset()
+    assert (stats.steps, stats.fetched_pages, stats.hit_rate) == (0, 0, 1.0)
+    del cache
+    assert stats.host_bytes == 0
+
+
+def test_free_host_bytes() -> None:
+    free = free_host_bytes()
+    assert free is None or free > 0
