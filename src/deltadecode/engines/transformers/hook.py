@@ -18,6 +18,7 @@ from deltadecode.engines.transformers.checks import (
     check_rows,
 )
 from deltadecode.engines.transformers.offload import DeltaOffloadedCache
+from deltadecode.engines.transformers.offload_checks import check_host
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
 from deltadecode.engines.transformers.step import Step
@@ -91,6 +92,8 @@ class ForwardHook:
             state.static.decodes = new == 1 and not state.static.prefilling
             state.static.full, state.static.tokens = full, new
         else:
+            if isinstance(cache, DeltaOffloadedCache) and isinstance(tokens, Tensor) and new > 1:
+                check_host(model, cache, len(tokens), int(cache.get_seq_length()) + new)
             begin = _begin_uncompiled if torch.compiler.is_dynamo_compiling() else _begin
             begin(state, new == 1 and cache is not None, full, cache)
         return (), kwargs

@@ -76,6 +76,11 @@ class Offload:
         pages = -(-tokens // self.cfg.page_size)
         return pages <= self.cfg.pages_for(pages)
 
+    @staticmethod
+    def room_for(tokens: int) -> int:
+        """Slots to take for so many tokens: host memory is large and pinning is slow."""
+        return tokens + max(1024, tokens // 8)
+
     def check_room(self, tokens: int, of_token: int) -> None:
         """Refuse more tokens than host memory has room for, before a layer takes any of it.
 
@@ -91,7 +96,8 @@ class Offload:
         UnsupportedCacheError
             Naming the bytes that are needed and those that are free.
         """
-        needed = sum(max(0, tokens - room) for room in self.rooms) * of_token
+        wanted = self.room_for(tokens)
+        needed = sum(wanted - room for room in self.rooms if room < tokens) * of_token
         free = free_host_bytes()
         if free is not None and needed > free:
             raise UnsupportedCacheError(
@@ -285,9 +291,8 @@ class OffloadedLayer(DeltaLayer):
         self._tokens = end
 
     def _grow_host(self, tokens: int, of_slot: tuple[int, ...]) -> None:
-        # Host memory is large and pinning it is slow: an eighth more.
-        room = tokens + max(1024, tokens // 8)
-        self._shared.check_room(room, self._rows * self._of_token)
+        room = self._shared.room_for(tokens)
+        self._shared.check_room(tokens, self._rows * self._of_token)
         older = self._host
         self._host = self._shared.transfer.allocate((room, *of_slot), self.dtype)
         self._shared.rooms[self._number] = room
@@ -329,11 +334,11 @@ class OffloadedLayer(DeltaLayer):
         pool[request.newest, request.place] = newest if group.rows is None else newest[group.rows]
         if not whole:
             return pool[:, :, 0], pool[:, :, 1], request.table, group.seq_lens
-        rows, width = request.table.shape
         _, page, _, heads, dim = pool.shape
+        rows, width = len(request.newest), -(-group.length // page)
         blocks = group.batch if group.slots is None else 1
         states = pool.new_zeros((2, blocks, heads, width * page, dim))
-        here = pool[request.table.long()].permute(3, 0, 4, 1, 2, 5)
+        here = pool[request.table[:, :width].long()].permute(3, 0, 4, 1, 2, 5)
         to = slice(None) if group.rows is None or group.slots is not None else group.rows
         states[:, to] = here.reshape(2, rows, heads, width * page, dim)
         keys, values = states.transpose(2, 3)
@@ -348,6 +353,7 @@ class OffloadedLayer(DeltaLayer):
         self._tokens = max(0, self._tokens + tokens_to_remove)
         if self._shared.fits(self._tokens):
             keys, values = self.whole()
+            self._shared.transfer.settle()
             self._forget_host()
             self._adopt(keys, values)
 

@@ -8,7 +8,6 @@ import torch
 
 from deltadecode.architecture import text_config, token_elements
 from deltadecode.engines.transformers.offload import DeltaOffloadedCache
-from deltadecode.engines.transformers.offload_host import CudaTransfer
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.errors import UnsupportedCacheError
 
@@ -19,18 +18,20 @@ def check_offloaded(cache: DeltaOffloadedCache, state: ModelState) -> None:
     Raises
     ------
     UnsupportedCacheError
-        Naming both plans.
+        Naming the first field that differs.
     """
     if state.draft_tokens:
         raise UnsupportedCacheError(
             "lossless decoding reads every layer whole, got an offloaded cache; use the default "
             "cache, or enable without lossless=True"
         )
-    if cache.shared.cfg != state.cfg:
-        raise UnsupportedCacheError(
-            f"an offloaded cache must be made for the plan of its model, {state.cfg}, got one for "
-            f"{cache.shared.cfg}"
-        )
+    ours, plan = cache.shared.cfg.to_dict(), state.cfg.to_dict()
+    for name, wanted in plan.items():
+        if ours[name] != wanted:
+            raise UnsupportedCacheError(
+                f"an offloaded cache must be made for the plan of its model, with {name}={wanted}, "
+                f"got {ours[name]}"
+            )
 
 
 def check_offload(model: Any, state: ModelState, rows: int, tokens: int) -> None:
@@ -41,14 +42,25 @@ def check_offload(model: Any, state: ModelState, rows: int, tokens: int) -> None
     Raises
     ------
     UnsupportedCacheError
-        In lossless mode, without a CUDA device, for layers that cannot be offloaded, or when the
-        host has no room for the prompt and the tokens that are asked for.
+        In lossless mode, for layers that cannot be offloaded, or as :func:`check_host`.
     """
     cache = DeltaOffloadedCache(model.config, state.cfg)
     check_offloaded(cache, state)
+    check_host(model, cache, rows, tokens)
+
+
+def check_host(model: Any, cache: DeltaOffloadedCache, rows: int, tokens: int) -> None:
+    """Refuse a cache on a device that it does not copy to, or of more than the host has room for.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        Naming the device, or the bytes that are needed and free.
+    """
+    shared = cache.shared
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
     for device in sorted(devices, key=str):
-        CudaTransfer().check(device)
+        shared.transfer.check(device)
     elements = token_elements(text_config(model.config))
-    if elements is not None and not cache.shared.fits(tokens):
-        cache.shared.check_room(tokens, rows * elements * model.dtype.itemsize)
+    if elements is not None and not shared.fits(tokens):
+        shared.check_room(tokens, rows * elements * model.dtype.itemsize)

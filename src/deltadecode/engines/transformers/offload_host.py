@@ -189,8 +189,14 @@ def _pin(tensor: Tensor) -> bool:
     if refused:
         return False
     # The storage is what views share, and the last of them frees.
-    weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, address)
+    unpin = weakref.finalize(tensor.untyped_storage(), _unpin, address)
+    unpin.atexit = False
     return True
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.synchronize()  # copies may still be under way
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def free_host_bytes() -> int | None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.rows import RowGroup
 
+# Columns of a block table are a multiple of this.
+_COLUMNS = 64
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -33,7 +35,7 @@ class PageRequest:
     tokens : Tensor
         [R, width, P] int64, slots of a page's tokens; -1 for those not on the host yet.
     table : Tensor
-        [R, pages] int32 block table of the pool; 0 for pages that are not selected.
+        [R, pages or more] int32 block table of the pool; 0 for pages that are not selected.
     newest : Tensor
         [R] int64, cell of the page with the new token; a spare cell if that is not in the pool.
     place : int
@@ -130,7 +132,9 @@ class PageDirectory:
         first = rows[:, None] * (self.capacity + 1)
         cells = first + column
         # Columns that mean nothing write what the first one writes.
-        table = torch.zeros(len(rows), -(-group.length // page), dtype=torch.int32, device=device)
+        # Wider than it must be, so that kernels see few shapes of it.
+        width = -(-group.length // (page * _COLUMNS)) * _COLUMNS
+        table = torch.zeros(len(rows), width, dtype=torch.int32, device=device)
         table.scatter_(
             1, pages.where(wanted, pages[:, :1]), cells.where(wanted, cells[:, :1]).int()
         )

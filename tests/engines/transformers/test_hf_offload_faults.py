@@ -1,0 +1,143 @@
+"""What an offloaded cache refuses, in one line and before anything has run."""
+
+import gc
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hf_tiny import make_model, make_prompt, small_config
+
+import deltadecode as dd
+from deltadecode.engines.transformers import offload
+from deltadecode.engines.transformers.offload_host import CudaTransfer, Transfer
+
+LINE = {"max_new_tokens": 3, "do_sample": False}
+
+
+@pytest.fixture
+def model():
+    model = make_model("llama", "sdpa")
+    dd.enable(model, small_config())
+    return model
+
+
+@pytest.fixture
+def simulated(model):
+    return dd.DeltaOffloadedCache(model.config, small_config(), transfer=Transfer())
+
+
+def refuses(model, match, **options):
+    with pytest.raises(dd.UnsupportedCacheError, match=match) as caught:
+        model.generate(make_prompt(41, rows=2), **{**LINE, **options})
+    assert "\n" not in str(caught.value)
+    assert dd.stats(model).steps == 0
+
+
+def test_a_model_on_the_cpu(model) -> None:
+    refuses(model, "needs a CUDA device, got cpu", cache_implementation="offloaded")
+    cache = dd.DeltaOffloadedCache(model.config, small_config())
+    refuses(model, "needs a CUDA device, got cpu", past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    with pytest.raises(dd.UnsupportedCacheError, match="needs a CUDA device"):
+        cache.update(*(torch.zeros(1, 2, 3, 8) for _ in range(2)), 2)
+
+
+def test_lossless_mode(model, simulated) -> None:
+    dd.enable(model, small_config(), lossless=True)
+    refuses(model, "lossless decoding reads every layer", cache_implementation="offloaded")
+    refuses(model, "lossless decoding reads every layer", past_key_values=simulated)
+
+
+def test_another_plan(model, simulated) -> None:
+    dd.enable(model, small_config(budget_pages=7))
+    refuses(model, "the plan of its model, with budget_pages=7, got 5", past_key_values=simulated)
+
+
+def test_other_implementations_stay_refused(model) -> None:
+    for name in ("offloaded_static", "quantized"):
+        refuses(model, "DeltaOffloadedCache, got", cache_implementation=name)
+
+
+def test_not_enough_host_memory(model, simulated, monkeypatch) -> None:
+    of_slot = 2 * 2 * 2 * 8 * 4  # keys and values of two rows
+    needed = 3 * (41 + 1024) * of_slot
+    monkeypatch.setattr(offload, "free_host_bytes", lambda: needed - 1)
+    match = f"need {needed:,} more bytes of host memory for 41 tokens, got {needed - 1:,} free"
+    refuses(model, match, past_key_values=simulated)
+    assert all(layer.get_seq_length() == 0 for layer in simulated.layers)
+    monkeypatch.setattr(offload, "free_host_bytes", lambda: needed)
+    model.generate(make_prompt(41, rows=2), past_key_values=simulated, **LINE)
+    monkeypatch.setattr(offload, "free_host_bytes", lambda: 0)
+    model.generate(make_prompt(50, rows=2), past_key_values=simulated, **LINE)
+    monkeypatch.setattr(CudaTransfer, "check", lambda self, device: None)
+    # With the tokens that are asked for.
+    dd.stats(model).reset()
+    refuses(model, "more bytes of host memory for 43 tokens", cache_implementation="offloaded")
+
+
+def test_layers_that_cannot_be_offloaded(model) -> None:
+    config = model.config
+    config.num_kv_shared_layers = 2
+    with pytest.raises(dd.UnsupportedCacheError, match="num_kv_shared_layers=2"):
+        dd.DeltaOffloadedCache(config, small_config())
+
+
+def test_gradients_other_rows_and_another_dtype(simulated) -> None:
+    states = [torch.randn(2, 2, 30, 8) for _ in range(2)]
+    with pytest.raises(dd.UnsupportedCacheError, match="no gradients"):
+        simulated.update(*(x.clone().requires_grad_() for x in states), 2)
+    simulated.update(*states, 2)
+    with pytest.raises(dd.UnsupportedCacheError, match="has 2 rows, got 1"):
+        simulated.update(*(x[:1] for x in states), 2)
+    with pytest.raises(dd.UnsupportedCacheError, match="one dtype"):
+        simulated.update(*(x.double() for x in states), 2)
+    assert simulated.layers[2].get_seq_length() == 30
+
+
+class Runtime:
+    """A CUDA runtime that pins so many bytes."""
+
+    def __init__(self, most):
+        self.most, self.pinned = most, {}
+
+    def cudaHostRegister(self, address, size, flags):
+        if size > self.most:
+            return 1
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address):
+        del self.pinned[address]
+
+
+def pinning(monkeypatch, most):
+    runtime = Runtime(most)
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(
+        cudart=lambda: runtime, synchronize=lambda *_: None, is_available=lambda: False
+    ))  # fmt: skip
+    return runtime
+
+
+def test_memory_stays_pinned_as_long_as_it_is_used(monkeypatch) -> None:
+    runtime = pinning(monkeypatch, 1000)
+    tensor = CudaTransfer().allocate((10, 10), torch.float32)
+    view, address = tensor[2:], tensor.data_ptr()
+    del tensor
+    gc.collect()
+    assert runtime.pinned == {address: 400}
+    del view
+    gc.collect()
+    assert runtime.pinned == {}
+
+
+def test_memory_that_cannot_be_pinned_gives_one_warning(monkeypatch) -> None:
+    runtime = pinning(monkeypatch, 399)
+    transfer = CudaTransfer()
+    with pytest.warns(UserWarning, match="refused to pin 400 bytes"):
+        assert transfer.allocate((10, 10), torch.float32).shape == (10, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transfer.allocate((10, 10), torch.float32)
+    assert not transfer.pinned
+    assert runtime.pinned == {}
