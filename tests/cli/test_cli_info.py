@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import torch
+from transformers import AutoConfig
 
 from deltadecode.cli.info import ranges
 
@@ -32,6 +33,26 @@ def test_info_json(run, model):
         ("sparse", 4): [5],
     }
     assert "model" not in json.loads(run("info", "--json")[1])
+
+
+def test_info_says_what_a_cache_needs(run, model):
+    code, out, _ = run("info", model, "--context", "2000")
+    assert code == 0
+    assert "cache of a sequence of 2,000 tokens" in out
+    found = json.loads(run("info", model, "--context", "2000", "--json")[1])["model"]
+    config = AutoConfig.from_pretrained(model)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_token = 2 * config.num_key_value_heads * head_dim * config.dtype.itemsize
+    pool = (2 * found["config"]["budget_pages"] + 1) * found["config"]["page_size"]
+    assert found["cache"] == {
+        "tokens": 2000,
+        "device": 6 * 2000 * of_token,
+        "offloaded_device": (4 * 2000 + 2 * pool) * of_token,
+        "offloaded_host": 2 * 2000 * of_token,
+    }
+    short = json.loads(run("info", model, "--context", "700", "--json")[1])["model"]["cache"]
+    assert short["device"] == short["offloaded_device"]
+    assert short["offloaded_host"] == 0
 
 
 def test_ranges():

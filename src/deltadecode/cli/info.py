@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
-from deltadecode.architecture import attention_layers, num_layers, signature, text_config
+from deltadecode.architecture import (
+    attention_layers,
+    longest_prompt,
+    num_layers,
+    signature,
+    text_config,
+)
 from deltadecode.cli import options
 from deltadecode.cli.loading import load_config, make_plan, resolve_model
 from deltadecode.cli.output import print_json, quiet_libraries, stdout
 from deltadecode.config import LayerPlan
 from deltadecode.profiles import find_profile
 
+# Tokens of the cache that a model is shown with, where it has as many positions.
+_CONTEXT = 131072
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=1, show_default=f"the model's positions, {_CONTEXT} at most",
+        help="Tokens of a sequence to count the bytes of its cache for.",
+    ),
+]  # fmt: skip
 
-def info(model: options.OptionalModel = None, as_json: options.AsJson = False) -> None:
+
+def info(
+    model: options.OptionalModel = None,
+    context: Context = None,
+    as_json: options.AsJson = False,
+) -> None:
     """Show versions, devices and backends, and the layer plan that a model would get."""
     folder = None if model is None else resolve_model(model)
     quiet_libraries()
@@ -28,7 +49,7 @@ def info(model: options.OptionalModel = None, as_json: options.AsJson = False) -
         "backends": backends(),
     }
     if folder is not None:
-        facts["model"] = _describe(folder)
+        facts["model"] = _describe(folder, context)
     if as_json:
         print_json(facts)
         return
@@ -38,6 +59,8 @@ def info(model: options.OptionalModel = None, as_json: options.AsJson = False) -
         console.print()
         console.print(_plan_line(facts["model"]), soft_wrap=True)
         console.print(_plan_table(facts["model"]))
+        if facts["model"]["cache"] is not None:
+            console.print(_cache_line(facts["model"]["cache"]), soft_wrap=True)
 
 
 def layers_by_role(plan: LayerPlan) -> list[dict[str, Any]]:
@@ -61,18 +84,23 @@ def layers_by_role(plan: LayerPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(folder: str) -> dict[str, Any]:
+def _describe(folder: str, context: int | None) -> dict[str, Any]:
     config = load_config(folder)
     cfg = make_plan(config, None, {})
     text = text_config(config)
     plan = cfg.layer_plan(num_layers(text), attention_layers(config))
     profile = find_profile(signature(config))
+    from deltadecode.engines.transformers.offload_size import cache_bytes
+
+    tokens = min(longest_prompt(text) or _CONTEXT, _CONTEXT) if context is None else context
+    held = cache_bytes(config, cfg, plan, tokens)
     return {
         "class": type(text).__name__,
         "layers": num_layers(text),
         "plan_from": "default" if profile is None else "profile",
         "config": asdict(cfg),
         "roles": layers_by_role(plan),
+        "cache": None if held is None else asdict(held),
     }
 
 
@@ -99,6 +127,20 @@ def _plan_line(model: dict[str, Any]) -> str:
         del values["budget_share"]
     numbers = ", ".join(f"{name} {value}" for name, value in values.items())
     return f"{model['class']}, {model['layers']} layers, {kind}: {numbers}"
+
+
+def _cache_line(held: dict[str, int]) -> str:
+    device, ours, host = (
+        _size(held[name]) for name in ("device", "offloaded_device", "offloaded_host")
+    )
+    return (
+        f"cache of a sequence of {held['tokens']:,} tokens, planned layers: {device} on the GPU; "
+        f"offloaded: {ours} on the GPU and {host} on the host"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _plan_table(model: dict[str, Any]) -> Table:

@@ -93,9 +93,7 @@ def test_a_cache_of_another_model() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "kind", ["offloaded_static", "sliding_window", "offloaded", "quantized", "paged"]
-)
+@pytest.mark.parametrize("kind", ["offloaded_static", "sliding_window", "quantized", "paged"])
 def test_another_cache_implementation(kind: str) -> None:
     model = enabled()
     refused(

@@ -20,6 +20,14 @@ _COLUMNS = 64
 _NEVER = torch.iinfo(torch.int64).max
 
 
+def pool_pages(cfg: DeltaConfig, tokens: int) -> int:
+    """Pages of a row that a pool is made for when the row has so many tokens."""
+    most = cfg.pages_for(-(-tokens // cfg.page_size))
+    # Twice the budget: half of it may be pages of earlier steps. A share of the pages grows with
+    # them, and gets room for some steps.
+    return most + (most // 8 if cfg.budget_share else 0) + cfg.budget_pages
+
+
 @dataclass(eq=False)
 class PageRequest:
     """The pages that the sparse layers of a Δ-layer read of one row group, in one step.
@@ -89,10 +97,7 @@ class PageDirectory:
         most = cfg.pages_for(-(-length // cfg.page_size))
         if most > self.capacity or self._length < 0 or self.held.shape[0] != rows:
             if most > self.capacity:
-                # Twice the budget: half of it may be pages of earlier steps. A share of the pages
-                # grows with them, and gets room for some steps.
-                share = most // 8 if cfg.budget_share else 0
-                self.capacity = most + share + cfg.budget_pages
+                self.capacity = pool_pages(cfg, length)
             self._clear(rows, device)
         elif self._length != length - 1 or self.held.device != device:
             self._clear(rows, device)

@@ -1,0 +1,52 @@
+"""What the cache of a model needs, all on the device or with its sparse layers on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deltadecode.architecture import text_config, token_elements
+from deltadecode.config import DeltaConfig, LayerPlan
+from deltadecode.engines.transformers.offload_pages import pool_pages
+
+# Bytes of a number where a configuration names no type.
+_HALF = 2
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of the planned layers' keys and values, for one sequence.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens of the sequence.
+    device : int
+        Bytes on the device in a DeltaCache.
+    offloaded_device, offloaded_host : int
+        Bytes on device and host in a DeltaOffloadedCache, without room for more tokens.
+    """
+
+    tokens: int
+    device: int
+    offloaded_device: int
+    offloaded_host: int
+
+
+def cache_bytes(config: Any, cfg: DeltaConfig, plan: LayerPlan, tokens: int) -> CacheBytes | None:
+    """Count them from a model's configuration; None where that does not say enough."""
+    text = text_config(config)
+    elements = token_elements(text)
+    if elements is None:
+        return None
+    of_token = elements * getattr(getattr(text, "dtype", None), "itemsize", _HALF)
+    layers, sparse = len(plan.attention_layers), plan.roles.count("sparse")
+    whole = tokens * of_token
+    pages = -(-tokens // cfg.page_size)
+    if pages <= cfg.pages_for(pages):
+        return CacheBytes(tokens, layers * whole, layers * whole, 0)
+    # One more page of a row is spare.
+    pool = (pool_pages(cfg, tokens) + 1) * cfg.page_size * of_token
+    return CacheBytes(
+        tokens, layers * whole, (layers - sparse) * whole + sparse * pool, sparse * whole
+    )
