@@ -9,8 +9,8 @@ from test_gpu_transformers import CFG, SHAPE, SHARE, left_padded, make
 
 import deltadecode as dd
 from deltadecode.engines.transformers import offload_host
-from deltadecode.engines.transformers.offload import OffloadedLayer
 from deltadecode.engines.transformers.offload_host import CudaTransfer
+from deltadecode.engines.transformers.offload_layer import OffloadedLayer
 
 pytestmark = pytest.mark.gpu
 

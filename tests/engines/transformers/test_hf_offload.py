@@ -12,8 +12,8 @@ import torch
 from hf_tiny import FAMILIES, make_model, make_prompt, small_config, sources, stock_name
 
 import deltadecode as dd
-from deltadecode.engines.transformers.offload import OffloadedLayer
 from deltadecode.engines.transformers.offload_host import Transfer
+from deltadecode.engines.transformers.offload_layer import OffloadedLayer
 
 SHARE = {"budget_share": 0.4}
 NO_RECENT = {"recent_pages": 0}

@@ -1,0 +1,386 @@
+"""Keys and values of a sparse layer in host memory, with a pool of hot pages on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltadecode.config import DeltaConfig
+from deltadecode.engines.transformers.cache import DeltaLayer
+from deltadecode.engines.transformers.offload_host import (
+    Transfer,
+    free_host_bytes,
+    stage,
+)
+from deltadecode.engines.transformers.offload_pages import PageDirectory, PageRequest
+from deltadecode.engines.transformers.rows import RowGroup
+from deltadecode.errors import UnsupportedCacheError
+
+# Slots behind the tokens of states that are loaded for a prompt, as DeltaLayer has them.
+_SLACK = 64
+
+
+# In place of what a transfer gives, before anything was fetched.
+_NOT_FETCHED = object()
+
+
+class Offload:
+    """What the sparse layers of a cache share.
+
+    Attributes
+    ----------
+    cfg : DeltaConfig
+        The plan that says which layers are sparse, and how many pages they read.
+    transfer : Transfer
+        Copies between host and device.
+    paging : bool
+        Whether the pass in progress reads sparse layers by pages.
+    """
+
+    def __init__(self, cfg: DeltaConfig, transfer: Transfer) -> None:
+        self.cfg, self.transfer = cfg, transfer
+        self.paging = False
+        # Slots on the host of each sparse layer. Not the layers themselves: memory in a cycle would
+        # be freed late.
+        self.rooms: list[int] = []
+
+    def fits(self, tokens: int) -> bool:
+        """Whether so many tokens lie within the budget, so that the host would save nothing."""
+        pages = -(-tokens // self.cfg.page_size)
+        return pages <= self.cfg.pages_for(pages)
+
+    @staticmethod
+    def room_for(tokens: int) -> int:
+        """Slots to take for so many tokens: host memory is large and pinning is slow."""
+        return tokens + max(1024, tokens // 8)
+
+    def check_room(self, tokens: int, of_token: int) -> None:
+        """Refuse more tokens than host memory has room for, before a layer takes any of it.
+
+        Parameters
+        ----------
+        tokens : int
+            Slots of each sparse layer.
+        of_token : int
+            Bytes of one slot in one layer.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            Naming the bytes that are needed and those that are free.
+        """
+        wanted = self.room_for(tokens)
+        needed = sum(wanted - room for room in self.rooms if room < tokens) * of_token
+        free = free_host_bytes()
+        if free is not None and needed > free:
+            raise UnsupportedCacheError(
+                f"the sparse layers need {needed:,} more bytes of host memory for {tokens:,} "
+                f"tokens, got {free:,} free"
+            )
+
+
+class OffloadedLayer(DeltaLayer):
+    """Keys and values of one sparse layer.
+
+    Within the budget it is a :class:`DeltaLayer` on the device. Beyond, all tokens are on the host,
+    and the pages of the last selections in a pool on the device. ``keys`` and ``values`` are then
+    views [B, Hkv, n, D] of host memory.
+    """
+
+    def __init__(self, shared: Offload, directory: PageDirectory) -> None:
+        self._states: dict[str, Any] = {}
+        self._host: Tensor | None = None
+        self._requests: dict[int, tuple[PageRequest, Any]] = {}
+        super().__init__()
+        self._shared, self._directory = shared, directory
+        self._number = len(shared.rooms)
+        shared.rooms.append(0)
+        self._forget_host()
+
+    def _forget_host(self) -> None:
+        self._drop_pool()
+        self._host, self._tokens = None, 0
+        self._shared.rooms[self._number] = 0
+
+    def _drop_pool(self) -> None:
+        self._directory.forget()
+        if self._requests:  # a step broke off
+            self._shared.transfer.settle()
+        self._pool: Tensor | None = None
+        # Row group -> what was requested in this step, and when it will have come.
+        self._requests = {}
+        self._newest: Tensor | None = None
+
+    @property
+    def keys(self) -> Any:
+        """[B, Hkv, n, D]; None before the first token."""
+        return self._states.get("keys") if self._host is None else self._view(0)
+
+    @keys.setter
+    def keys(self, states: Any) -> None:
+        self._states["keys"] = states
+
+    @property
+    def values(self) -> Any:
+        """[B, Hkv, n, D]; None before the first token."""
+        return self._states.get("values") if self._host is None else self._view(1)
+
+    @values.setter
+    def values(self, states: Any) -> None:
+        self._states["values"] = states
+
+    def _view(self, half: int) -> Tensor:
+        assert self._host is not None
+        self._shared.transfer.settle()
+        return self._host[: self._tokens, half].permute(1, 2, 0, 3)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the tokens are on the host."""
+        return self._host is not None
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes on the host, room for more tokens included."""
+        return 0 if self._host is None else self._host.nbytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token of one row, once a token came."""
+        return self._of_token
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device, batch, heads and head size from the first states."""
+        super().lazy_initialization(key_states, value_states)
+        _, heads, _, dim = key_states.shape
+        self._of_token = 2 * heads * dim * key_states.element_size()
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the pool on the device."""
+        return 0 if self._pool is None else self._pool.nbytes
+
+    def get_seq_length(self) -> int:
+        """Tokens n of each row, padding included."""
+        return super().get_seq_length() if self._host is None else self._tokens
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens and return everything stored.
+
+        At a decode step beyond the budget nothing is loaded: what is returned has the shape of all
+        states, holds NaN, and is never read.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, Hkv, new tokens, D].
+
+        Returns
+        -------
+        tuple of Tensor
+            Keys and values [B, Hkv, n, D] on the device.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            For a device without host memory of its own, gradients, other rows or another dtype
+            than before, or when the host has no room.
+        """
+        shared, start = self._shared, self.get_seq_length()
+        if not start:
+            shared.transfer.check(key_states.device)
+        if key_states.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedCacheError(
+                "an offloaded cache holds no gradients; decode under torch.no_grad(), or use the "
+                "default cache"
+            )
+        end = start + key_states.shape[2]
+        if self._host is None and shared.fits(end):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if key_states.dtype != value_states.dtype or (start and key_states.dtype != self.dtype):
+            raise UnsupportedCacheError(
+                f"an offloaded cache holds one dtype, got keys of {key_states.dtype} and values of "
+                f"{value_states.dtype}"
+            )
+        if start and key_states.shape[0] != self._rows:
+            raise UnsupportedCacheError(
+                f"the cache has {self._rows} rows, got {key_states.shape[0]}"
+            )
+        if self._host is None:
+            self._move_out(key_states, value_states, end)
+        self._append(key_states, value_states, end)
+        if shared.paging and end - start == 1:
+            shape = self._rows, *key_states.shape[1:2], end, key_states.shape[3]
+            nothing = key_states.new_full((), float("nan")).expand(shape)
+            return nothing, nothing
+        self._drop_pool()
+        if not start:
+            return key_states, value_states
+        return self.whole()
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All keys and values [B, Hkv, n, D], loaded to the device for one pass."""
+        host = self._host
+        assert host is not None
+        _, _, rows, heads, dim = host.shape
+        room = -(-self._tokens // 64) * 64 + _SLACK
+        states = [
+            torch.empty((rows, heads, room, dim), dtype=host.dtype, device=self.device).narrow(
+                2, 0, self._tokens
+            )
+            for _ in range(2)
+        ]
+        self._shared.transfer.load(host, self._tokens, *states)
+        return states[0], states[1]
+
+    def _move_out(self, key_states: Tensor, value_states: Tensor, end: int) -> None:
+        """Make the host hold what is stored, with room for ``end`` tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self._states["keys"], self._states["values"]
+        rows, heads, _, dim = key_states.shape
+        self._rows = rows
+        self._grow_host(end, (2, rows, heads, dim))
+        assert self._host is not None
+        if held[0].shape[2]:
+            self._shared.transfer.store(self._host, 0, *held)
+        self._tokens = held[0].shape[2]
+        self._states.clear()
+        if hasattr(self, "_key_buffer"):
+            del self._key_buffer, self._value_buffer
+
+    def _append(self, key_states: Tensor, value_states: Tensor, end: int) -> None:
+        assert self._host is not None
+        if end > self._host.shape[0]:
+            self._grow_host(end, self._host.shape[1:])
+        if key_states.shape[2] == 1:
+            staged = stage(key_states, value_states)
+            self._host[self._tokens : end].copy_(staged, non_blocking=True)
+            self._newest = staged[0].transpose(0, 1)
+        else:
+            self._shared.transfer.store(self._host, self._tokens, key_states, value_states)
+        self._tokens = end
+
+    def _grow_host(self, tokens: int, of_slot: tuple[int, ...]) -> None:
+        room = self._shared.room_for(tokens)
+        self._shared.check_room(tokens, self._rows * self._of_token)
+        older = self._host
+        self._host = self._shared.transfer.allocate((room, *of_slot), self.dtype)
+        self._shared.rooms[self._number] = room
+        if older is not None:
+            self._shared.transfer.settle()
+            self._host[: self._tokens].copy_(older[: self._tokens])
+
+    def expect(self, place: int, request: PageRequest, cells: int, page_size: int) -> None:
+        """Have the missing pages of a row group copied to the pool, which has so many cells."""
+        self._requests[place] = request, _NOT_FETCHED
+        self._cells = cells, page_size
+        if self._host is not None:  # else it moves out in this very step
+            self._fetch(place)
+
+    def _fetch(self, place: int) -> None:
+        assert self._host is not None
+        cells, page_size = self._cells
+        pool = self._pool
+        if pool is None or pool.shape[0] != cells:
+            shape = cells, page_size, 2, *self._host.shape[3:]
+            pool = self._pool = torch.empty(shape, dtype=self.dtype, device=self.device)
+        request, _ = self._requests[place]
+        ticket = self._shared.transfer.fetch(self._host, pool, request)
+        self._requests[place] = request, ticket
+
+    def pages(self, place: int, group: RowGroup, whole: bool) -> tuple[Tensor, ...]:
+        """A row group's cache as the operations take it: keys, values, block table and lengths.
+
+        With ``whole`` rows are one block each, as :meth:`RowGroup.paged` has them; else blocks are
+        pages, and the table knows the selected ones.
+        """
+        if self._requests[place][1] is _NOT_FETCHED:
+            self._fetch(place)
+        request, ticket = self._requests.pop(place)
+        pool, newest = self._pool, self._newest
+        assert pool is not None
+        assert newest is not None
+        self._shared.transfer.wait(ticket, pool.device)
+        pool[request.newest, request.place] = newest if group.rows is None else newest[group.rows]
+        if not whole:
+            return pool[:, :, 0], pool[:, :, 1], request.table, group.seq_lens
+        _, page, _, heads, dim = pool.shape
+        rows, width = len(request.newest), -(-group.length // page)
+        blocks = group.batch if group.slots is None else 1
+        states = pool.new_zeros((2, blocks, heads, width * page, dim))
+        here = pool[request.table[:, :width].long()].permute(3, 0, 4, 1, 2, 5)
+        to = slice(None) if group.rows is None or group.slots is not None else group.rows
+        states[:, to] = here.reshape(2, rows, heads, width * page, dim)
+        keys, values = states.transpose(2, 3)
+        return keys, values, group.block_table, group.seq_lens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; within the budget the layer is on the device again."""
+        if self._host is None or tokens_to_remove >= 0:
+            super().crop(tokens_to_remove)
+            return
+        self._drop_pool()
+        self._tokens = max(0, self._tokens + tokens_to_remove)
+        if self._shared.fits(self._tokens):
+            keys, values = self.whole()
+            self._shared.transfer.settle()
+            self._forget_host()
+            self._adopt(keys, values)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take row ``beam_idx[b]`` as row b."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        if self._host is None:
+            super().batch_repeat_interleave(repeats)
+        else:
+            self.batch_select_indices(torch.arange(self._rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows only: row numbers, or a boolean [B]."""
+        if self._host is None:
+            super().batch_select_indices(indices)
+            return
+        self._drop_pool()
+        self._shared.transfer.settle()
+        older, indices = self._host, indices.cpu()
+        rows = torch.arange(self._rows)[indices]
+        room, halves, _, heads, dim = older.shape
+        self._rows = len(rows)
+        if self._rows == older.shape[2]:
+            self._host[: self._tokens] = older[: self._tokens, :, rows]
+            return
+        self._host = self._shared.transfer.allocate(
+            (room, halves, self._rows, heads, dim), self.dtype
+        )
+        torch.index_select(older[: self._tokens], 2, rows, out=self._host[: self._tokens])
+
+    def reset(self) -> None:
+        """Forget all tokens and free host and device memory."""
+        if self._host is not None:
+            self._shared.transfer.settle()
+        self._forget_host()
+        super().reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the pool; the tokens alone, and not the room behind them."""
+        state = dict(vars(self))
+        state.update(_pool=None, _requests={}, _newest=None)
+        if self._host is not None:
+            self._shared.transfer.settle()
+            state["_host"] = self._host[: self._tokens].clone()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._host is not None:
+            held = self._host
+            self._host = self._shared.transfer.allocate(tuple(held.shape), held.dtype)
+            self._host.copy_(held)
