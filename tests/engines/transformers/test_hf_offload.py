@@ -190,3 +190,22 @@ def test_steps_with_dropout_and_steps_outside_of_a_pass_are_full_attention() -> 
     assert torch.equal(torch.stack(logits[0]), torch.stack(logits[1]))
     model.eval()
     assert_same(model, pair, torch.cat([tokens, make_prompt(3)], dim=1), 12)
+
+
+def test_a_mask_that_changes_between_steps_moves_the_pages() -> None:
+    model = enabled()
+    pair = caches(model)
+    tokens = assert_same(model, pair, make_prompt(41, rows=2), 4)
+    logits = []
+    with torch.no_grad():
+        for cache in pair:
+            mask = torch.ones(2, 44, dtype=torch.long)
+            for step in range(12):
+                if step == 4:
+                    mask[0, :3] = 0
+                if step == 8:
+                    mask[1, 20] = 0
+                mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+                out = model(tokens[:, step : step + 1], past_key_values=cache, attention_mask=mask)
+                logits.append(out.logits)
+    assert all(torch.equal(logits[n], logits[n + 12]) for n in range(12))

@@ -1,5 +1,6 @@
 """What an offloaded cache refuses, in one line and before anything has run."""
 
+import contextlib
 import gc
 import warnings
 from types import SimpleNamespace
@@ -114,7 +115,7 @@ class Runtime:
 def pinning(monkeypatch, most):
     runtime = Runtime(most)
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(
-        cudart=lambda: runtime, synchronize=lambda *_: None, is_available=lambda: False
+        cudart=lambda: runtime, synchronize=lambda *_: None, device_count=lambda: 1, is_available=lambda: False
     ))  # fmt: skip
     return runtime
 
@@ -140,4 +141,58 @@ def test_memory_that_cannot_be_pinned_gives_one_warning(monkeypatch) -> None:
         warnings.simplefilter("error")
         transfer.allocate((10, 10), torch.float32)
     assert not transfer.pinned
+    assert runtime.pinned == {}
+
+
+class Stream:
+    """A stream that writes down what it waits for."""
+
+    def __init__(self, name="copies", log=None):
+        self.name, self.log = name, [] if log is None else log
+
+    def wait_stream(self, other):
+        self.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event):
+        self.log.append((self.name, "waits for", event))
+
+    def record_event(self):
+        return "fetched"
+
+    def synchronize(self):
+        self.log.append((self.name, "is waited for"))
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_the_transfer_of_cuda_devices(model, monkeypatch, gather) -> None:
+    """Its streams play no part on a CPU, and its copies are those of the simulated device."""
+    if gather:
+        pytest.importorskip("triton")
+    log: list[tuple[str, ...]] = []
+    runtime = pinning(monkeypatch, 1 << 30)
+    streams = {
+        "Stream": lambda device: Stream(log=log),
+        "current_stream": lambda device: Stream("model", log),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "device": lambda device: contextlib.nullcontext(),
+        "_is_in_bad_fork": lambda: False,
+    }
+    for name, fake in streams.items():
+        setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(CudaTransfer, "check", lambda self, device: None)
+    caches = [
+        dd.DeltaOffloadedCache(model.config, small_config(), transfer=CudaTransfer(gather)),
+        dd.DeltaCache(model.config),
+    ]
+    out = [model.generate(make_prompt(41), past_key_values=cache, **LINE) for cache in caches]
+    assert torch.equal(*out)
+    assert len(runtime.pinned) == 3
+    # The prompt of three layers; two Δ-layers in each of two steps; each layer for its own pages.
+    stored, fetched = ("copies", "waits for", "model"), ("model", "waits for", "fetched")
+    assert log.count(stored) == 3 + 2 * 2
+    assert log.count(fetched) == 3 * 2
+    assert log.count(("copies", "is waited for")) == (0 if gather else 3 * 2)
+    caches.clear()
+    gc.collect()
     assert runtime.pinned == {}

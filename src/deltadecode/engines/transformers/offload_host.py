@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Bytes that are staged on the device at a time, on their way to or from the host.
 _STAGED_BYTES = 64 * 2**20
 
+# Pinned for all devices.
+_PORTABLE = 1
+
 
 class Transfer:
     """Copies between a host and a simulated device, which is the CPU itself.
@@ -183,7 +186,7 @@ def _pin(tensor: Tensor) -> bool:
     runtime: Any = torch.cuda.cudart()
     address = tensor.data_ptr()
     try:
-        refused = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
+        refused = int(runtime.cudaHostRegister(address, tensor.nbytes, _PORTABLE))
     except RuntimeError:
         return False
     if refused:
@@ -195,7 +198,8 @@ def _pin(tensor: Tensor) -> bool:
 
 
 def _unpin(address: int) -> None:
-    torch.cuda.synchronize()  # copies may still be under way
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(device)  # copies may still be under way
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
