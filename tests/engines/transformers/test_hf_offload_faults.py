@@ -114,9 +114,9 @@ class Runtime:
 
 def pinning(monkeypatch, most):
     runtime = Runtime(most)
-    monkeypatch.setattr(torch, "cuda", SimpleNamespace(
-        cudart=lambda: runtime, synchronize=lambda *_: None, device_count=lambda: 1, is_available=lambda: False
-    ))  # fmt: skip
+    fakes = {"cudart": lambda: runtime, "synchronize": lambda device: None}
+    counts = {"is_available": lambda: False, "device_count": lambda: 1}
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(**fakes, **counts))
     return runtime
 
 
@@ -174,7 +174,6 @@ def test_the_transfer_of_cuda_devices(model, monkeypatch, gather) -> None:
         "Stream": lambda device: Stream(log=log),
         "current_stream": lambda device: Stream("model", log),
         "stream": lambda stream: contextlib.nullcontext(),
-        "device": lambda device: contextlib.nullcontext(),
         "_is_in_bad_fork": lambda: False,
     }
     for name, fake in streams.items():

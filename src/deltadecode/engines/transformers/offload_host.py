@@ -142,7 +142,7 @@ class CudaTransfer(Transfer):
     def fetch(self, host: Tensor, pool: Tensor, request: PageRequest) -> Any:
         """Fetch on the stream of copies; gives the event of the last copy."""
         stream = self._stream(pool.device)
-        with torch.cuda.device(pool.device), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             if self.gather and self.pinned:
                 from deltadecode.engines.transformers.offload_kernel import gather_pages
 

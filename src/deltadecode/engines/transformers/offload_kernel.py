@@ -6,12 +6,15 @@ to learn it. ``TRITON_INTERPRET=1`` runs it on CPU tensors.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from deltadecode.ops.triton.direct import Launch
 
 if TYPE_CHECKING:
     from deltadecode.engines.transformers.offload_pages import PageRequest
@@ -35,19 +38,29 @@ def gather_pages(host: Tensor, pool: Tensor, request: PageRequest) -> None:
     page, _, heads, dim = pool.shape[1:]
     # Bits are copied as whole numbers, whatever they mean.
     word = _WORDS[pool.element_size()]
-    run = heads * dim
-    _gather[(rows * width, page)](
+    launch = _launch((rows * width, page, 1), width, host.shape[2], heads * dim, word, pool.device)
+    launch(
         host.view(word),
         pool.view(word),
         request.missing,
         request.tokens,
         request.cells,
         request.row_numbers,
-        width,
-        host.shape[2],
-        RUN=run,
-        BLOCK=min(1024, triton.next_power_of_2(run)),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _launch(
+    grid: tuple[int, int, int],
+    width: int,
+    batch: int,
+    run: int,
+    word: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    """The launch of one kind of request; ``word`` and ``device`` tell kinds apart alone."""
+    block = min(1024, triton.next_power_of_2(run))
+    return Launch(_gather, grid, (width, batch), {"RUN": run, "BLOCK": block})
 
 
 @triton.jit
