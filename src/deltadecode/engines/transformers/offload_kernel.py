@@ -19,7 +19,7 @@ from deltadecode.ops.triton.direct import Launch
 if TYPE_CHECKING:
     from deltadecode.engines.transformers.offload_pages import PageRequest
 
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def gather_pages(host: Tensor, pool: Tensor, request: PageRequest) -> None:
@@ -36,9 +36,11 @@ def gather_pages(host: Tensor, pool: Tensor, request: PageRequest) -> None:
     """
     rows, width = request.missing.shape
     page, _, heads, dim = pool.shape[1:]
-    # Bits are copied as whole numbers, whatever they mean.
-    word = _WORDS[pool.element_size()]
-    launch = _launch((rows * width, page, 1), width, host.shape[2], heads * dim, word, pool.device)
+    # Bits are copied as whole numbers, whatever they mean, and as long ones as there are.
+    size = dim * pool.element_size()
+    word = next(word for word in _WORDS if size % word.itemsize == 0)
+    run = heads * size // word.itemsize
+    launch = _launch((rows * width, page, 1), width, host.shape[2], run, word, pool.device)
     launch(
         host.view(word),
         pool.view(word),
