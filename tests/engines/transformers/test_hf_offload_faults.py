@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hf_shrink import tiny_model
 from hf_tiny import make_model, make_prompt, small_config
 
 import deltadecode as dd
@@ -82,6 +83,14 @@ def test_layers_that_cannot_be_offloaded(model) -> None:
     config.num_kv_shared_layers = 2
     with pytest.raises(dd.UnsupportedCacheError, match="num_kv_shared_layers=2"):
         dd.DeltaOffloadedCache(config, small_config())
+
+
+def test_a_model_that_changes_its_keys_behind_the_cache() -> None:
+    model = tiny_model("jetmoe").float()
+    cfg = small_config(dense_layers=(), delta_layers=(0,))
+    dd.enable(model, cfg)
+    cache = dd.DeltaOffloadedCache(model.config, cfg, transfer=Transfer())
+    refuses(model, "changes its keys behind the cache, got .* of 2 KV", past_key_values=cache)
 
 
 def test_gradients_other_rows_and_another_dtype(simulated) -> None:

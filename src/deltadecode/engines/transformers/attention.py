@@ -134,6 +134,9 @@ def _eager_step(
         state.local.step = None
         if step.offloaded is not None:
             step.offloaded.begin(paging=False)
+    held = None if step.offloaded is None else step.offloaded.on_host(layer)
+    if held is not None:
+        held.check_states(module, key)
     if not step.decodes or key.shape[2] == 1:  # one token without a past is a prompt
         _refuse_head_sizes(module, key, value)
         return None
@@ -144,7 +147,6 @@ def _eager_step(
         state.stats.add_step(full, full if step.full else rows.sparse_tokens)
         if step.offloaded is not None and not (rows.every_page or step.full):
             state.stats.offload.add_step()
-    held = None if step.offloaded is None else step.offloaded.on_host(layer)
     if role.kind == "dense" or rows.every_page or step.full:
         if held is None:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.cache import DeltaLayer
@@ -95,6 +95,7 @@ class OffloadedLayer(DeltaLayer):
         self._requests: dict[int, tuple[PageRequest, Any]] = {}
         super().__init__()
         self._shared, self._directory = shared, directory
+        self._nothing = False
         self._number = len(shared.rooms)
         shared.rooms.append(0)
         self._forget_host()
@@ -216,11 +217,29 @@ class OffloadedLayer(DeltaLayer):
         if shared.paging and end - start == 1:
             shape = self._rows, *key_states.shape[1:2], end, key_states.shape[3]
             nothing = key_states.new_full((), float("nan")).expand(shape)
+            self._nothing = True
             return nothing, nothing
+        self._nothing = False
         self._drop_pool()
         if not start:
             return key_states, value_states
         return self.whole()
+
+    def check_states(self, module: nn.Module, key: Tensor) -> None:
+        """Refuse a module that attends to other keys than the cache gave it.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            Naming the module's class.
+        """
+        assert self._host is not None
+        if key.shape[1] != self._host.shape[3] or (self._nothing and any(key.stride())):
+            raise UnsupportedCacheError(
+                f"{type(module).__name__} changes its keys behind the cache, got "
+                f"{list(key.shape)} of {self._host.shape[3]} KV heads, and cannot decode from an "
+                "offloaded cache; use the default cache"
+            )
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values [B, Hkv, n, D], loaded to the device for one pass."""
