@@ -93,6 +93,17 @@ def test_a_model_that_changes_its_keys_behind_the_cache() -> None:
     refuses(model, "changes its keys behind the cache, got .* of 2 KV", past_key_values=cache)
 
 
+def test_keys_that_are_not_those_of_a_decode_step(simulated) -> None:
+    simulated.update(*(torch.randn(2, 2, 30, 8) for _ in range(2)), 2)
+    simulated.begin(paging=True)
+    keys, _ = simulated.update(*(torch.randn(2, 2, 1, 8) for _ in range(2)), 2)
+    assert keys.shape == (2, 2, 31, 8)
+    assert keys.isnan().all()
+    simulated.layers[2].check_states(torch.nn.Identity(), keys)
+    with pytest.raises(dd.UnsupportedCacheError, match="Identity changes its keys"):
+        simulated.layers[2].check_states(torch.nn.Identity(), keys.clone())
+
+
 def test_gradients_other_rows_and_another_dtype(simulated) -> None:
     states = [torch.randn(2, 2, 30, 8) for _ in range(2)]
     with pytest.raises(dd.UnsupportedCacheError, match="no gradients"):
