@@ -98,6 +98,14 @@ def test_memory_that_is_not_pinned_gives_the_same(monkeypatch):
         assert_same(model, pair, tokens, None)
 
 
+def test_an_error_of_pinning_reaches_nobody_else():
+    tensor = torch.empty(1 << 20)
+    assert offload_host._pin(tensor)
+    assert not offload_host._pin(tensor)
+    assert torch.ones(3, device="cuda").sum() == 3
+    assert tensor.is_pinned()
+
+
 def test_caches_that_are_dropped_while_copies_run():
     model = make("llama", torch.bfloat16)
     tokens = torch.randint(2, SHAPE["vocab_size"], (1, 2000), device="cuda")

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from hf_tiny import FAMILIES, make_model, make_prompt, small_config, sources, stock_name
+from transformers import GenerationConfig
 
 import deltadecode as dd
+from deltadecode.engines.transformers import offload
 from deltadecode.engines.transformers.offload_host import Transfer
 from deltadecode.engines.transformers.offload_layer import OffloadedLayer
 
@@ -128,6 +130,24 @@ def test_cropped_and_continued(removed: int) -> None:
     kept = tokens[:, : tokens.shape[1] - 1 - removed]
     assert all(layer.offloaded == (removed < 51) for layer in sparse(pair[0]))
     assert_same(model, pair, torch.cat([kept, make_prompt(2, rows=2, seed=5)], dim=1), 30)
+
+
+def test_generate_makes_one_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "CudaTransfer", Transfer)
+    model = enabled()
+    default, ours, configured = (
+        run(model, make_prompt(41, rows=2), None, 12, **options)
+        for options in (
+            {},
+            {"cache_implementation": "offloaded"},
+            {"generation_config": GenerationConfig(cache_implementation="offloaded")},
+        )
+    )
+    assert dd.stats(model).offload.steps == 11
+    for got in (ours, configured):
+        assert torch.equal(got[0], default[0])
+        assert torch.equal(got[1], default[1])
+        assert got[2] == default[2]
 
 
 def test_chunked_prefill() -> None:

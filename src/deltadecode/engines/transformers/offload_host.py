@@ -6,6 +6,7 @@ tokens of a page of a batch of one. A pool of pages on the device is [cells, P, 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from pathlib import Path
@@ -190,6 +191,9 @@ def _pin(tensor: Tensor) -> bool:
     except RuntimeError:
         return False
     if refused:
+        # The runtime keeps the error for the next launch, which takes it up and clears it.
+        with contextlib.suppress(RuntimeError, AssertionError):
+            torch.zeros(1, device="cuda")
         return False
     # The storage is what views share, and the last of them frees.
     unpin = weakref.finalize(tensor.untyped_storage(), _unpin, address)
