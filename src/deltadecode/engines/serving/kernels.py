@@ -51,6 +51,8 @@ class LayerKernels:
         Most new tokens of a row.
     over_all_ranks : callable, optional
         As in :func:`deltadecode.engines.serving.step.attend`.
+    own_pages : bool
+        Whether a sparse layer reads a selection under its own number: a draft's.
     """
 
     def __init__(
@@ -69,9 +71,12 @@ class LayerKernels:
         rows: int = 0,
         tokens: int = 1,
         over_all_ranks: Callable[[Tensor], Tensor] | None = None,
+        own_pages: bool = False,
     ) -> None:
         self._settings, self._layer, self._views = settings, layer, views
         self._source = settings.plan.source(layer) if role == "sparse" else None
+        if own_pages:
+            self._source = layer
         self._scale, self._softcap, self._sinks, self._rows = scale, softcap, sinks, rows
         self._tokens = tokens
         self._q_scale, self._cache_scales = q_scale, (k_scale, v_scale)

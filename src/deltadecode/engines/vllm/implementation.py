@@ -11,15 +11,17 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 
 from deltadecode.config import Role
+from deltadecode.engines.serving.drafting import DraftPages, LayerPages
 from deltadecode.engines.serving.kernels import LayerKernels
 from deltadecode.engines.serving.rows import Rows, narrow_table
 from deltadecode.engines.serving.step import Cache, ForwardPass, attend
 from deltadecode.engines.vllm import versions
 from deltadecode.engines.vllm.builder import most_rows
 from deltadecode.engines.vllm.checks import FLOAT8_DTYPES
+from deltadecode.engines.vllm.metadata import DraftPass
 from deltadecode.engines.vllm.ranks import over_all_ranks
 from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
-from deltadecode.ops import is_captured
+from deltadecode.ops import decode_attention, is_captured
 
 # Where a forward pass's own things are kept, in vLLM's context of it.
 _FORWARD = "deltadecode"
@@ -48,9 +50,11 @@ class DeltaImpl:
         self._longest = config.model_config.max_model_len
         self._most_rows, self._most_tokens = most_rows(config), versions.most_tokens(config)
         self._float8 = self.kv_cache_dtype in FLOAT8_DTYPES
-        self._number = 0
+        self._lossless = versions.is_lossless(config)
+        self._pages: LayerPages | None = None
+        self._place = self._number = 0
         self._role: Role | None = None
-        self._kernels: LayerKernels | None = None
+        self._kernels: dict[bool, LayerKernels] = {}
 
     def role(self, layer: Any) -> Role:
         """Role of the layer that this implementation belongs to.
@@ -79,7 +83,15 @@ class DeltaImpl:
         """Role of a layer; those of a draft model come after the model's or are named so."""
         number, plan = extract_layer_index(layer_name), self.settings.plan
         draft = layer_name.startswith("draft") or number >= plan.num_layers
-        return "own" if draft else plan.role(number)
+        if draft:
+            return "own"
+        role = plan.role(number)
+        # Then every layer that drafts selects pages of its own.
+        return "delta" if self._lossless and role != "own" else role
+
+    def drafts_from(self, pages: DraftPages, place: int) -> None:
+        """Keep what verifications select, and draft from it: the ``place``-th layer of ``pages``."""
+        self._pages, self._place = pages.layer(place), place
 
     def _is_special(self) -> bool:
         # FlashAttention has (tokens before, tokens after); on CPUs it is the window or -1.
@@ -109,6 +121,9 @@ class DeltaImpl:
         ``query``, ``key`` and ``value`` are [tokens, heads, D], ``output`` likewise.
         ``attn_metadata`` is what :class:`DeltaBuilder` made; None in a profiling run.
         """
+        if isinstance(attn_metadata, DraftPass):
+            self._attend_draft(layer, query, kv_cache, attn_metadata, output)
+            return output
         rows: Rows | None = getattr(attn_metadata, "delta", None)
         stock = super().forward  # type: ignore[misc]
         if rows is None or not self.is_ours(layer) or self._all_short(query, attn_metadata):
@@ -178,6 +193,8 @@ class DeltaImpl:
                 over_all_ranks=over_all_ranks(),
             )
             out.copy_(attended)
+        if self._pages is not None:
+            self._pages.keep(forward.selections[self._number][0], lengths)
         if drafts is not None:
             output[: rows.decode_tokens] = out.flatten(0, 1)[drafts.places]
 
@@ -191,13 +208,37 @@ class DeltaImpl:
         rows.block_table, rows.seq_lens = table, lengths
         return table, lengths
 
-    def _layer_kernels(self, layer: Any) -> LayerKernels:
-        if self._kernels is None:
+    def _attend_draft(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, draft: DraftPass, output: Tensor
+    ) -> None:
+        """Attention of one new token of each row to the pages of this layer."""
+        count = len(draft.seq_lens)
+        pages, q, out = draft.pages, query[:count], output[:count]
+        ids, counts = pages.ids[self._place, :count], pages.counts[self._place, :count]
+        forward = ForwardPass({self._number: (ids, counts)}, draft.scratch)
+        if self.plans and self._layer_kernels(layer, drafts=True).attend(
+            q, kv_cache, draft.block_table, draft.seq_lens, forward, None, None, out
+        ):
+            return
+        q_scale, k_scale, v_scale = self._scales
+        if q.dtype == out.dtype:
+            q_scale = 1.0
+        out.copy_(
+            decode_attention(
+                q.to(out.dtype), *self.views(kv_cache), draft.block_table, draft.seq_lens,
+                scale=self.scale * q_scale, page_size=self.settings.config.page_size, page_ids=ids,
+                page_counts=counts, sinks=self.sinks, softcap=self.logits_soft_cap or None,
+                k_scale=k_scale, v_scale=v_scale,
+            )
+        )  # fmt: skip
+
+    def _layer_kernels(self, layer: Any, drafts: bool = False) -> LayerKernels:
+        if drafts not in self._kernels:
             q_scale, k_scale, v_scale = self._scales
-            self._kernels = LayerKernels(
+            self._kernels[drafts] = LayerKernels(
                 self.settings,
                 self._number,
-                self.role(layer),
+                "sparse" if drafts else self.role(layer),
                 self.views,
                 scale=self.scale,
                 sinks=self.sinks,
@@ -208,8 +249,9 @@ class DeltaImpl:
                 rows=self._most_rows,
                 tokens=self._most_tokens,
                 over_all_ranks=over_all_ranks(),
+                own_pages=drafts,
             )
-        return self._kernels
+        return self._kernels[drafts]
 
     def _compile_ahead(
         self, layer: Any, query: Tensor, kv_cache: Tensor, dtype: torch.dtype

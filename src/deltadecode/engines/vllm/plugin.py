@@ -34,7 +34,11 @@ def prepare_engine(vllm_config: Any, usage_context: Any = None) -> bool:
 def prepare_scheduler(scheduler: Any) -> None:
     """Let a new scheduler's engine count its decode steps, and keep its cache apart by the plan."""
     settings = versions.settings_of(scheduler.vllm_config)
-    versions.salt_requests(scheduler, settings.cache_salt)
+    if versions.is_lossless(scheduler.vllm_config):
+        # Its blocks hold full attention's keys and values only, so they need no salt.
+        versions.look_ahead(scheduler)
+    else:
+        versions.salt_requests(scheduler, settings.cache_salt)
     if scheduler.log_stats:
         metrics.count_steps(scheduler, settings)
 

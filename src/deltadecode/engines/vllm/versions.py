@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from deltadecode.engines.serving.settings import KEY, ServingSettings, resolve
-from deltadecode.engines.vllm import interface
+from deltadecode.engines.vllm import BACKEND, PROPOSER, interface
 from deltadecode.errors import DeltaConfigError
-from deltadecode_vllm import wrap_once
+from deltadecode_vllm import is_chosen, wrap_once
 
 FIRST, LAST = (0, 24), (0, 32)
 SUPPORTED = f"{FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}"
@@ -53,6 +53,51 @@ def most_tokens(vllm_config: Any) -> int:
     """Most new tokens of a decode row: one, and drafts."""
     speculative = getattr(vllm_config, "speculative_config", None)
     return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
+
+
+def is_lossless(vllm_config: Any) -> bool:
+    """Whether an engine drafts with its own model, and verifies with full attention."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return getattr(speculative, "model", None) == PROPOSER
+
+
+def check_backend(vllm_config: Any) -> None:
+    """Refuse to draft where layers have another attention than ours; DeltaConfigError."""
+    if not is_chosen(vllm_config):
+        raise DeltaConfigError(
+            f"--speculative-config with {PROPOSER} needs --attention-backend {BACKEND}, got "
+            f"{vllm_config.attention_config.backend}"
+        )
+
+
+def look_ahead(scheduler: Any) -> None:
+    """Have a scheduler reserve slots for drafts behind the tokens that a step verifies.
+
+    vLLM does so for the proposers that it knows to write into a cache.
+    """
+    scheduler.num_lookahead_tokens = scheduler.num_spec_tokens
+
+
+def pass_runners() -> None:
+    """Let our proposer know the model runner, which vLLM does not hand to proposers of others.
+
+    It learns of it when the runner has a cache, and again when it has captured its graphs.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wrap_once(GPUModelRunner, "initialize_kv_cache", partial(_then, method="bind"))
+    wrap_once(GPUModelRunner, "capture_model", partial(_then, method="capture"))
+
+
+def _then(original: Callable[..., Any], method: str) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        call = getattr(getattr(self, "drafter", None), method, None)
+        if call is not None and is_lossless(self.vllm_config):
+            call(self)
+        return result
+
+    return wrapped
 
 
 def key_value_views(

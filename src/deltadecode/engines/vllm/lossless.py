@@ -1,0 +1,160 @@
+"""Lossless mode in vLLM: a proposer that drafts with the model's own weights and cache.
+
+vLLM verifies as for every other proposer. What is drafted never decides what is written, only how
+soon (docs/semantics.md, R12 to R14).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltadecode.engines.serving.drafting import DraftPages
+from deltadecode.engines.vllm import versions
+from deltadecode.engines.vllm.builder import most_rows
+from deltadecode.engines.vllm.implementation import DeltaImpl
+from deltadecode.engines.vllm.metadata import DraftPass
+from deltadecode.ops import Scratch
+
+
+@dataclass
+class _Rows:
+    """What the drafts of a batch start from and give, at the same addresses for every batch.
+
+    Attributes
+    ----------
+    inputs : Tensor
+        [3, rows] int64: the token that each row's next draft follows, its position, and whether the
+        row drafts (1) or not (0).
+    drafted : Tensor
+        [rows, drafts] int64.
+    place : Tensor
+        [1] int64, the column that is drafted next.
+    seq_lens : Tensor
+        [rows] int32.
+    """
+
+    inputs: Tensor
+    drafted: Tensor
+    place: Tensor
+    seq_lens: Tensor
+    scratch: Scratch = field(default_factory=Scratch)
+
+
+class Proposer:
+    """Drafts by sparse attention in every layer; ``model`` of vLLM's speculative configuration.
+
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+        Of the engine. Raises DeltaConfigError where DELTA's attention backend is not chosen.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        versions.check_backend(vllm_config)
+        versions.pass_runners()
+        self._config = vllm_config
+        self._drafts = int(vllm_config.speculative_config.num_speculative_tokens)
+        self._graphs: dict[int, Any] = {}
+        self._runner: Any = None
+
+    def load_model(self, model: Any) -> None:
+        """Load nothing: the model drafts for itself."""
+
+    def bind(self, runner: Any) -> None:
+        """Take what the model runner has when its cache is there; before any graph is captured."""
+        self._runner, device = runner, runner.device
+        self._table = runner.input_batch.block_table[0]
+        layers = self._config.compilation_config.static_forward_context
+        ours = {
+            name: layer.impl
+            for name, layer in layers.items()
+            if isinstance(getattr(layer, "impl", None), DeltaImpl)
+        }
+        self._layers = list(ours)
+        table = self._table.get_device_tensor(1)
+        self._pages = pages = DraftPages(
+            versions.settings_of(self._config).config,
+            len(ours),
+            most_rows(self._config),
+            self._drafts,
+            table.shape[1] * self._table.block_size,
+            device,
+        )
+        for place, impl in enumerate(ours.values()):
+            impl.drafts_from(pages, place)
+        rows = pages.rows
+        self._rows = _Rows(
+            torch.zeros(3, rows, dtype=torch.int64, device=device),
+            torch.zeros(rows, self._drafts, dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+        )
+        pinned = device.type == "cuda"
+        self._staged = torch.zeros(3, rows, dtype=torch.int64, pin_memory=pinned)
+
+    def propose(
+        self,
+        sampled_token_ids: Sequence[Sequence[int]],
+        num_tokens_no_spec: Any,
+        token_ids_cpu: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | list[list[int]]:
+        """Drafts [rows, drafts] int64 of each row of the batch that has just been verified.
+
+        ``sampled_token_ids`` are the new tokens of each row, none for a part of a prompt;
+        ``num_tokens_no_spec`` counts each row's tokens with them. Waits for nothing on the device.
+        """
+        count = len(sampled_token_ids)
+        staged = self._staged.numpy()
+        staged[:] = 0
+        for row, tokens in enumerate(sampled_token_ids):
+            if tokens:
+                staged[:, row] = tokens[-1], num_tokens_no_spec[row] - 1, 1
+        if not staged[2].any():
+            return [[] for _ in sampled_token_ids]
+        self._rows.inputs.copy_(self._staged, non_blocking=True)
+        self._rows.place.zero_()
+        self._pages.begin(self._rows.inputs[1])
+        for _ in range(self._drafts):
+            self._draft(count)
+        return self._rows.drafted[:count]
+
+    def _draft(self, count: int) -> None:
+        """Draft one token of each row, with a token and a position for the next one."""
+        rows, size = self._rows, self._table.block_size
+        ids, positions, active = rows.inputs
+        rows.seq_lens.copy_((positions + 1) * active)
+        self._pages.count(rows.seq_lens)
+        ids, positions, drafting = ids[:count], positions[:count], active[:count]
+        table = self._table.get_device_tensor(count)
+        block = table.gather(1, (positions // size)[:, None])[:, 0].long()
+        slots = torch.where(drafting > 0, block * size + positions % size, -1)
+        draft = DraftPass(table, rows.seq_lens[:count], self._pages, rows.scratch)
+        tokens = self._forward(ids, positions, slots, draft)
+        rows.drafted[:count].scatter_(1, rows.place.expand(count, 1), tokens[:, None])
+        ids.copy_(tokens)
+        positions.add_(drafting)
+        rows.place.add_(1)
+
+    def _forward(self, ids: Tensor, positions: Tensor, slots: Tensor, draft: DraftPass) -> Tensor:
+        """The likeliest token of each row behind tokens ``ids`` at ``positions``."""
+        from vllm.forward_context import set_forward_context
+
+        model = self._runner.model
+        with set_forward_context(
+            dict.fromkeys(self._layers, draft),
+            self._config,
+            num_tokens=len(ids),
+            slot_mapping=dict.fromkeys(self._layers, slots),
+        ):
+            hidden = model(
+                input_ids=ids.to(torch.int32), positions=positions, intermediate_tensors=None,
+                inputs_embeds=None,
+            )  # fmt: skip
+        return model.compute_logits(hidden).argmax(dim=-1)  # type: ignore[no-any-return]
