@@ -14,6 +14,7 @@ from typing import Any
 
 BACKEND_CLASS = "deltadecode.engines.vllm.backend.DeltaBackend"
 KEY = "deltadecode"  # in --additional-config
+PROPOSER = "deltadecode.engines.vllm.lossless.Proposer"  # in --speculative-config
 _PLUGIN = "deltadecode.engines.vllm.plugin"
 _WRAPPED = "_deltadecode"
 
@@ -69,13 +70,20 @@ def is_chosen(vllm_config: Any) -> bool:
     )
 
 
+def is_lossless(vllm_config: Any) -> bool:
+    """Whether an engine drafts with its own model: lossless mode."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return getattr(speculative, "model", None) == PROPOSER
+
+
 def _check_new_configurations(create: Callable[..., Any]) -> Any:
     def create_engine_config(
         self: Any, usage_context: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         vllm_config = create(self, usage_context, *args, **kwargs)
         additional = vllm_config.additional_config
-        if is_chosen(vllm_config):
+        # Without our attention our proposer is refused there.
+        if is_chosen(vllm_config) or is_lossless(vllm_config):
             if not import_module(_PLUGIN).prepare_engine(vllm_config, usage_context):
                 # Whatever vLLM chooses by the backend is then as without this package.
                 self.attention_backend = self.attention_config.backend = None

@@ -23,6 +23,7 @@ from deltadecode.config import DeltaConfig
 from deltadecode.engines.serving.settings import KEY
 from deltadecode.engines.vllm import BACKEND
 from deltadecode.errors import UnsupportedModelError
+from deltadecode_vllm import PROPOSER
 
 # What is not ours is vLLM's. It has one-dash options of several letters, some with an h.
 SETTINGS = {
@@ -52,6 +53,8 @@ def serve(
     sink_pages: options.SinkPages = None,
     dense_layers: options.DenseLayers = None,
     delta_layers: options.DeltaLayers = None,
+    lossless: options.Lossless = False,
+    draft_tokens: options.DraftTokens = None,
     sync_heads: Annotated[
         bool,
         typer.Option(
@@ -101,7 +104,8 @@ def serve(
     if on_unsupported is not None:
         settings["on_unsupported"] = on_unsupported.value
     line = ["serve", folder, "--attention-backend", BACKEND]
-    line += ["--additional-config", json.dumps(merged(additional, settings)), *rest]
+    line += ["--additional-config", json.dumps(merged(additional, settings))]
+    line += [*drafting(lossless, draft_tokens, rest), *rest]
     if folder != model and "--served-model-name" not in (_option(argument) for argument in rest):
         line += ["--served-model-name", model]
     if dry_run:
@@ -116,6 +120,21 @@ def serve(
     command = [*vllm_command(), *line]
     print(shlex.join(command), file=sys.stderr, flush=True)
     os.execvp(command[0], command)
+
+
+def drafting(lossless: bool, draft_tokens: int | None, rest: Sequence[str]) -> list[str]:
+    """Arguments by which vLLM drafts and verifies; none without lossless mode."""
+    if not lossless:
+        if draft_tokens is not None:
+            raise BadInput("--draft-tokens needs --lossless")
+        return []
+    for argument in rest:
+        name = _option(argument).partition(".")[0]
+        if name in ("--speculative-config", "-sc") or name.startswith("--spec-"):
+            raise BadInput(f"--lossless drafts by itself; leave {argument!r} out")
+    drafts = {"method": "custom_class", "model": PROPOSER}
+    count = options.DRAFT_TOKENS if draft_tokens is None else draft_tokens
+    return ["--speculative-config", json.dumps({**drafts, "num_speculative_tokens": count})]
 
 
 def split_additional(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -65,6 +65,27 @@ class StepCounts:
         self.attended += int(attended.sum())
         self.full += int(full.sum())
 
+    def add_verifications(
+        self, tokens: Sequence[int], new_tokens: Sequence[int], kept: Sequence[int]
+    ) -> None:
+        """Count rows in lossless mode: drafts, and the full attention behind them (R11).
+
+        The first two are as in :meth:`add`; ``kept`` are tokens that each verification gave.
+        """
+        config, (_, planned) = self.settings.config, self.settings.layer_counts
+        page, first = config.page_size, np.asarray(tokens, dtype=np.int64)[:, None]
+        new, given = (np.asarray(each, dtype=np.int64)[:, None] for each in (new_tokens, kept))
+        places = np.arange(max([1, *new_tokens, *kept]))
+        seen, before = first + places, first - 1
+        pages = -(-before // page)
+        # What was selected; and from the page of the newest decided token on, all of them.
+        selected = np.maximum(config.budget_pages, -(-config.share_num * pages // SHARE_DEN))
+        older = (selected - (before % page > 0)) * page
+        read = np.minimum(seen, older + seen - before // page * page)
+        drafted = (read * (places < new - 1)).sum()
+        self.attended += planned * int(drafted + (before + new).sum())
+        self.full += planned * int((seen * (places < given)).sum())
+
     def take(self) -> tuple[int, int]:
         """Attended and full tokens since the last call."""
         taken = self.attended, self.full
@@ -72,8 +93,11 @@ class StepCounts:
         return taken
 
 
-def describe(settings: ServingSettings, longest: int) -> str:
-    """One line for the log: the plan, and what a step at ``longest`` tokens attends to."""
+def describe(settings: ServingSettings, longest: int, drafts: int = 0) -> str:
+    """One line for the log: the plan, and what a step at ``longest`` tokens attends to.
+
+    With ``drafts``, the most of a step in lossless mode, it is what each of those reads.
+    """
     config = settings.config
     attended, full = attended_tokens(settings, longest)
     pages = f"{config.recent_pages} recent, {config.sink_pages} sink"
@@ -81,6 +105,12 @@ def describe(settings: ServingSettings, longest: int) -> str:
         pages = f"{config.budget_share:.4g} of all, if more; {pages}"
     sync = ", selection over the heads of all ranks" if settings.sync_heads else ""
     short = f", all below {settings.min_tokens} tokens" if settings.reads_more_when_short else ""
+    if drafts:
+        return (
+            f"lossless: up to {drafts} drafts of a step read {config.budget_pages} pages of "
+            f"{config.page_size} tokens ({pages}) in each of {len(settings.plan.attention_layers)} "
+            f"layers{sync}, then full attention verifies them"
+        )
     return (
         f"dense layers {layer_numbers(config.dense_layers) or 'none'}, "
         f"Δ-layers {layer_numbers(config.delta_layers)}, {config.budget_pages} pages of "

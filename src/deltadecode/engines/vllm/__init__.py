@@ -5,5 +5,3 @@ vLLM loads :mod:`deltadecode_vllm`, which imports this package when an engine ch
 
 # The name that vLLM keeps for backends of others: --attention-backend CUSTOM.
 BACKEND = "CUSTOM"
-# What drafts in lossless mode: "model" of --speculative-config, of method "custom_class".
-PROPOSER = "deltadecode.engines.vllm.lossless.Proposer"

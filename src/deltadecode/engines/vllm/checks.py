@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltadecode.engines.serving.drafting import MOST_DRAFTS
 from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.vllm import versions
 from deltadecode.errors import DeltaConfigError, UnsupportedCacheError, UnsupportedModelError
+from deltadecode_vllm import is_lossless
 
 FLOAT8_DTYPES = ("fp8", "fp8_e4m3")
 CACHE_DTYPES = ("auto", "bfloat16", "float16", *FLOAT8_DTYPES)
@@ -109,7 +111,49 @@ def check_engine(vllm_config: Any, settings: ServingSettings) -> None:
             raise DeltaConfigError(
                 f"--{name}-context-parallel-size must be 1 with DELTA, got {size}"
             )
+    if is_lossless(vllm_config):
+        check_lossless(vllm_config, settings)
     check_stages(settings, parallel.pipeline_parallel_size)
+
+
+def check_lossless(vllm_config: Any, settings: ServingSettings) -> None:
+    """Refuse what cannot draft with its own weights and cache.
+
+    Raises
+    ------
+    DeltaConfigError
+        For a number of drafts out of range, or an option of vLLM that drafts know nothing of.
+    UnsupportedModelError
+        For a model with other layers than full attention, or inputs other than text.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    drafts = vllm_config.speculative_config.num_speculative_tokens
+    if not 1 <= drafts <= MOST_DRAFTS:
+        raise DeltaConfigError(
+            f"num_speculative_tokens must be in 1..{MOST_DRAFTS} in lossless mode, got {drafts}"
+        )
+    name, plan = type(model.hf_config).__name__, settings.plan
+    if len(plan.attention_layers) < plan.num_layers:
+        raise UnsupportedModelError(
+            f"{name} has full attention in {len(plan.attention_layers)} of {plan.num_layers} "
+            f"layers; in vLLM, lossless mode takes models with full attention in all of them"
+        )
+    if getattr(model, "is_multimodal_model", False) or getattr(model, "uses_mrope", False):
+        raise UnsupportedModelError(
+            f"{name} reads more than text; in vLLM, lossless mode takes models of text only"
+        )
+    ranks = parallel.data_parallel_size if getattr(model, "is_moe", False) else 1
+    options = {
+        "--pipeline-parallel-size must be 1": parallel.pipeline_parallel_size > 1,
+        "--data-parallel-size of a model with experts must be 1": ranks > 1,
+        "--enable-lora must be off": vllm_config.lora_config is not None,
+        "--enable-prompt-embeds must be off": getattr(model, "enable_prompt_embeds", False),
+        "--kv-transfer-config must not be given": vllm_config.kv_transfer_config is not None,
+        "--enable-dbo must be off": getattr(parallel, "use_ubatching", False),
+    }
+    for rule, broken in options.items():
+        if broken:
+            raise DeltaConfigError(f"{rule} in lossless mode, whose drafts do without")
 
 
 def check_cache_dtype(vllm_config: Any, dtype: str) -> None:

@@ -22,6 +22,7 @@ from deltadecode.engines.vllm.metadata import DraftPass
 from deltadecode.engines.vllm.ranks import over_all_ranks
 from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
 from deltadecode.ops import decode_attention, is_captured
+from deltadecode_vllm import is_lossless
 
 # Where a forward pass's own things are kept, in vLLM's context of it.
 _FORWARD = "deltadecode"
@@ -50,7 +51,7 @@ class DeltaImpl:
         self._longest = config.model_config.max_model_len
         self._most_rows, self._most_tokens = most_rows(config), versions.most_tokens(config)
         self._float8 = self.kv_cache_dtype in FLOAT8_DTYPES
-        self._lossless = versions.is_lossless(config)
+        self._lossless = is_lossless(config)
         self._pages: LayerPages | None = None
         self._place = self._number = 0
         self._role: Role | None = None
@@ -90,7 +91,7 @@ class DeltaImpl:
         return "delta" if self._lossless and role != "own" else role
 
     def drafts_from(self, pages: DraftPages, place: int) -> None:
-        """Keep what verifications select, and draft from it: the ``place``-th layer of ``pages``."""
+        """Keep what verifications select, and draft from it: this is layer ``place`` of ``pages``."""
         self._pages, self._place = pages.layer(place), place
 
     def _is_special(self) -> bool:

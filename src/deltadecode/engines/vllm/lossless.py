@@ -6,8 +6,10 @@ soon (docs/semantics.md, R12 to R14).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +44,6 @@ class _Rows:
     drafted: Tensor
     place: Tensor
     seq_lens: Tensor
-    scratch: Scratch = field(default_factory=Scratch)
 
 
 class Proposer:
@@ -59,7 +60,8 @@ class Proposer:
         versions.pass_runners()
         self._config = vllm_config
         self._drafts = int(vllm_config.speculative_config.num_speculative_tokens)
-        self._graphs: dict[int, Any] = {}
+        self._graphs: dict[int, Callable[[], None]] = {}
+        self._start: Callable[[], None] = self._begin
         self._runner: Any = None
 
     def load_model(self, model: Any) -> None:
@@ -76,7 +78,11 @@ class Proposer:
             if isinstance(getattr(layer, "impl", None), DeltaImpl)
         }
         self._layers = list(ours)
-        table = self._table.get_device_tensor(1)
+        table = self._table.get_device_tensor(runner.max_num_reqs)
+        # vLLM's own sizes, which are tokens of its steps and as good for rows of ours.
+        captured = self._config.compilation_config.cudagraph_capture_sizes or ()
+        sizes = {int(size) for size in captured if size < len(table)}
+        self._sizes = [*sorted(sizes), len(table)]
         self._pages = pages = DraftPages(
             versions.settings_of(self._config).config,
             len(ours),
@@ -119,11 +125,47 @@ class Proposer:
         if not staged[2].any():
             return [[] for _ in sampled_token_ids]
         self._rows.inputs.copy_(self._staged, non_blocking=True)
+        self._start()
+        draft = self._graphs.get(self._size(count)) or partial(self._draft, count)
+        for _ in range(self._drafts):
+            draft()
+        return self._rows.drafted[:count]
+
+    def capture(self, runner: Any) -> None:
+        """Capture a draft of each size that a batch may have; after vLLM has captured its steps."""
+        from vllm.config import CUDAGraphMode
+        from vllm.distributed.parallel_state import graph_capture
+        from vllm.platforms import current_platform
+
+        if self._config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+            return
+        pool = current_platform.get_global_graph_pool()
+
+        def captured(run: Callable[[], None]) -> Callable[[], None]:
+            run()  # compiles
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+                run()
+            return graph.replay
+
+        # No row drafts meanwhile, so nothing is written into the cache.
+        self._rows.inputs.zero_()
+        with torch.inference_mode(), graph_capture(device=runner.device):
+            self._start = captured(self._begin)
+            # The largest first: the others then take its memory.
+            for size in reversed(self._sizes):
+                self._graphs[size] = captured(partial(self._draft, size))
+        torch.cuda.synchronize()
+
+    def _size(self, count: int) -> int:
+        """Rows of the captured draft that runs a batch of ``count``."""
+        return self._sizes[bisect_left(self._sizes, count)]
+
+    def _begin(self) -> None:
+        """List what the drafts of a batch read, before the first of them."""
         self._rows.place.zero_()
         self._pages.begin(self._rows.inputs[1])
-        for _ in range(self._drafts):
-            self._draft(count)
-        return self._rows.drafted[:count]
 
     def _draft(self, count: int) -> None:
         """Draft one token of each row, with a token and a position for the next one."""
@@ -135,7 +177,7 @@ class Proposer:
         table = self._table.get_device_tensor(count)
         block = table.gather(1, (positions // size)[:, None])[:, 0].long()
         slots = torch.where(drafting > 0, block * size + positions % size, -1)
-        draft = DraftPass(table, rows.seq_lens[:count], self._pages, rows.scratch)
+        draft = DraftPass(table, rows.seq_lens[:count], self._pages, Scratch())
         tokens = self._forward(ids, positions, slots, draft)
         rows.drafted[:count].scatter_(1, rows.place.expand(count, 1), tokens[:, None])
         ids.copy_(tokens)

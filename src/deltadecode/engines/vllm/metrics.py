@@ -13,7 +13,7 @@ from typing import Any
 from deltadecode.engines.serving.counts import StepCounts, layer_numbers
 from deltadecode.engines.serving.settings import KEY, ServingSettings
 from deltadecode.engines.vllm import versions
-from deltadecode_vllm import wrap_once
+from deltadecode_vllm import is_lossless, wrap_once
 
 
 def count_steps(scheduler: Any, settings: ServingSettings) -> None:
@@ -25,12 +25,19 @@ def count_steps(scheduler: Any, settings: ServingSettings) -> None:
         return
     counts = StepCounts(settings)
     most = versions.most_tokens(scheduler.vllm_config)
+    lossless = is_lossless(scheduler.vllm_config)
     model_name = str(scheduler.vllm_config.model_config.served_model_name)
     update, make_stats = scheduler.update_from_output, scheduler.make_stats
 
-    def update_from_output(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        counts.add(*_decode_rows(scheduler.requests, scheduler_output, most))
-        return update(scheduler_output, *args, **kwargs)
+    def update_from_output(scheduler_output: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        names, tokens, new_tokens = _decode_rows(scheduler.requests, scheduler_output, most)
+        if lossless:
+            rows = output.req_id_to_index
+            kept = [len(output.sampled_token_ids[rows[name]]) for name in names]
+            counts.add_verifications(tokens, new_tokens, kept)
+        else:
+            counts.add(tokens, new_tokens)
+        return update(scheduler_output, output, *args, **kwargs)
 
     def make_stats_with_counts(*args: Any, **kwargs: Any) -> Any:
         stats = make_stats(*args, **kwargs)
@@ -44,13 +51,16 @@ def count_steps(scheduler: Any, settings: ServingSettings) -> None:
     scheduler.make_stats = make_stats_with_counts
 
 
-def _decode_rows(requests: dict[str, Any], output: Any, most: int) -> tuple[list[int], list[int]]:
-    """Tokens up to the first new one, and new tokens, of each decode row that ran.
+def _decode_rows(
+    requests: dict[str, Any], output: Any, most: int
+) -> tuple[list[str], list[int], list[int]]:
+    """Request, tokens up to the first new one, and new tokens, of each decode row that ran.
 
     Not of prompts, which every new request begins with, nor of requests that have ended meanwhile.
     Rows of more than ``most`` tokens are computed again, after a preemption: prefill. A step's own
     results are not in ``requests`` yet, while those of every earlier step are.
     """
+    names: list[str] = []
     tokens: list[int] = []
     new_tokens: list[int] = []
     running = output.scheduled_cached_reqs
@@ -61,9 +71,10 @@ def _decode_rows(requests: dict[str, Any], output: Any, most: int) -> tuple[list
         new = output.num_scheduled_tokens[name]
         if new <= most:
             # With asynchronous scheduling drafts count as computed that are then rejected.
+            names.append(name)
             tokens.append(min(computed + 1, request.num_tokens))
             new_tokens.append(new)
-    return tokens, new_tokens
+    return names, tokens, new_tokens
 
 
 def install(settings: ServingSettings, model_name: str) -> None:

@@ -10,6 +10,7 @@ from deltadecode.engines.serving.settings import KEY, own_settings
 from deltadecode.engines.vllm import metrics, versions
 from deltadecode.engines.vllm.checks import check_engine, find_settings
 from deltadecode.errors import DeltaConfigError, DeltaDecodeError, UnsupportedModelError
+from deltadecode_vllm import is_lossless
 
 
 def prepare_engine(vllm_config: Any, usage_context: Any = None) -> bool:
@@ -23,6 +24,7 @@ def prepare_engine(vllm_config: Any, usage_context: Any = None) -> bool:
     from vllm.usage.usage_lib import UsageContext
 
     try:
+        versions.check_backend(vllm_config)
         return _prepare(vllm_config)
     except DeltaDecodeError as error:
         if usage_context in (UsageContext.OPENAI_API_SERVER, UsageContext.OPENAI_BATCH_RUNNER):
@@ -34,7 +36,7 @@ def prepare_engine(vllm_config: Any, usage_context: Any = None) -> bool:
 def prepare_scheduler(scheduler: Any) -> None:
     """Let a new scheduler's engine count its decode steps, and keep its cache apart by the plan."""
     settings = versions.settings_of(scheduler.vllm_config)
-    if versions.is_lossless(scheduler.vllm_config):
+    if is_lossless(scheduler.vllm_config):
         # Its blocks hold full attention's keys and values only, so they need no salt.
         versions.look_ahead(scheduler)
     else:
@@ -58,6 +60,8 @@ def _prepare(vllm_config: Any) -> bool:
     try:
         settings = find_settings(vllm_config)
     except UnsupportedModelError as error:
+        if is_lossless(vllm_config):
+            raise
         if own_settings(additional.get(KEY))[2] == "error":
             raise UnsupportedModelError(
                 f'{error}; on_unsupported="stock" serves it with stock attention'
@@ -66,6 +70,8 @@ def _prepare(vllm_config: Any) -> bool:
         return False
     check_engine(vllm_config, settings)
     additional[KEY] = settings.as_dict()
-    logger.info("deltadecode: %s", describe(settings, vllm_config.model_config.max_model_len))
+    drafts = versions.most_tokens(vllm_config) - 1 if is_lossless(vllm_config) else 0
+    longest = vllm_config.model_config.max_model_len
+    logger.info("deltadecode: %s", describe(settings, longest, drafts))
     metrics.install(settings, str(vllm_config.model_config.served_model_name))
     return True

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from deltadecode.engines.serving.settings import KEY, ServingSettings, resolve
-from deltadecode.engines.vllm import BACKEND, PROPOSER, interface
+from deltadecode.engines.vllm import BACKEND, interface
 from deltadecode.errors import DeltaConfigError
-from deltadecode_vllm import is_chosen, wrap_once
+from deltadecode_vllm import PROPOSER, is_chosen, is_lossless, wrap_once
 
 FIRST, LAST = (0, 24), (0, 32)
 SUPPORTED = f"{FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}"
@@ -55,18 +55,13 @@ def most_tokens(vllm_config: Any) -> int:
     return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
 
 
-def is_lossless(vllm_config: Any) -> bool:
-    """Whether an engine drafts with its own model, and verifies with full attention."""
-    speculative = getattr(vllm_config, "speculative_config", None)
-    return getattr(speculative, "model", None) == PROPOSER
-
-
 def check_backend(vllm_config: Any) -> None:
     """Refuse to draft where layers have another attention than ours; DeltaConfigError."""
-    if not is_chosen(vllm_config):
+    if is_lossless(vllm_config) and not is_chosen(vllm_config):
+        backend = getattr(vllm_config.attention_config.backend, "name", None)
         raise DeltaConfigError(
-            f"--speculative-config with {PROPOSER} needs --attention-backend {BACKEND}, got "
-            f"{vllm_config.attention_config.backend}"
+            f"{PROPOSER} in --speculative-config needs --attention-backend {BACKEND}, got "
+            f"{backend or 'none'}"
         )
 
 
