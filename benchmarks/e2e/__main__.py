@@ -39,6 +39,14 @@ def e2e(
     drafts: Annotated[
         int, typer.Option(min=0, help="That each step verifies, of each sequence.")
     ] = 0,
+    lossless: Annotated[
+        bool,
+        typer.Option("--lossless", help="DELTA makes these drafts; stock vLLM decodes without."),
+    ] = False,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(help="With --lossless: of each draft, drawn; weights are random."),
+    ] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option(help="Of both engines: auto, as the weights, or fp8.")
     ] = "auto",
@@ -67,7 +75,7 @@ def e2e(
             shape=shape, kinds=workload or [], points=point or [], steps=steps, rounds=rounds,
             plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
             drafts=drafts, kv_cache_dtype=kv_cache_dtype, tensor_parallel=tensor_parallel,
-            sync_heads=sync_heads,
+            sync_heads=sync_heads, lossless=lossless, acceptance=acceptance,
         )  # fmt: skip
     if not has_vllm():
         raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")

@@ -15,6 +15,7 @@ from benchmarks.processes import serve_process, write_entry_point
 from benchmarks.watch import watch
 from deltadecode.engines.serving.settings import KEY
 from deltadecode.engines.vllm import BACKEND
+from deltadecode_vllm import PROPOSER
 
 _FIRST_TOKEN = 10  # past the special ones
 _SEED = 0
@@ -26,8 +27,9 @@ class Engine:
     ``spec`` has ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a
     sequence), ``ranks`` (tensor parallel), ``memory_share`` (of each device), ``kv_bytes`` (of the
     cache on each; None: what the share leaves), ``eager``, ``vocabulary``, ``drafts`` (made of each
-    sequence in each step), ``kv_cache_dtype``, and ``plan``: values of a DeltaConfig and perhaps
-    ``sync_heads``, or None for stock attention.
+    sequence in each step), ``lossless`` (whether DELTA makes them) and ``acceptance`` (of each, by
+    drawing; None: by what the weights give), ``kv_cache_dtype``, and ``plan``: values of a
+    DeltaConfig and perhaps ``sync_heads``, or None for stock attention.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -50,10 +52,10 @@ class Engine:
             # With it, the second round of a prefill would read nothing.
             enable_prefix_caching=False,
             disable_log_stats=True, enforce_eager=spec["eager"],
-            speculative_config=_drafting(spec["drafts"]) if spec["drafts"] else None,
+            speculative_config=_drafting(spec) if spec["drafts"] else None,
             **(ours if spec["plan"] is not None else {}), **ranks,
         )  # fmt: skip
-        if spec["drafts"]:
+        if spec["drafts"] and not spec["lossless"]:
             _draft_always(spec["drafts"])
         self._engine = self._llm.llm_engine
         self._scheduler = self._engine.engine_core.engine_core.scheduler
@@ -145,6 +147,7 @@ class Engine:
         if len(before) != len(self._ids) or min(made) < steps or max(made) > most:
             raise RuntimeError(f"{steps} calls were not {steps} decode steps of every sequence")
         drafted = {"verified": verified} if self._drafts else {}
+        drafted["tokens"] = sum(made) / len(made) / steps
         return {"seconds": np.diff(ends).tolist(), "from": min(before), "to": max(after), **drafted}
 
     def _profile(self, steps: int) -> dict[str, Any]:
@@ -212,9 +215,17 @@ def _backends(worker: Any) -> list[str]:
     return sorted(found)
 
 
-def _drafting(count: int) -> dict[str, Any]:
-    lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
-    return {"method": "ngram", "num_speculative_tokens": count, **lookup}
+def _drafting(spec: dict[str, Any]) -> dict[str, Any]:
+    count, rate = spec["drafts"], spec["acceptance"]
+    if not spec["lossless"]:
+        lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
+        return {"method": "ngram", "num_speculative_tokens": count, **lookup}
+    own = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": count}
+    if rate is None:
+        return own
+    # Of a draft and all before it: with random weights, real acceptance would mean nothing.
+    rates = [rate ** (place + 1) for place in range(count)]
+    return {**own, "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
 
 
 def _draft_always(count: int) -> None:

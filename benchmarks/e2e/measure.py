@@ -42,12 +42,21 @@ class RunOptions:
         return {
             "model": str(model), "batch": batch, "longest": longest,
             "memory_share": self.memory_share, "eager": self.shape.eager,
-            "vocabulary": self.shape.vocabulary, "drafts": self.workloads[0].drafts,
+            "vocabulary": self.shape.vocabulary, **self._drafting(side),
             "kv_cache_dtype": self.workloads[0].kv_cache_dtype,
             "ranks": self.tensor_parallel, "plan": self._settings() if side == DELTA else None,
             # Else an engine takes what is free, less what it sees taken while it starts.
             "kv_bytes": self._kv_bytes() if self.start_together else None,
         }  # fmt: skip
+
+    def _drafting(self, side: str) -> dict[str, Any]:
+        one = self.workloads[0]
+        stock = one.lossless and side == STOCK
+        return {
+            "drafts": 0 if stock else one.drafts,
+            "lossless": one.lossless and not stock,
+            "acceptance": one.acceptance,
+        }
 
     def of_ranks(self) -> dict[str, Any]:
         """What a row says of ranks, where there are several."""

@@ -35,6 +35,8 @@ def make_row(
         "within_budget": pages <= plan.pages_for(pages),
         "preemptions": sum(one["preemptions"] for one in (*opening, *ours, *theirs)),
     }
+    if workload.lossless:
+        shared |= {"drafts": workload.drafts, "synthetic_acceptance": workload.acceptance}
     if workload.kind == "profile":
         shared |= {"profile_ours": ours[0], "profile_theirs": theirs[0]}
         busy = ours[0]["busy_us"] / 1e3, theirs[0]["busy_us"] / 1e3
@@ -102,11 +104,19 @@ def _step_row(
 ) -> dict[str, Any]:
     values = {}
     for name, rounds in (("ours", ours), ("theirs", theirs)):
-        steps = [seconds * 1e3 for one in rounds for seconds in one["seconds"]]
+        # In lossless mode one step gives several tokens.
+        each = [one.get("tokens", 1.0) if workload.lossless else 1.0 for one in rounds]
+        scaled = [
+            {**one, "seconds": [seconds / tokens for seconds in one["seconds"]]}
+            for one, tokens in zip(rounds, each, strict=True)
+        ]
+        if workload.lossless:
+            shared[f"tokens_a_step_{name}"] = [round(tokens, 3) for tokens in each]
+        steps = [seconds * 1e3 for one in scaled for seconds in one["seconds"]]
         values[name] = median(steps)
         tenths = quantiles(steps, n=10) if len(steps) > 1 else steps * 9
         shared[f"p10_{name}"], shared[f"p90_{name}"] = rounded(tenths[0]), rounded(tenths[-1])
-        shared[f"rounds_{name}"] = [rounded(median(one["seconds"]) * 1e3) for one in rounds]
+        shared[f"rounds_{name}"] = [rounded(median(one["seconds"]) * 1e3) for one in scaled]
     # What was in the cache, where sequences that were read first ran ahead.
     shared["from"] = min(one["from"] for one in (*ours, *theirs))
     shared["to"] = max(one["to"] for one in (*ours, *theirs))

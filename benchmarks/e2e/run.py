@@ -34,6 +34,8 @@ def make_options(
     kv_cache_dtype: str = "auto",
     tensor_parallel: int = 1,
     sync_heads: bool = False,
+    lossless: bool = False,
+    acceptance: float | None = None,
 ) -> RunOptions:
     """Check what was asked for; a ValueError for what cannot be.
 
@@ -60,7 +62,7 @@ def make_options(
         raise ValueError("--sync-heads needs --tensor-parallel of at least 2, got 1")
     chosen = workloads(
         kinds, [parse_point(p) for p in points], steps=steps, rounds=rounds, drafts=drafts,
-        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype=kv_cache_dtype, lossless=lossless, acceptance=acceptance,
     )  # fmt: skip
     longest = max(chosen, key=lambda one: one.longest)
     if longest.longest > model.positions:
@@ -73,7 +75,7 @@ def make_options(
     command = command_line(
         "e2e", shape=shape, workload=list(kinds), point=list(points), steps=steps, rounds=rounds,
         plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
-        drafts=drafts or None,
+        drafts=drafts or None, lossless=lossless, acceptance=acceptance,
         kv_cache_dtype=None if kv_cache_dtype == "auto" else kv_cache_dtype,
         tensor_parallel=tensor_parallel if tensor_parallel > 1 else None, sync_heads=sync_heads,
     )  # fmt: skip

@@ -35,6 +35,9 @@ class Workload:
     rounds: int = 1  # each of them first stock and then DELTA
     drafts: int = 0  # that each step verifies, of each sequence
     kv_cache_dtype: str = "auto"  # of CACHES
+    # Whether DELTA makes the drafts itself, and stock decodes without: values are of a token then.
+    lossless: bool = False
+    acceptance: float | None = None  # of each draft, drawn and not found out; None: found out
 
     @property
     def case(self) -> str:
@@ -45,8 +48,14 @@ class Workload:
         if self.kind == "prefill":
             return f"prefill, batch {self.batch}, {self.context} tokens{cache}"
         before = {"step": "", "short": "short ", "profile": "GPU time of a "}[self.kind]
-        drafts = f" with {self.drafts} drafts" if self.drafts else ""
-        return f"{before}decode step{drafts}, batch {self.batch}, context {self.context}{cache}"
+        what = "decode step"
+        if self.drafts:
+            what += f" with {self.drafts} drafts"
+        if self.lossless:
+            what = f"token, lossless with {self.drafts} drafts"
+        if self.acceptance is not None:
+            what += f", synthetic acceptance {self.acceptance:g}"
+        return f"{before}{what}, batch {self.batch}, context {self.context}{cache}"
 
     @property
     def unit(self) -> str:
@@ -129,6 +138,8 @@ def workloads(
     rounds: int = 3,
     drafts: int = 0,
     kv_cache_dtype: str = "auto",
+    lossless: bool = False,
+    acceptance: float | None = None,
 ) -> list[Workload]:
     """Choose what to measure, in the order of the kinds; by default all of them.
 
@@ -141,6 +152,10 @@ def workloads(
     for kind in chosen:
         if kind not in KINDS:
             raise ValueError(f"workload must be one of {', '.join(KINDS)}, got {kind!r}")
+    if lossless and not 1 <= drafts <= 16:
+        raise ValueError(f"drafts must be in 1..16 with --lossless, got {drafts}")
+    if acceptance is not None and not (lossless and 0 < acceptance <= 1):
+        raise ValueError(f"acceptance is for --lossless, above 0 and at most 1, got {acceptance}")
     if kv_cache_dtype not in CACHES:
         raise ValueError(f"kv_cache_dtype must be {' or '.join(CACHES)}, got {kv_cache_dtype!r}")
     selected = []
@@ -148,7 +163,9 @@ def workloads(
         for batch, context in points or _DEFAULTS[kind]:
             timed = {"step": steps, "short": steps, "profile": 3}.get(kind, 0)
             repeated = 1 if kind in ("headline", "profile") else rounds
-            one = Workload(kind, batch, context, timed, repeated, drafts, kv_cache_dtype)
+            one = Workload(
+                kind, batch, context, timed, repeated, drafts, kv_cache_dtype, lossless, acceptance
+            )
             if drafts and not one.holds:
                 raise ValueError(f"drafts are for step, short and profile, got {kind!r}")
             if one.prompt < 1 or one.new_tokens < 1:

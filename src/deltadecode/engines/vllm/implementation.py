@@ -91,7 +91,7 @@ class DeltaImpl:
         return "delta" if self._lossless and role != "own" else role
 
     def drafts_from(self, pages: DraftPages, place: int) -> None:
-        """Keep what verifications select, and draft from it: this is layer ``place`` of ``pages``."""
+        """Keep what verifications select, and draft from it: as layer ``place`` of ``pages``."""
         self._pages, self._place = pages.layer(place), place
 
     def _is_special(self) -> bool:
