@@ -146,7 +146,7 @@ class Engine:
         made = [n - m for n, m in zip(after, before, strict=True)]
         if len(before) != len(self._ids) or min(made) < steps or max(made) > most:
             raise RuntimeError(f"{steps} calls were not {steps} decode steps of every sequence")
-        drafted = {"verified": verified} if self._drafts else {}
+        drafted: dict[str, Any] = {"verified": verified} if self._drafts else {}
         drafted["tokens"] = sum(made) / len(made) / steps
         return {"seconds": np.diff(ends).tolist(), "from": min(before), "to": max(after), **drafted}
 

@@ -104,6 +104,9 @@ def main(dtype):
             ops.decode_attention(q, kv, kv, table, lens, **sparse)
         drafts = q[:, None].expand(-1, 4, -1, -1)
         ops.decode_attention(drafts, kv, kv, table, lens, **options, return_page_scores=True)
+        if cache is None and not sinks:
+            scored = {"return_page_scores": True, "score_last": True}
+            ops.decode_attention(drafts, kv, kv, table, lens, **options, **scored)
         ids = torch.zeros(2, 4, 8, dtype=torch.int32)
         sparse = {**options, "page_ids": ids, "page_counts": counts[:, None].repeat(1, 4)}
         ops.decode_attention(drafts, kv, kv, table, lens, **sparse)

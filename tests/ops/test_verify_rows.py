@@ -244,3 +244,17 @@ def test_shapes_that_do_not_fit_the_drafts_are_refused(change, words):
         ops.decode_attention(**{**arguments, **change})
     for word in words:
         assert word in str(error.value), error.value
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 9])
+@backends
+def test_only_the_last_token_of_a_row_is_scored(backend, tokens):
+    case = verify_case(3, [70, 9, 41, 0, 5], tokens, kv_heads=2, group=3)
+    out, scores = ops.decode_attention(
+        *case.arguments, **case.options, return_page_scores=True, backend=backend
+    )
+    same, last = ops.decode_attention(
+        *case.arguments, **case.options, return_page_scores=True, score_last=True, backend=backend
+    )
+    assert torch.equal(same, out)
+    assert torch.equal(last, scores[:, -1])

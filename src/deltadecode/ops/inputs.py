@@ -38,6 +38,13 @@ class DecodeInputs:
     k_scale: float = 1.0
     v_scale: float = 1.0
     return_page_scores: bool = False
+    score_last: bool = False
+
+    @property
+    def scored_queries(self) -> tuple[int, ...]:
+        """Shape of the queries that have page scores: (B,) or (B, Q)."""
+        queries = self.q.shape[:-2]
+        return tuple(queries[:1] if self.score_last else queries)
 
 
 def check_select(page_scores: Tensor, seq_lens: Tensor) -> None:

@@ -66,7 +66,7 @@ def register_decode(
         inputs = inputs if prepare is None else prepare(inputs)
         dtype = torch.promote_types(q.dtype, torch.float32)
         pages = inputs.block_table.shape[1] * inputs.k_cache.shape[1] // inputs.page_size
-        return q.new_empty(q.shape), q.new_empty((*q.shape[:-2], pages), dtype=dtype)
+        return q.new_empty(q.shape), q.new_empty((*inputs.scored_queries, pages), dtype=dtype)
 
     _register(name, [*parameters, "str backend"], run, fake)
     operator = getattr(torch.ops.deltadecode, name)

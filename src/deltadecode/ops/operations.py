@@ -70,6 +70,7 @@ def decode_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     return_page_scores: bool = False,
+    score_last: bool = False,
     backend: str = "auto",
 ) -> Any:  # a union of Tensor and tuple would make every caller tell them apart
     """Attend with the new tokens of each row over a paged KV cache (R2, R5, R6, R7, R10).
@@ -116,6 +117,8 @@ def decode_attention(
     return_page_scores : bool
         Return S_u too: s_t is the largest softmax weight of token t over the query heads, S_u the
         sum of s_t over the tokens of page u. Not with ``page_ids``.
+    score_last : bool
+        Of the Q tokens of a row, score pages for the last one only.
     backend : str
         ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
@@ -125,7 +128,8 @@ def decode_attention(
         Shaped and typed like q. Softmax and sums are float32 (float64 for float64 input).
     page_scores : Tensor
         Only with ``return_page_scores``, else ``out`` alone: [B, blocks_max * block_size // P] or
-        [B, Q, ...], float32 (float64 for float64 input), 0 for pages past the last token.
+        [B, Q, ...] (with ``score_last`` [B, ...]), float32 (float64 for float64 input), 0 for pages
+        past the last token.
 
     Raises
     ------
@@ -135,7 +139,7 @@ def decode_attention(
     """
     inputs = DecodeInputs(
         q, k_cache, v_cache, block_table, seq_lens, scale, page_size, page_ids, page_counts, sinks,
-        softcap, k_scale, v_scale, return_page_scores,
+        softcap, k_scale, v_scale, return_page_scores, score_last,
     )  # fmt: skip
     out, scores = decode(inputs, backend)
     return (out, scores) if return_page_scores else out

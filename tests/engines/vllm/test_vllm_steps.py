@@ -34,7 +34,7 @@ class Impl(DeltaImpl, Stock):
     def __init__(self, number, plans):
         self.settings, self.plans, self._longest = SETTINGS, plans, 4096
         self._most_rows, self._most_tokens = 0, 1
-        self._number, self._role, self._kernels = number, SETTINGS.plan.role(number), None
+        self._number, self._role, self._kernels = number, SETTINGS.plan.role(number), {}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def run(request, monkeypatch):
             output = torch.full_like(batch.q, 7.0)
             layer.forward(None, batch.q, None, None, batch.caches[layer._number], batch, output)
             outputs.append(output)
-        assert all((layer._kernels is not None) == request.param for layer in layers)
+        assert all(bool(layer._kernels) == request.param for layer in layers)
         return outputs
 
     return run

@@ -33,10 +33,9 @@ class LayerPages:
     lengths: Tensor
 
     def keep(self, ids: Tensor, seq_lens: Tensor) -> None:
-        """Keep the selection of each row's last query: ids [B, K] or [B, Q, K], of B rows."""
-        last = ids if ids.dim() == 2 else ids[:, -1]
-        count, columns = last.shape
-        self.ids[:count, :columns] = last
+        """Keep what B rows have selected: ids [B, K]."""
+        count, columns = ids.shape
+        self.ids[:count, :columns] = ids
         if columns < self.ids.shape[1]:
             self.ids[:count, columns:] = -1
         self.lengths[:count] = seq_lens

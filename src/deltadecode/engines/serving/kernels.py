@@ -53,6 +53,8 @@ class LayerKernels:
         As in :func:`deltadecode.engines.serving.step.attend`.
     own_pages : bool
         Whether a sparse layer reads a selection under its own number: a draft's.
+    score_last : bool
+        Whether a Δ-layer selects by the last of a row's new tokens only: lossless mode.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class LayerKernels:
         tokens: int = 1,
         over_all_ranks: Callable[[Tensor], Tensor] | None = None,
         own_pages: bool = False,
+        score_last: bool = False,
     ) -> None:
         self._settings, self._layer, self._views = settings, layer, views
         self._source = settings.plan.source(layer) if role == "sparse" else None
@@ -81,6 +84,7 @@ class LayerKernels:
         self._tokens = tokens
         self._q_scale, self._cache_scales = q_scale, (k_scale, v_scale)
         self._over_all_ranks = over_all_ranks if settings.sync_heads else None
+        self._score_last = score_last
         self._ahead = False
         self._planned: dict[Any, _Planned | None] = {}
 
@@ -194,7 +198,7 @@ class LayerKernels:
         inputs = DecodeInputs(
             q, *self._views(cache), block_table, seq_lens, scale, config.page_size,
             ids, counts, self._sinks, self._softcap, *self._cache_scales,
-            return_page_scores=selection is None,
+            return_page_scores=selection is None, score_last=self._score_last and selection is None,
         )  # fmt: skip
         if selection is not None:
             return plan_decode(inputs, None, self._rows, q_dtype)

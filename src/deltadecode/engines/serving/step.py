@@ -57,6 +57,7 @@ def attend(
     prompts: Tensor | None = None,
     idle: Tensor | None = None,
     over_all_ranks: Callable[[Tensor], Tensor] | None = None,
+    score_last: bool = False,
 ) -> Tensor:
     """Attention of the decode rows in one layer: q [B, Hq, D] or [B, Q, Hq, D] to the same.
 
@@ -66,7 +67,7 @@ def attend(
     :func:`deltadecode.ops.decode_attention`, ``prompts`` those of
     :class:`deltadecode.engines.serving.rows.Rows`, ``idle`` [B, Q] marks queries that count for
     nothing. ``over_all_ranks`` gives the maximum of s_t over tensor-parallel ranks, for
-    ``sync_heads``.
+    ``sync_heads``. With ``score_last`` a Δ-layer selects by the last of a row's tokens only.
     """
     page_size = settings.config.page_size
     operation = functools.partial(
@@ -81,12 +82,13 @@ def attend(
     if role != "delta":
         out = operation(page_size=page_size)
         return out
+    operation = functools.partial(operation, return_page_scores=True, score_last=score_last)
     scores: Tensor
     if settings.sync_heads and over_all_ranks is not None:
-        out, token_scores = operation(page_size=1, return_page_scores=True)
+        out, token_scores = operation(page_size=1)
         scores = over_all_ranks(token_scores).unflatten(-1, (-1, page_size)).sum(-1)
     else:
-        out, scores = operation(page_size=page_size, return_page_scores=True)
+        out, scores = operation(page_size=page_size)
     ids, counts = select_pages(scores, cache.seq_lens, settings.config)
     keep_selection(settings, forward, layer, ids, counts, cache.seq_lens, prompts, idle)
     return out

@@ -35,7 +35,9 @@ class DeltaImpl:
     plans: ClassVar[bool] = True
     # Whether the stock implementation reads the caches of planned layers.
     stock_reads: ClassVar[bool] = True
-    _float8 = False
+    _float8 = _lossless = False
+    # What a layer's verifications select, in lossless mode.
+    _pages: LayerPages | None = None
     # What float8 queries, keys and values are to be multiplied by.
     _scales = (1.0, 1.0, 1.0)
     head_size: int
@@ -52,7 +54,6 @@ class DeltaImpl:
         self._most_rows, self._most_tokens = most_rows(config), versions.most_tokens(config)
         self._float8 = self.kv_cache_dtype in FLOAT8_DTYPES
         self._lossless = is_lossless(config)
-        self._pages: LayerPages | None = None
         self._place = self._number = 0
         self._role: Role | None = None
         self._kernels: dict[bool, LayerKernels] = {}
@@ -165,7 +166,8 @@ class DeltaImpl:
         else:
             q = _by_row(query[drafts.queries], rows, size)
             out = torch.empty_like(q, dtype=output.dtype)
-        idle = None if drafts is None else drafts.idle
+        # The last token of a row is never idle.
+        idle = None if drafts is None or self._lossless else drafts.idle
         prompts = rows.prompts
         if not rows.flagged and not is_captured(q):
             prompts = None
@@ -192,6 +194,7 @@ class DeltaImpl:
                 prompts=prompts,
                 idle=idle,
                 over_all_ranks=over_all_ranks(),
+                score_last=self._lossless,
             )
             out.copy_(attended)
         if self._pages is not None:
@@ -251,6 +254,7 @@ class DeltaImpl:
                 tokens=self._most_tokens,
                 over_all_ranks=over_all_ranks(),
                 own_pages=drafts,
+                score_last=self._lossless,
             )
         return self._kernels[drafts]
 

@@ -7,6 +7,7 @@ Contracts stand in :mod:`deltadecode.ops.operations`, the definition in
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -85,7 +86,7 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
     rows = q.shape[0]
     reach = inputs.block_table.shape[1] * k_cache.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    scores = _floats(q, *q.shape[:-2], reach // inputs.page_size if scored else 0)
+    scores = _floats(q, *inputs.scored_queries, reach // inputs.page_size if scored else 0)
     if rows == 0 or reach == 0 or k_cache.shape[0] == 0:
         return out.zero_(), scores.zero_() if scored else None
     per_turn = _rows_at_once(inputs)
@@ -127,7 +128,8 @@ def _rows_at_once(inputs: DecodeInputs) -> int:
     if not inputs.return_page_scores:
         return rows
     reach = inputs.block_table.shape[1] * inputs.k_cache.shape[1]
-    turns = -(-inputs.q.shape[:-1].numel() * reach * 4 // _LOGITS_BYTES)
+    logits = math.prod(inputs.scored_queries) * inputs.q.shape[-2] * reach
+    turns = -(-logits * 4 // _LOGITS_BYTES)
     # Multiples of 4, so that the rows' lengths stay aligned as a kernel was compiled for.
     return -(-rows // (4 * turns)) * 4
 

@@ -169,7 +169,7 @@ def attend(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, SCORES: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, WIDTH: tl.constexpr,
-    LISTED: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr,
+    LISTED: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B * turns).
 
@@ -226,14 +226,20 @@ def attend(
     per_split = tl.cdiv(tl.cdiv(length, TILE), SPLITS)
     first = split * per_split * TILE
     last = tl.minimum(first + per_split * TILE, length)
-    logits_ptr += row * HEADS * width
+    # Whose logits are kept, and in which line.
+    kept, kept_at = real, line
+    if LAST:
+        kept, kept_at = real & (query + packed == TOKENS - 1), head
+        logits_ptr += row // TOKENS * HEADS * width
+    else:
+        logits_ptr += row * HEADS * width
     if SPARSE:
         if count >= 0:
             if STEP == 0:
                 highest, total, acc = _tiles(
                     q, highest, total, acc, first, last, length, n, pages, blocks, 0, table_ptr,
                     k_ptr, v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale,
-                    softcap, line, real, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
+                    softcap, kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
                     OPERAND, LISTED, PAIRS,
                 )  # fmt: skip
             else:
@@ -246,21 +252,21 @@ def attend(
                     highest, total, acc = _tiles(
                         q, highest, total, acc, start, tl.minimum(start + STEP, last), length, n,
                         pages, blocks, page_0, table_ptr, k_ptr, v_ptr, logits_ptr, k_block,
-                        k_slot, v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
+                        k_slot, v_block, v_slot, width, scale, softcap, kept_at, kept, dim, in_head,
                         PAGE, BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS,
                     )  # fmt: skip
         else:
             highest, total, acc = _tiles(
                 q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
-                v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, line,
-                real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED,
+                v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, kept_at,
+                kept, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED,
                 PAIRS,
             )  # fmt: skip
     else:
         highest, total, acc = _tiles(
             q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
-            v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, line,
-            real, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS,
+            v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, kept_at,
+            kept, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS,
         )  # fmt: skip
 
     if PAIRS > 0:
@@ -271,8 +277,8 @@ def attend(
             last = tl.minimum(seen + (PACKED - 1), tokens)
             highest, total, acc = _drafts(
                 q, highest, total, acc, n, last, seen + packed, table_ptr, k_ptr, v_ptr, logits_ptr,
-                k_block, k_slot, v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
-                PACKED - 1, BLOCK, SCORES, SOFTCAP, OPERAND,
+                k_block, k_slot, v_block, v_slot, width, scale, softcap, kept_at, kept, dim,
+                in_head, PACKED - 1, BLOCK, SCORES, SOFTCAP, OPERAND,
             )  # fmt: skip
     at_head = row * HEADS + line
     if SPLITS > 1 or SCORES:
@@ -354,9 +360,11 @@ def finish(
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
     MERGES: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, PAGES: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, SCORES: tl.constexpr, SINKS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Score pages, PAGES at a time (R2), or merge splits; grid (B * TOKENS, scoring + MERGES).
+
+    Of a row's TOKENS queries all are scored, or with LAST the last one.
 
     The last MERGES programs of a row merge DIMS numbers of one head each. They come after all
     others, since what they do is the least.
@@ -378,16 +386,20 @@ def finish(
         _, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
         # A head that is none has no weight; -inf - -inf would be NaN.
         whole = tl.where(heads < HEADS, whole, 0.0)
-        logits_ptr += row * HEADS * width
+        scored, end = row, pages
+        if LAST:
+            scored = row // TOKENS
+            end = tl.where(row % TOKENS == TOKENS - 1, pages, 0)
+        logits_ptr += scored * HEADS * width
         # What is left of the table beyond a row's own pages is zeros: not worth a loop of its own.
-        for start in range(first * PAGES, pages, scoring * PAGES):
+        for start in range(first * PAGES, end, scoring * PAGES):
             score = tl.zeros([PAGES], tl.float32)
             if start * PAGE < n:
                 score = _scores_of(
                     logits_ptr, whole, start, n, width, HEADS, HEADS_PAD, PAGE, PAGE_PAD, PAGES
                 )
             page = start + tl.arange(0, PAGES)
-            tl.store(scores_ptr + row * pages + page, score, mask=page < pages)
+            tl.store(scores_ptr + scored * pages + page, score, mask=page < pages)
 
 
 @triton.jit

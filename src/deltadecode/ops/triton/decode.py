@@ -45,9 +45,9 @@ class DecodePlan:
         if cfg is not None:
             self._page_size = cfg.page_size
             pages = self._attention.pages * kind.page_size // cfg.page_size
-            scored = selection_kind(cfg, kind.queries, pages, torch.float32, pages)
+            scored = selection_kind(cfg, kind.scored_queries, pages, torch.float32, pages)
             self._selection = selection_plan(scored)
-            self._scores = math.prod(kind.queries) * self._attention.pages
+            self._scores = math.prod(kind.scored_queries) * self._attention.pages
         else:
             self._scores = 0
 

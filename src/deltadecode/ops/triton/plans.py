@@ -64,10 +64,16 @@ class AttentionKind(NamedTuple):
     ids_row: int
     sparse: bool
     scored: bool
+    score_last: bool
     sinks_dtype: torch.dtype | None
     scale: float
     softcap: float | None
     v_scale: float
+
+    @property
+    def scored_queries(self) -> tuple[int, ...]:
+        """Queries that have page scores: (B,) or (B, Q)."""
+        return self.queries[:1] if self.score_last else self.queries
 
 
 def attention_kind(inputs: DecodeInputs, q_dtype: torch.dtype | None = None) -> AttentionKind:
@@ -84,7 +90,8 @@ def attention_kind(inputs: DecodeInputs, q_dtype: torch.dtype | None = None) -> 
         (k_block, k_slot, k_head), (v_block, v_slot, v_head),
         table.shape[1], table.stride(0), inputs.page_size,
         0 if ids is None else ids.shape[-1], table.stride(0) if ids is None else ids.stride(-2),
-        ids is not None, inputs.return_page_scores, None if sinks is None else sinks.dtype,
+        ids is not None, inputs.return_page_scores, inputs.score_last and q.dim() == 4,
+        None if sinks is None else sinks.dtype,
         float(inputs.scale * inputs.k_scale),
         None if inputs.softcap is None else float(inputs.softcap), float(inputs.v_scale),
     )  # fmt: skip
@@ -126,6 +133,7 @@ class AttentionPlan:
             "SCORES": scored,
             "SINKS": kind.sinks_dtype is not None,
             "TOKENS": tokens,
+            "LAST": kind.score_last,
         }
         self._attend = Launch(
             attention.attend,
@@ -147,7 +155,12 @@ class AttentionPlan:
             page_pad = triton.next_power_of_2(kind.page_size)
             heads_pad = triton.next_power_of_2(heads)
             scoring, at_once, warps, dims = finish_shape(
-                heads_pad * page_pad, self.pages, rows, parts, dim_pad, kind.device
+                heads_pad * page_pad,
+                self.pages,
+                math.prod(kind.scored_queries),
+                parts,
+                dim_pad,
+                kind.device,
             )
             merges = heads * (dim_pad // dims) if parts > 1 else 0
             self._finish = Launch(
@@ -164,7 +177,7 @@ class AttentionPlan:
         sizes = (
             rows * heads * parts * dim if parts > 1 else 0,
             rows * heads * parts if parts > 1 or scored else 0,
-            rows * heads * reach if scored else 0,
+            math.prod(kind.scored_queries) * heads * reach if scored else 0,
         )
         self._places = []
         self._start: int | None = None
