@@ -112,4 +112,4 @@ class DraftPages:
     def count(self, seq_lens: Tensor) -> None:
         """Set the counts of one draft of rows [rows] int32; 0 tokens: a row that drafts nothing."""
         pages = -(-seq_lens // self._cfg.page_size)
-        self.counts.copy_((self._older + pages - self._first).where(seq_lens > 0, 0))
+        self.counts.copy_((self._older + pages - self._first) * (seq_lens > 0))

@@ -176,7 +176,8 @@ class Proposer:
         ids, positions, drafting = ids[:count], positions[:count], active[:count]
         table = self._table.get_device_tensor(count)
         block = table.gather(1, (positions // size)[:, None])[:, 0].long()
-        slots = torch.where(drafting > 0, block * size + positions % size, -1)
+        # -1 for a row that does not draft: nothing is written.
+        slots = (block * size + positions % size + 1) * drafting - 1
         draft = DraftPass(table, rows.seq_lens[:count], self._pages, Scratch())
         tokens = self._forward(ids, positions, slots, draft)
         rows.drafted[:count].scatter_(1, rows.place.expand(count, 1), tokens[:, None])
