@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,9 @@ from deltadecode.engines.vllm.builder import most_rows
 from deltadecode.engines.vllm.implementation import DeltaImpl
 from deltadecode.engines.vllm.metadata import DraftPass
 from deltadecode.ops import Scratch
+
+# From this size on, batches are captured at one and a half times a power of two as well.
+_HALVES_FROM = 16
 
 
 @dataclass
@@ -79,10 +83,10 @@ class Proposer:
         }
         self._layers = list(ours)
         table = self._table.get_device_tensor(runner.max_num_reqs)
-        # vLLM's own sizes, which are tokens of its steps and as good for rows of ours.
-        captured = self._config.compilation_config.cudagraph_capture_sizes or ()
-        sizes = {int(size) for size in captured if size < len(table)}
-        self._sizes = [*sorted(sizes), len(table)]
+        # Rows that fill up a captured batch read nothing, so few sizes do.
+        twos = [1 << power for power in range(len(table).bit_length())]
+        sizes = {*twos, *(size * 3 // 2 for size in twos if size >= _HALVES_FROM)}
+        self._sizes = [*sorted(size for size in sizes if size < len(table)), len(table)]
         self._pages = pages = DraftPages(
             versions.settings_of(self._config).config,
             len(ours),
@@ -151,7 +155,9 @@ class Proposer:
 
         # No row drafts meanwhile, so nothing is written into the cache.
         self._rows.inputs.zero_()
-        with torch.inference_mode(), graph_capture(device=runner.device):
+        # Each capture collects garbage, which takes longer than the capture.
+        frozen = getattr(runner, "_freeze_gc", nullcontext)
+        with torch.inference_mode(), frozen(), graph_capture(device=runner.device):
             self._start = captured(self._begin)
             # The largest first: the others then take its memory.
             for size in reversed(self._sizes):
