@@ -12,6 +12,7 @@ from transformers import DeepseekV3Config, LlamaConfig
 
 from deltadecode import DeltaConfig
 from deltadecode.cli import main
+from deltadecode_vllm import PROPOSER
 
 HUB = "org/model"
 
@@ -243,3 +244,14 @@ def test_a_local_model_with_nothing_to_plan_needs_leave(refused, line, vllm, tmp
 def test_a_model_that_transformers_does_not_know_is_left_to_vllm(line, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow"}')
     assert settings(line(tmp_path)) == {"deltadecode": {}}
+
+
+def test_lossless_mode_drafts_by_itself(line, refused):
+    command = line(HUB, "--lossless", "--max-model-len", "4096")
+    drafts = json.loads(command[command.index("--speculative-config") + 1])
+    assert drafts == {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 4}
+    command = line(HUB, "--lossless", "--draft-tokens", "6")
+    assert '"num_speculative_tokens": 6' in command[command.index("--speculative-config") + 1]
+    assert "--draft-tokens needs --lossless" in refused(HUB, "--draft-tokens", "6")
+    for other in ("--speculative_config.method=ngram", "--spec-method=ngram", "-sc"):
+        assert f"leave '{other}' out" in refused(HUB, "--lossless", other)

@@ -158,3 +158,22 @@ def test_rule11_rows_below_min_tokens_are_counted_in_full():
     assert counts.take() == (1000 + attended_tokens(settings, 201)[0], 1000 + 1005)
     assert attended_tokens(settings, 201) == attended_tokens(replace(settings, min_tokens=0), 201)
     assert ", all below 201 tokens; " in describe(settings, 300)
+
+
+def test_rule11_drafts_and_what_verifies_them_are_counted():
+    config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
+    counts = StepCounts(ServingSettings(config, config.layer_plan(7, (0, 1, 3, 4, 6))))
+    # 199 tokens were verified: 6 of 13 pages are selected, the last of them with the 200th token.
+    read = sum(5 * 16 + (tokens - 12 * 16) for tokens in (200, 201, 202))
+    counts.add_verifications([200], [4], [3])
+    assert counts.take() == (5 * (read + 203), 5 * (200 + 201 + 202))
+    # Everything is read of a row within the budget, and nothing is drafted of a row alone.
+    counts.add_verifications([50, 300], [3, 1], [1, 1])
+    assert counts.take() == (5 * (50 + 51 + 52 + 300), 5 * (50 + 300))
+
+
+def test_the_log_says_what_drafts_read():
+    config = DeltaConfig(16, 6, 2, 1, (0,), (1, 3))
+    line = describe(ServingSettings(config, config.layer_plan(7)), 160, 4)
+    words = "up to 4 drafts of a step read 6 pages of 16 tokens (2 recent, 1 sink) in each of 7"
+    assert line.startswith(f"lossless: {words} layers")

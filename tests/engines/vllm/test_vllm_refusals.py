@@ -14,7 +14,9 @@ from deltadecode.engines.vllm import checks
 from deltadecode.engines.vllm.checks import check_machine
 from deltadecode.errors import DeltaConfigError, UnsupportedCacheError
 from deltadecode.lab.tasks import model_path
+from deltadecode_vllm import PROPOSER
 
+LOSSLESS = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 4}
 WORDS = {
     "unknown key": ({"budget": 3}, {}, "unknown key 'budget'"),
     "wrong type": ({"budget_pages": "64"}, {}, "budget_pages must be an int, got '64'"),
@@ -87,6 +89,36 @@ WORDS = {
         {"variables": {"VLLM_BATCH_INVARIANT": "1"}},
         "VLLM_BATCH_INVARIANT must be off with DELTA",
     ),
+    "seventeen drafts": (
+        {},
+        {"speculative_config": {**LOSSLESS, "num_speculative_tokens": 17}},
+        "num_speculative_tokens must be in 1..16 in lossless mode, got 17",
+    ),
+    "drafts without our attention": (
+        {},
+        {"speculative_config": LOSSLESS, "chosen": False},
+        "lossless.Proposer in --speculative-config needs --attention-backend CUSTOM, got none",
+    ),
+    "drafts of a model with windows": (
+        {"on_unsupported": "stock"},
+        {"model": "windowed", "speculative_config": LOSSLESS},
+        "MistralConfig has no full-attention layer",
+    ),
+    "drafts of a model with some windows": (
+        {},
+        {"model": "alternating", "speculative_config": LOSSLESS},
+        "full attention in 2 of 4 layers; in vLLM, lossless mode takes models with full attention",
+    ),
+    "drafts over stages": (
+        {"delta_layers": [0, 12]},
+        {"pipeline_parallel_size": 2, "speculative_config": LOSSLESS},
+        "--pipeline-parallel-size must be 1 in lossless mode, whose drafts do without",
+    ),
+    "drafts with adapters": (
+        {},
+        {"enable_lora": True, "speculative_config": LOSSLESS},
+        "--enable-lora must be off in lossless mode",
+    ),
     "old vLLM": ({}, {"version": "0.23.1"}, "works with vLLM 0.24 to 0.32, got 0.23.1"),
 }
 
@@ -111,6 +143,9 @@ def folder(tmp_path_factory):
         "long_window": {"sliding_window": 512},
         "scaled_heads": {"sliding_window": None, "quantization_config": float8},
     }
+    gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    models["alternating"] = {**gemma, **kinds, "sliding_window": 64, "query_pre_attn_scalar": 32}
     for name, more in models.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps({**config, **more}))
@@ -137,6 +172,7 @@ def said(folder, tmp_path_factory):
     cases["float8"] = {"config": {}, "engine": {"kv_cache_dtype": "fp8"}}
     cases["not chosen"] = {"config": {"budget": 3}, "engine": {"chosen": False}}
     cases["newer vLLM"] = {"config": {}, "engine": {"version": "0.33.0"}}
+    cases["lossless"] = {"config": {}, "engine": {"speculative_config": LOSSLESS}}
     cases["fine"] = {"config": {"budget_pages": 32}, "engine": {}}
     done = subprocess.run(
         [sys.executable, str(HERE / "refusal_worker.py"), json.dumps(cases), str(out)],
