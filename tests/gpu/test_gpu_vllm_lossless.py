@@ -15,7 +15,7 @@ from test_gpu_vllm import pytestmark as pytestmark
 from deltadecode_vllm import PROPOSER
 
 # Prompts of 350 to 370 tokens; drafts read 24 of their 46 pages and more.
-CONFIG = {"page_size": 8, "budget_pages": 24, "recent_pages": 4}
+CONFIG = {"page_size": 8, "budget_pages": 24, "recent_pages": 4, "min_tokens": 0}
 DRAFTING = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 4}
 REQUESTS = [{"prompt": each.prompt} for each in PROBLEMS]
 

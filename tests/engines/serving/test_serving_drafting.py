@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from deltadecode.config import DeltaConfig
-from deltadecode.engines.serving.drafting import DraftPages
+from deltadecode.engines.serving.drafting import DraftPages, Worth
+from deltadecode.engines.serving.settings import ServingSettings
 
 CPU = torch.device("cpu")
 
@@ -79,3 +80,38 @@ def test_rule4_a_share_of_the_pages_has_columns_for_all_it_may_select():
     keep(torch.tensor([[0, 3, 5, 6]], dtype=torch.int32), torch.tensor([60], dtype=torch.int32))
     draft(pages, [60], 0)
     assert pages_of(pages, 0, 0) == [0, 3, 5, 6, 7]
+
+
+def worth(min_tokens=1024, weights=1000, drafts=4):
+    cfg = DeltaConfig(16, 64, 8, 1, (), (0,))
+    return Worth(ServingSettings(cfg, cfg.layer_plan(4), min_tokens=min_tokens), weights, 1, drafts)
+
+
+def test_long_rows_draft_and_short_ones_do_not():
+    assert worth().pays(np.array([60_000, 90]))
+    assert not worth().pays(np.array([1024, 90]))
+    # Little more than the budget, and more weights than cache: drafts cost what they save.
+    assert not worth().pays(np.array([1500]))
+    assert not worth(weights=10**6).pays(np.array([20_000]))
+
+
+def test_a_user_may_say_from_where_on():
+    assert worth(min_tokens=0).pays(np.array([1030]))
+    assert not worth(min_tokens=0).pays(np.array([1000]))
+    assert not worth(min_tokens=4000).pays(np.array([3999, 3999]))
+    assert worth(min_tokens=4000).pays(np.array([4000, 10]))
+
+
+def test_drafts_that_do_not_hold_end_and_get_another_try():
+    one, rows = worth(), np.array([8000])
+    assert one.pays(rows)
+    steps = 0
+    while one.pays(rows):
+        one.measure([1])
+        steps += 1
+    assert 5 < steps < 200
+    off = 0
+    while not one.pays(rows):
+        one.measure([1])
+        off += 1
+    assert 0 < off < 1000

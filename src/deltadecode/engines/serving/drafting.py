@@ -5,14 +5,22 @@ All of it stays on the device: a captured graph of a draft works out its pages f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
+from deltadecode.engines.serving.settings import ServingSettings, budget_tokens
 
 MOST_DRAFTS = 16
+# What drafts have to gain by the bytes that are read, for all that those leave out.
+_GAIN = 1.1
+# Share of drafts that hold until it is measured, and weight of one verification in the measure.
+_ACCEPTED, _SMOOTHING = 0.7, 0.05
 # Rows and columns are multiples of it, so that what a layer reads is aligned as kernels want it.
 _STEP = 4
 
@@ -113,3 +121,47 @@ class DraftPages:
         """Set the counts of one draft of rows [rows] int32; 0 tokens: a row that drafts nothing."""
         pages = -(-seq_lens // self._cfg.page_size)
         self.counts.copy_((self._older + pages - self._first) * (seq_lens > 0))
+
+
+class Worth:
+    """Whether a batch drafts, by what passes read and by how many drafts have held lately.
+
+    A step that gives one token of each row reads all weights and every row's cache. Lossless mode
+    reads the weights once for each draft, too, and gives what the verification keeps.
+
+    Parameters
+    ----------
+    settings : ServingSettings
+        With a ``min_tokens`` other than the budget, the longest row alone decides.
+    weights, token : int
+        Bytes of all weights, and of a token's keys and values in all layers.
+    drafts : int
+        Of a row, where a batch drafts.
+    """
+
+    def __init__(self, settings: ServingSettings, weights: int, token: int, drafts: int) -> None:
+        self._budget = budget_tokens(settings.config)
+        told = settings.min_tokens != self._budget
+        self._least = settings.min_tokens if told else None
+        self._weights, self._token, self._drafts = weights, token, drafts
+        self._first = self.kept = 1 + _ACCEPTED * drafts
+        self._drafted = False
+
+    def measure(self, kept: Sequence[int]) -> None:
+        """Take in the tokens that the last verification gave, of each row that it gave any."""
+        # Without drafts nothing is known, and in time they get another try.
+        seen = sum(kept) / len(kept) if self._drafted else self._first
+        self.kept += _SMOOTHING * (seen - self.kept)
+
+    def pays(self, lengths: NDArray[np.int64]) -> bool:
+        """Whether rows of so many tokens draft; the same on every rank."""
+        longest = int(lengths.max())
+        if longest <= self._budget:
+            self._drafted = False
+        elif self._least is not None:
+            self._drafted = longest >= self._least
+        else:
+            full = self._weights + self._token * int(lengths.sum())
+            draft = self._weights + self._token * int(lengths.clip(max=self._budget).sum())
+            self._drafted = self.kept * full >= _GAIN * (self._drafts * draft + full)
+        return self._drafted

@@ -52,6 +52,7 @@ class DeltaImpl:
         self.settings = versions.settings_of(config)
         self._longest = config.model_config.max_model_len
         self._most_rows, self._most_tokens = most_rows(config), versions.most_tokens(config)
+        self._dtype_bytes = config.model_config.dtype.itemsize
         self._float8 = self.kv_cache_dtype in FLOAT8_DTYPES
         self._lossless = is_lossless(config)
         self._place = self._number = 0
@@ -76,6 +77,11 @@ class DeltaImpl:
                 self._scales = read_scales(layer)
             self._role = role
         return self._role
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of a number in the layer's cache."""
+        return 1 if self._float8 else self._dtype_bytes
 
     def views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the layer's cache; see :func:`versions.key_value_views`."""

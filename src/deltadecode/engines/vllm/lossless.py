@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltadecode.engines.serving.drafting import DraftPages
+from deltadecode.engines.serving.drafting import DraftPages, Worth
 from deltadecode.engines.vllm import versions
 from deltadecode.engines.vllm.builder import most_rows
 from deltadecode.engines.vllm.implementation import DeltaImpl
@@ -82,13 +82,14 @@ class Proposer:
             if isinstance(getattr(layer, "impl", None), DeltaImpl)
         }
         self._layers = list(ours)
+        settings = versions.settings_of(self._config)
         table = self._table.get_device_tensor(runner.max_num_reqs)
         # Rows that fill up a captured batch read nothing, so few sizes do.
         twos = [1 << power for power in range(len(table).bit_length())]
         sizes = {*twos, *(size * 3 // 2 for size in twos if size >= _HALVES_FROM)}
         self._sizes = [*sorted(size for size in sizes if size < len(table)), len(table)]
         self._pages = pages = DraftPages(
-            versions.settings_of(self._config).config,
+            settings.config,
             len(ours),
             most_rows(self._config),
             self._drafts,
@@ -104,6 +105,13 @@ class Proposer:
             torch.zeros(1, dtype=torch.int64, device=device),
             torch.zeros(rows, dtype=torch.int32, device=device),
         )
+        token = sum(
+            2 * impl.num_kv_heads * impl.head_size * impl.cache_bytes for impl in ours.values()
+        )
+        weights = sum(
+            each.numel() * each.element_size() for each in runner.get_model().parameters()
+        )
+        self._worth = Worth(settings, weights, token, self._drafts)
         pinned = device.type == "cuda"
         self._staged = torch.zeros(3, rows, dtype=torch.int64, pin_memory=pinned)
 
@@ -126,7 +134,10 @@ class Proposer:
         for row, tokens in enumerate(sampled_token_ids):
             if tokens:
                 staged[:, row] = tokens[-1], num_tokens_no_spec[row] - 1, 1
-        if not staged[2].any():
+        active = staged[2] > 0
+        if active.any():
+            self._worth.measure([len(tokens) for tokens in sampled_token_ids if tokens])
+        if not active.any() or not self._worth.pays(staged[1][active] + 1):
             return [[] for _ in sampled_token_ids]
         self._rows.inputs.copy_(self._staged, non_blocking=True)
         self._start()
