@@ -200,7 +200,8 @@ class Proposer:
         rows.drafted[:count].scatter_(1, rows.place.expand(count, 1), tokens[:, None])
         ids.copy_(tokens)
         positions.add_(drafting)
-        rows.place.add_(1)
+        # Round and round, as while sizes are captured.
+        rows.place.add_(1).remainder_(self._drafts)
 
     def _forward(self, ids: Tensor, positions: Tensor, slots: Tensor, draft: DraftPass) -> Tensor:
         """The likeliest token of each row behind tokens ``ids`` at ``positions``."""
