@@ -11,11 +11,11 @@ import numpy as np
 
 import deltadecode_vllm
 from benchmarks.e2e.profile import summarize
+from benchmarks.e2e.workloads import own_drafts
 from benchmarks.processes import serve_process, write_entry_point
 from benchmarks.watch import watch
 from deltadecode.engines.serving.settings import KEY
 from deltadecode.engines.vllm import BACKEND
-from deltadecode_vllm import PROPOSER
 
 _FIRST_TOKEN = 10  # past the special ones
 _SEED = 0
@@ -220,12 +220,7 @@ def _drafting(spec: dict[str, Any]) -> dict[str, Any]:
     if not spec["lossless"]:
         lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
         return {"method": "ngram", "num_speculative_tokens": count, **lookup}
-    own = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": count}
-    if rate is None:
-        return own
-    # Of a draft and all before it: with random weights, real acceptance would mean nothing.
-    rates = [rate ** (place + 1) for place in range(count)]
-    return {**own, "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
+    return own_drafts(count, rate)
 
 
 def _draft_always(count: int) -> None:

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltadecode_vllm import PROPOSER
+
+MOST_DRAFTS = 16
 KINDS = ("headline", "step", "short", "prefill", "profile")
 CACHES = ("auto", "fp8")
 HEADLINE_PROMPT = 4  # tokens, as in arXiv 2510.09883
@@ -122,6 +125,27 @@ class Workload:
         return {"do": do, **size}
 
 
+def own_drafts(count: int, acceptance: float | None) -> dict[str, Any]:
+    """Speculative configuration of vLLM in lossless mode.
+
+    With an acceptance vLLM draws whether a draft holds: of random weights it would say nothing.
+    """
+    own = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": count}
+    if acceptance is None:
+        return own
+    # Of a draft and all before it.
+    rates = [acceptance ** (place + 1) for place in range(count)]
+    return {**own, "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
+
+
+def check_drafts(lossless: bool, drafts: int, acceptance: float | None) -> None:
+    """Check what lossless mode is measured with; a ValueError for what cannot be."""
+    if lossless and not 1 <= drafts <= MOST_DRAFTS:
+        raise ValueError(f"drafts must be in 1..{MOST_DRAFTS} with --lossless, got {drafts}")
+    if acceptance is not None and not (lossless and 0 < acceptance <= 1):
+        raise ValueError(f"acceptance is for --lossless, above 0 and at most 1, got {acceptance}")
+
+
 def parse_point(text: str) -> tuple[int, int]:
     """Read ``batch:context``, such as ``64:8192``; a ValueError for anything else."""
     match = _POINT.fullmatch(text)
@@ -152,10 +176,7 @@ def workloads(
     for kind in chosen:
         if kind not in KINDS:
             raise ValueError(f"workload must be one of {', '.join(KINDS)}, got {kind!r}")
-    if lossless and not 1 <= drafts <= 16:
-        raise ValueError(f"drafts must be in 1..16 with --lossless, got {drafts}")
-    if acceptance is not None and not (lossless and 0 < acceptance <= 1):
-        raise ValueError(f"acceptance is for --lossless, above 0 and at most 1, got {acceptance}")
+    check_drafts(lossless, drafts, acceptance)
     if kv_cache_dtype not in CACHES:
         raise ValueError(f"kv_cache_dtype must be {' or '.join(CACHES)}, got {kv_cache_dtype!r}")
     selected = []

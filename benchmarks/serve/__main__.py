@@ -55,6 +55,14 @@ def serve(
         bool,
         typer.Option("--start-together", help="Start both at once, and let both live."),
     ] = False,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="DELTA only drafts, and full attention verifies.")
+    ] = False,
+    drafts: Annotated[int, typer.Option(min=1, max=16, help="With --lossless, of a step.")] = 4,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(help="With --lossless: of each draft, drawn; weights are random."),
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing; make the result from the runs.")
     ] = False,
@@ -91,7 +99,7 @@ def serve(
             shape=shape, names=workload or [], rates=rate or [], requests=requests,
             concurrency=concurrency, input_len=input_len, output_len=output_len,
             prefix_len=prefix_len, side=side, plan=plan, raw=raw, minutes=minutes,
-            start_together=start_together,
+            start_together=start_together, lossless=lossless, drafts=drafts, acceptance=acceptance,
             flags=[word for text in server_flag or [] for word in shlex.split(text)],
         )  # fmt: skip
         if not report:

@@ -6,6 +6,7 @@ from pathlib import Path
 from benchmarks.command import command_line
 from benchmarks.e2e.measure import SIDES
 from benchmarks.e2e.shapes import find_shape
+from benchmarks.e2e.workloads import check_drafts
 from benchmarks.serve.run import LoadOptions
 from benchmarks.serve.workloads import find_workloads, parse_rates
 from deltadecode.config import DeltaConfig
@@ -29,6 +30,9 @@ def make_options(
     raw: Path = Path("build/load"),
     minutes: float | None = None,
     start_together: bool = False,
+    lossless: bool = False,
+    drafts: int = 4,
+    acceptance: float | None = None,
 ) -> LoadOptions:
     """Check what was asked for; a ValueError for what cannot be measured."""
     model = find_shape(shape)
@@ -46,6 +50,7 @@ def make_options(
     for flag in flags:
         if flag.partition("=")[0].replace("_", "-") in _TAKEN:
             raise ValueError(f"--server-flag must leave {flag.partition('=')[0]} to the benchmark")
+    check_drafts(lossless, drafts, acceptance)
     if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes must be above 0, got {minutes:g}")
     if raw.exists() and not raw.is_dir():
@@ -56,10 +61,12 @@ def make_options(
         "serve", shape=shape, workload=list(names), rate=list(rates), requests=requests,
         concurrency=concurrency, input_len=input_len, output_len=output_len,
         prefix_len=prefix_len, server_flag=[" ".join(flags)] if flags else [], plan=plan,
-        start_together=start_together,
+        start_together=start_together, lossless=lossless, drafts=drafts if lossless else None,
+        acceptance=acceptance,
     )  # fmt: skip
     return LoadOptions(
         shape=model, plan=cfg, workloads=workloads, rates=parse_rates(rates), raw=raw,
         flags=tuple(flags), sides=SIDES if side is None else (side,), minutes=minutes,
-        start_together=start_together, command=command,
+        start_together=start_together, command=command, drafts=drafts if lossless else 0,
+        acceptance=acceptance,
     )  # fmt: skip

@@ -39,7 +39,7 @@ def make_result(options: LoadOptions) -> dict[str, Any]:
         ours = read_run(options.raw, DELTA, workload, rate)
         theirs = read_run(options.raw, STOCK, workload, rate)
         if ours is not None and theirs is not None and ours["per_second"] == theirs["per_second"]:
-            rows.append(make_row(workload, rate, ours, theirs))
+            rows.append(make_row(workload, rate, ours, theirs, options.mode))
     shared = {name: facts[name] for name in ("commit", "machine", "versions")}
     plan = options.shape.plan_note if options.plan == options.shape.plan else "given"
     return {
@@ -51,15 +51,19 @@ def make_result(options: LoadOptions) -> dict[str, Any]:
 
 
 def make_row(
-    workload: Workload, rate: Rate, ours: dict[str, Any], theirs: dict[str, Any]
+    workload: Workload,
+    rate: Rate,
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    mode: str = "",
 ) -> dict[str, Any]:
-    """Make the row of one workload at one rate.
+    """Make the row of one workload at one rate; ``mode`` is that of :class:`LoadOptions`.
 
     ``ratio`` is that of output tokens a second, ``tpot_ratio`` and ``ttft_p99_ratio`` are stock's
     time by DELTA's: above 1, DELTA is better.
     """
     shared: dict[str, Any] = {
-        "workload": workload.name, "prompt": workload.prompt, "prefix": workload.prefix,
+        "workload": workload.name + mode, "prompt": workload.prompt, "prefix": workload.prefix,
         "output": workload.output, "requests": workload.requests,
         "concurrency": workload.concurrency, "rate": str(rate),
         "per_second": ours["per_second"],
@@ -71,7 +75,7 @@ def make_row(
                 shared[f"{key}_{name}"] = rounded(side[key])
     shared["tpot_ratio"] = round(theirs["tpot_p50"] / ours["tpot_p50"], 3)
     shared["ttft_p99_ratio"] = round(theirs["ttft_p99"] / ours["ttft_p99"], 3)
-    case = f"{workload.case}, rate {rate}"
+    case = f"{workload.case}{mode}, rate {rate}"
     return row(case, PEER, UNIT, 1e3 / ours["tok_s"], 1e3 / theirs["tok_s"], **shared)
 
 

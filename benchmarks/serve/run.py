@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.e2e.measure import DELTA, SIDES, STOCK
 from benchmarks.e2e.run import SHARE_OF_TWO
 from benchmarks.e2e.shapes import ModelShape
-from benchmarks.e2e.workloads import BLOCK
+from benchmarks.e2e.workloads import BLOCK, own_drafts
 from benchmarks.report import Progress
 from benchmarks.serve.client import ClientError, OutOfTimeError, drive
 from benchmarks.serve.model import write_tokenizer
@@ -41,6 +41,8 @@ class LoadOptions:
     sides: Sequence[str] = SIDES
     minutes: float | None = None
     start_together: bool = False  # both live, with caches of just the size that is needed
+    drafts: int = 0  # of the DELTA side, in lossless mode
+    acceptance: float | None = None  # of each draft, drawn; None: found out
     start_minutes: float = 10.0  # for a server's start
     command: str = "python -m benchmarks.serve"
 
@@ -64,7 +66,18 @@ class LoadOptions:
         if side == DELTA:
             settings = json.dumps({KEY: self.plan.to_dict()})
             line += ["--attention-backend", BACKEND, "--additional-config", settings]
+            if self.drafts:
+                own = own_drafts(self.drafts, self.acceptance)
+                line += ["--speculative-config", json.dumps(own)]
         return [*line, *self.flags]
+
+    @property
+    def mode(self) -> str:
+        """What the rows of lossless mode are named by; empty otherwise."""
+        if not self.drafts:
+            return ""
+        drawn = "" if self.acceptance is None else f", synthetic acceptance {self.acceptance:g}"
+        return f", lossless with {self.drafts} drafts{drawn}"
 
     def _kv_bytes(self) -> int:
         # vLLM keeps a block to itself.
@@ -232,7 +245,8 @@ def check_facts(options: LoadOptions) -> None:
         return
     known = _compared(read_facts(options.raw))
     for name, value in _compared(facts).items():
-        if known.get(name) != value:
+        # Folders from before there were modes name none.
+        if known.get(name, "") != value:
             raise ValueError(
                 f"{str(options.raw)!r} has runs with {name} {known.get(name)!r}, got {value!r}; "
                 "take another folder"
@@ -253,6 +267,7 @@ def _facts(options: LoadOptions) -> dict[str, Any]:
     return {
         "model": options.shape.name, "plan": options.plan.to_dict(),
         "flags": list(options.flags), "start_together": options.start_together,
+        "mode": options.mode,
         "commit": known["commit"], "machine": known["machine"], "versions": known["versions"],
     }  # fmt: skip
 

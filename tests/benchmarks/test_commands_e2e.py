@@ -51,6 +51,8 @@ def test_help_names_the_workloads(run):
         (["--steps", "0"], "0"),
         (["--plan", "none.json"], "'none.json'"),
         (["--memory-share", "0.6"], "0.6"),
+        (["--lossless", "--workload", "step"], "drafts must be in 1..16 with --lossless, got 0"),
+        (["--drafts", "2", "--acceptance", "0.9", "--workload", "step"], "for --lossless"),
         (["--out", __file__], "--out"),
     ],
 )

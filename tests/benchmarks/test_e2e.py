@@ -15,7 +15,7 @@ from benchmarks.command import launch
 from benchmarks.e2e import run as e2e
 from benchmarks.e2e.__main__ import e2e as command
 from benchmarks.e2e.measure import RunOptions
-from benchmarks.e2e.rows import curve, e2e_table
+from benchmarks.e2e.rows import curve, e2e_table, make_row
 from benchmarks.e2e.shapes import SHAPES
 from benchmarks.e2e.workloads import KINDS, Workload, needs, parse_point, workloads
 from benchmarks.processes import Process, WorkerError
@@ -366,3 +366,19 @@ def test_rows_say_of_how_many_ranks_they_are(fake):
     found = e2e.run(setup)
     for line in (found, *found["rows"]):
         assert (line["tensor_parallel"], line["sync_heads"]) == (2, False)
+
+
+def test_lossless_mode_is_timed_by_the_token_and_named_with_its_acceptance(fake, tmp_path):
+    setup = fake(["step"], drafts=3, lossless=True, acceptance=0.9, points=["4:400"])
+    stock, delta = (setup.spec(side, tmp_path) for side in ("stock", "DELTA"))
+    assert (stock["drafts"], stock["lossless"]) == (0, False)
+    assert (delta["drafts"], delta["lossless"], delta["acceptance"]) == (3, True, 0.9)
+    (one,) = setup.workloads
+    assert one.case == (
+        "token, lossless with 3 drafts, synthetic acceptance 0.9, batch 4, context 400"
+    )
+    rounds = {"seconds": [0.006] * 4, "from": 300, "to": 310, "preemptions": 0}
+    made = make_row(one, [{**rounds, "tokens": 3.0}], [{**rounds, "tokens": 1.0}], [], setup.plan)
+    assert (made["ours"], made["theirs"], made["ratio"]) == (2.0, 6.0, 3.0)
+    assert (made["drafts"], made["synthetic_acceptance"]) == (3, 0.9)
+    assert made["tokens_a_step_ours"] == [3.0]

@@ -357,6 +357,7 @@ def refused(outcome, tmp_path):
         (["--workload", "chat", "--minutes", "0"], "--minutes"),
         (["--workload", "chat", "--report"], "has no runs"),
         (["--workload", "chat", "--raw", __file__], "--raw"),
+        (["--workload", "chat", "--acceptance", "0.9"], "acceptance is for --lossless"),
         (["--docs", "page.md"], "--result"),
         (["--docs", "none.md", "--result", "none.json"], "none.md"),
         (["--plan", "none.json", "--workload", "chat"], "'none.json'"),
@@ -376,3 +377,23 @@ def test_a_report_needs_no_server(filled, outcome, tmp_path):
     assert code == 0, err
     assert [row["ratio"] for row in json.loads(out)["rows"]] == [2.0, 1.0]
     assert list((tmp_path / "out").glob("serve-*.json"))
+
+
+def test_lossless_mode_is_named_in_every_row_and_keeps_its_own_folder(filled, tmp_path):
+    settings = dict(
+        shape="tiny", names=["chat"], rates=["inf"], input_len=100, output_len=20, requests=8,
+        concurrency=4, lossless=True, drafts=2, acceptance=0.5,
+    )  # fmt: skip
+    one = make_options(**settings, raw=tmp_path / "lossless")
+    drafts = json.loads(one.server_command("DELTA", tmp_path)[-1])
+    assert drafts["synthetic_acceptance_rates"] == [0.5, 0.25]
+    assert "--speculative-config" not in one.server_command("stock", tmp_path)
+    check_facts(one)
+    (chat,) = one.workloads
+    put(one, "stock", chat, INF, 1000.0, 4.0)
+    put(one, "DELTA", chat, INF, 1500.0, 3.0)
+    (row,) = make_result(one)["rows"]
+    assert row["workload"] == "chat, lossless with 2 drafts, synthetic acceptance 0.5"
+    assert "lossless with 2 drafts, synthetic acceptance 0.5" in row["case"]
+    with pytest.raises(ValueError, match="has runs with"):
+        check_facts(make_options(**settings, raw=filled.raw))
