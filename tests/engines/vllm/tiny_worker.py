@@ -3,11 +3,11 @@
 A job has ``folder`` (for the models) and ``runs``. Each of those makes one engine after the other
 and says what it gave: ``model`` (a name of MODELS), ``config`` (of DELTA; without it the engine is
 stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts``, ``max_tokens`` and ``rounds``, how
-often the prompts come; with ``logprobs`` null it gives none. With ``lora`` an adapter answers.
-With ``float8``, scales of keys and of values, Transformers keeps them so, and for vLLM they are
-written into the checkpoint, unless both are 1. With ``cut`` ours rounds as stock vLLM on CPUs.
-Where ``side`` is "transformers", that integration runs the prompts. With ``fork`` each run has a
-process of its own, which need not import vLLM again.
+often the prompts come; with ``logprobs`` null it gives none. Further ``params`` are of sampling.
+With ``lora`` an adapter answers. With ``float8``, scales of keys and of values, Transformers keeps
+them so, and for vLLM they are written into the checkpoint, unless both are 1. With ``cut`` ours
+rounds as stock vLLM on CPUs. Where ``side`` is "transformers", that integration runs the prompts.
+With ``fork`` each run has a process of its own, which need not import vLLM again.
 """
 
 import gc
@@ -115,6 +115,21 @@ def cut_float8():
     cpu.to_float8 = cut
 
 
+def expand_numbers():
+    """Give each token the temperature of its row: on CPUs vLLM 0.32 leaves it to chance.
+
+    Its function writes into a copy of everything that is not int64.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    def expand(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0):
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        each = x.repeat_interleave(counts.long())
+        return each.masked_fill(each == replace_from, replace_to)
+
+    rejection_sampler.expand_batch_to_tokens = expand
+
+
 def run_transformers(job, folder):
     """Each prompt alone, by the Transformers integration: what else a run gives has no meaning."""
     import torch
@@ -186,6 +201,8 @@ def run(job, folder):
     path = make(job["model"], folder)
     if job.get("cut"):
         cut_float8()
+    if "params" in job:
+        expand_numbers()
     if job.get("float8", [1, 1]) != [1, 1]:
         path = with_scales(path, *job["float8"])
     adapter = LoRARequest("adapter", 1, str(make_adapter(path)[0])) if job.get("lora") else None
@@ -205,8 +222,8 @@ def run(job, folder):
     batches, hashes = [], []
     restore = record_batches(batches), record_hashes(hashes)
     params = SamplingParams(
-        temperature=0.0, max_tokens=job["max_tokens"], logprobs=job.get("logprobs", 3),
-        ignore_eos=True, detokenize=False,
+        max_tokens=job["max_tokens"], logprobs=job.get("logprobs", 3),
+        ignore_eos=True, detokenize=False, **{"temperature": 0.0, **job.get("params", {})},
     )  # fmt: skip
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     try:
@@ -233,6 +250,7 @@ def run(job, folder):
         "hashes": hashes,
         "cached": [request.num_cached_tokens for request in requests],
         "preempted": total(llm, "vllm:num_preemptions"),
+        "accepted": total(llm, "vllm:spec_decode_num_accepted_tokens"),
         "drafted": total(llm, "vllm:spec_decode_num_draft_tokens"),
         "counted": [int(new - old) for new, old in zip(counted(job["model"]), before, strict=True)],
     }
