@@ -25,6 +25,8 @@ from deltadecode.engines.vllm import BACKEND
 from deltadecode.errors import UnsupportedModelError
 from deltadecode_vllm import PROPOSER
 
+# In vLLM a batch makes so many drafts, or none.
+DRAFT_TOKENS = 4
 # What is not ours is vLLM's. It has one-dash options of several letters, some with an h.
 SETTINGS = {
     "allow_extra_args": True,
@@ -133,7 +135,7 @@ def drafting(lossless: bool, draft_tokens: int | None, rest: Sequence[str]) -> l
         if name in ("--speculative-config", "-sc") or name.startswith("--spec-"):
             raise BadInput(f"--lossless drafts by itself; leave {argument!r} out")
     drafts = {"method": "custom_class", "model": PROPOSER}
-    count = options.DRAFT_TOKENS if draft_tokens is None else draft_tokens
+    count = DRAFT_TOKENS if draft_tokens is None else draft_tokens
     return ["--speculative-config", json.dumps({**drafts, "num_speculative_tokens": count})]
 
 
