@@ -10,7 +10,7 @@ from deltadecode_vllm import PROPOSER
 PROMPT = [5 + 7 * (place % 9) % 50 for place in range(60)]
 # All pages of eight but one or two: drafts are often wrong, and often right.
 STARVED = {"page_size": 8, "budget_pages": 7, "recent_pages": 1, "sink_pages": 0, "min_tokens": 0}
-DRAWS, TOKENS, TEMPERATURE = 3000, 3, 1.0
+DRAWS, TOKENS, TEMPERATURE = 2000, 3, 1.0
 LEAST = 25  # draws that are expected of a group of texts
 
 

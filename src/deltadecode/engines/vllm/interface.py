@@ -20,6 +20,12 @@ _EVERYWHERE = {
     "vllm.distributed.utils:get_pp_indices": ("num_hidden_layers", "pp_rank", "pp_size"),
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": ("usage_context",),
     "vllm.forward_context:get_forward_context": (),
+    "vllm.forward_context:set_forward_context": (
+        "attn_metadata",
+        "vllm_config",
+        "num_tokens",
+        "slot_mapping",
+    ),
     "vllm.model_executor.models.utils:extract_layer_index": ("layer_name",),
     "vllm.v1.attention.backend:AttentionLayer": ("_q_scale", "_k_scale", "_v_scale"),
     "vllm.v1.attention.backend:AttentionCGSupport": ("UNIFORM_BATCH",),
