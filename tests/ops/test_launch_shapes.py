@@ -52,7 +52,7 @@ def kernels(rows, tokens, sparse):
     queries, float32 = (rows, tokens) if tokens else (rows,), torch.float32
     kind = plans.AttentionKind(
         torch.device("cpu"), queries, 12, 64, float32, float32, (1, 1, 1), float32, 16, 2,
-        (1, 1, 1), (1, 1, 1), 512, 512, 16, 64, 64, sparse, not sparse, None, 1.0, None, 1.0,
+        (1, 1, 1), (1, 1, 1), 512, 512, 16, 64, 64, sparse, not sparse, False, None, 1.0, None, 1.0,
     )  # fmt: skip
     plan = plans.AttentionPlan(kind)
     selection = plans.selection_kind(DeltaConfig(), queries, 5000, float32, 5000)

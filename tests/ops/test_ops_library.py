@@ -39,7 +39,8 @@ def test_decode_attention_is_a_proper_operator(dtype, scores):
     case = make_case(1, [9, 4], dtype=dtype)
     operator = torch.ops.deltadecode.decode_attention.default
     torch.library.opcheck(
-        operator, (*case.arguments, 0.5, 4, None, None, None, None, 1.0, 1.0, scores, "torch")
+        operator,
+        (*case.arguments, 0.5, 4, None, None, None, None, 1.0, 1.0, scores, False, "torch"),
     )
 
 
