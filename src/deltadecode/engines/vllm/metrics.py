@@ -17,12 +17,7 @@ from deltadecode_vllm import is_lossless, wrap_once
 
 
 def count_steps(scheduler: Any, settings: ServingSettings) -> None:
-    """Let one scheduler count its decode rows, and send the counts with its statistics.
-
-    Where it makes no statistics, nothing is counted.
-    """
-    if not getattr(scheduler, "log_stats", True):
-        return
+    """Let one scheduler count its decode rows, and send the counts with its statistics."""
     counts = StepCounts(settings)
     most = versions.most_tokens(scheduler.vllm_config)
     lossless = is_lossless(scheduler.vllm_config)
