@@ -56,22 +56,22 @@ def run_decode(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | Non
                 "backend 'torch', or torch.no_grad()"
             )
         chosen = torch_backend
-    by_row = inputs.q.dim() == 4 and chosen in (torch_backend, reference)
     out: Tensor
     scores: Tensor | None
-    if by_row and chosen is torch_backend:
-        at_once = torch_backend.verify_attention(inputs)
-        if at_once is not None:
-            out, scores = at_once
-            return out, scores if scores is None or not inputs.score_last else scores[:, -1]
-    out, scores = chosen.decode_attention(each_token_alone(inputs) if by_row else inputs)
-    if not by_row:
+    if inputs.q.dim() != 4 or chosen not in (torch_backend, reference):
+        out, scores = chosen.decode_attention(inputs)
         return out, scores
-    rows, tokens = inputs.q.shape[:2]
-    if scores is not None:
-        scores = scores.view(rows, tokens, scores.shape[1])
-        scores = scores[:, -1] if inputs.score_last else scores
-    return out.view(inputs.q.shape), scores
+    at_once = torch_backend.verify_attention(inputs) if chosen is torch_backend else None
+    if at_once is not None:
+        out, scores = at_once
+    else:
+        out, scores = chosen.decode_attention(each_token_alone(inputs))
+        out = out.view(inputs.q.shape)
+        if scores is not None:
+            scores = scores.view(*inputs.q.shape[:2], scores.shape[1])
+    if scores is not None and inputs.score_last:
+        scores = scores[:, -1]
+    return out, scores
 
 
 def plan_decode(
