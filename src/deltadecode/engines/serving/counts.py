@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltadecode.config import SHARE_DEN
+from deltadecode.config import SHARE_DEN, DeltaConfig
 from deltadecode.engines.serving.settings import ServingSettings
 
 Ints = TypeVar("Ints", int, NDArray[np.int64])
@@ -25,15 +25,18 @@ def attended_tokens(settings: ServingSettings, tokens: Ints) -> tuple[Ints, Ints
     config = settings.config
     page = config.page_size
     pages = -(-tokens // page)
-    share = -(-config.share_num * pages // SHARE_DEN)
-    # As DeltaConfig.pages_for has it, of all rows at once.
-    budget = np.maximum(config.budget_pages, share) if config.share_num else config.budget_pages
+    budget = _budgets(config, pages)
     last = (tokens - 1) % page + 1 if config.recent_pages else page
     leaves_out = (pages > budget) & (tokens >= settings.min_tokens)
     selected = np.where(leaves_out, (budget - 1) * page + last, tokens)
     sparse, planned = settings.layer_counts
     attended, full = (planned - sparse) * tokens + sparse * selected, planned * tokens
     return (int(attended), int(full)) if isinstance(tokens, int) else (attended, full)
+
+
+def _budgets(config: DeltaConfig, pages: Ints) -> Any:
+    """K(N) as :meth:`DeltaConfig.pages_for` has it, of all rows at once."""
+    return np.maximum(config.budget_pages, -(-config.share_num * pages // SHARE_DEN))
 
 
 @dataclass
@@ -77,10 +80,8 @@ class StepCounts:
         new, given = (np.asarray(each, dtype=np.int64)[:, None] for each in (new_tokens, kept))
         places = np.arange(max([1, *new_tokens, *kept]))
         seen, before = first + places, first - 1
-        pages = -(-before // page)
         # What was selected; and from the page of the newest decided token on, all of them.
-        selected = np.maximum(config.budget_pages, -(-config.share_num * pages // SHARE_DEN))
-        older = (selected - (before % page > 0)) * page
+        older = (_budgets(config, -(-before // page)) - (before % page > 0)) * page
         read = np.minimum(seen, older + seen - before // page * page)
         drafted = (read * (places < new - 1)).sum()
         self.attended += planned * int(drafted + (before + new).sum())
