@@ -95,11 +95,12 @@ class PageDirectory:
     def begin(self, cfg: DeltaConfig, rows: int, length: int, device: torch.device) -> None:
         """Begin a step with ``length`` slots, the new one included."""
         most = cfg.pages_for(-(-length // cfg.page_size))
-        if most > self.capacity or self._length < 0 or self.held.shape[0] != rows:
-            if most > self.capacity:
-                self.capacity = pool_pages(cfg, length)
-            self._clear(rows, device)
-        elif self._length != length - 1 or self.held.device != device:
+        grows = most > self.capacity
+        if grows:
+            self.capacity = pool_pages(cfg, length)
+        # Nothing is held before the first step, and after a forgotten one.
+        follows = 0 <= self._length == length - 1
+        if grows or not follows or self.held.shape[0] != rows or self.held.device != device:
             self._clear(rows, device)
         self._length = length
         self._clock += 1
@@ -136,10 +137,10 @@ class PageDirectory:
             slot = group.slots[token.clamp(0, group.length - 1)]
         first = rows[:, None] * (self.capacity + 1)
         cells = first + column
-        # Columns that mean nothing write what the first one writes.
         # Wider than it must be, so that kernels see few shapes of it.
         width = -(-group.length // (page * _COLUMNS)) * _COLUMNS
         table = torch.zeros(len(rows), width, dtype=torch.int32, device=device)
+        # Columns that mean nothing write what the first one writes.
         table.scatter_(
             1, pages.where(wanted, pages[:, :1]), cells.where(wanted, cells[:, :1]).int()
         )
