@@ -56,6 +56,19 @@ def said(output):
     return "\n".join([*errors[:10], output[-3000:]])
 
 
+def run_worker(folder, path, job):
+    """What an engine in a process of its own found; ``path`` is that of :func:`plugin_path`."""
+    out, given = folder / "found.json", folder / "job.json"
+    given.write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(given), str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "WARNING"},
+    )  # fmt: skip
+    assert done.returncode == 0, said(done.stdout)
+    return json.loads(out.read_text())
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
@@ -64,15 +77,7 @@ def work(tmp_path_factory):
     def run(**job):
         job = {"side": "vllm", "rounds": [[{"prompt": p.prompt} for p in PROBLEMS]], **job}
         job["engine"] = {**ENGINE, **job.get("engine", {})}
-        out, given = folder / "found.json", folder / "job.json"
-        given.write_text(json.dumps(job))
-        done = subprocess.run(
-            [sys.executable, str(WORKER), str(given), str(out)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "WARNING"},
-        )  # fmt: skip
-        assert done.returncode == 0, said(done.stdout)
-        rounds = json.loads(out.read_text())["rounds"]
+        rounds = run_worker(folder, path, job)["rounds"]
         return [
             [{**request["completions"][0], "cached": request["cached"]} for request in round_]
             for round_ in rounds

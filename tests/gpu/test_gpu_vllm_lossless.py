@@ -3,13 +3,8 @@
 ``pytest -m gpu tests/gpu/test_gpu_vllm_lossless.py``
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-from test_gpu_vllm import ENGINE, PROBLEMS, WORKER, agreeing, plugin_path, said
+from test_gpu_vllm import ENGINE, PROBLEMS, agreeing, plugin_path, run_worker
 from test_gpu_vllm import pytestmark as pytestmark
 
 from deltadecode_vllm import PROPOSER
@@ -29,17 +24,8 @@ def work(tmp_path_factory):
         engine = {**ENGINE, "disable_log_stats": False, **job.pop("engine", {})}
         if "config" in job:
             engine["speculative_config"] = {**DRAFTING, **engine.get("speculative_config", {})}
-        given, out = folder / "job.json", folder / "found.json"
-        given.write_text(
-            json.dumps({"side": "vllm", "rounds": list(rounds), "engine": engine, **job})
-        )
-        done = subprocess.run(
-            [sys.executable, str(WORKER), str(given), str(out)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "WARNING"},
-        )  # fmt: skip
-        assert done.returncode == 0, said(done.stdout)
-        found = json.loads(out.read_text())
+        given = {"side": "vllm", "rounds": list(rounds), "engine": engine, **job}
+        found = run_worker(folder, path, given)
         found["rounds"] = [
             [request["completions"][0] for request in round_] for round_ in found["rounds"]
         ]
