@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltadecode.config import MOST_DRAFTS
 from deltadecode_vllm import PROPOSER
 
-MOST_DRAFTS = 16
 KINDS = ("headline", "step", "short", "prefill", "profile")
 CACHES = ("auto", "fp8")
 HEADLINE_PROMPT = 4  # tokens, as in arXiv 2510.09883

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import benchmarks.command as cli
+from deltadecode.config import MOST_DRAFTS
 
 
 def lossless(
@@ -18,7 +19,7 @@ def lossless(
     ] = None,
     draft_tokens: Annotated[
         list[int] | None,
-        typer.Option(min=0, max=16, help="Before a verification; 0: as pays. Default: 4."),
+        typer.Option(min=0, max=MOST_DRAFTS, help="Before a verification; 0: as pays. Default: 4."),
     ] = None,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
     texts: Annotated[int, typer.Option(min=1, help="Prompts for each context.")] = 5,

@@ -9,6 +9,7 @@ import typer
 
 import benchmarks.command as cli
 from deltadecode.cli.output import BadInput, note
+from deltadecode.config import MOST_DRAFTS
 
 Count = Annotated[int | None, typer.Option(min=1, help="Instead of the workload's own.")]
 
@@ -58,7 +59,9 @@ def serve(
     lossless: Annotated[
         bool, typer.Option("--lossless", help="DELTA only drafts, and full attention verifies.")
     ] = False,
-    drafts: Annotated[int, typer.Option(min=1, max=16, help="With --lossless, of a step.")] = 4,
+    drafts: Annotated[
+        int, typer.Option(min=1, max=MOST_DRAFTS, help="With --lossless, of a step.")
+    ] = 4,
     acceptance: Annotated[
         float | None,
         typer.Option(help="With --lossless: of each draft, drawn; weights are random."),

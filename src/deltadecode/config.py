@@ -17,6 +17,8 @@ from deltadecode.profiles import find_profile
 Role = Literal["dense", "delta", "sparse", "own"]
 # A share is so many of these parts, so that all that is computed with it is of whole numbers.
 SHARE_DEN = 10_000
+# Drafts before a verification in lossless mode, in every engine (R12).
+MOST_DRAFTS = 16
 
 
 @dataclass(frozen=True)

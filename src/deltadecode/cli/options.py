@@ -13,6 +13,7 @@ import typer
 
 from deltadecode.cli.files import check_file, check_folder, picture_file
 from deltadecode.cli.output import BadInput, check_tag
+from deltadecode.config import MOST_DRAFTS
 
 EMBEDDED, SMOLLM2 = "embedded", "smollm2"
 LARGEST_SEED = 2**32 - 1  # of NumPy's generator, which Transformers seeds too
@@ -198,7 +199,7 @@ DraftTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        max=16,
+        max=MOST_DRAFTS,
         help="With --lossless: drafts before a verification; by default as many as pay.",
         rich_help_panel=PLAN_PANEL,
     ),

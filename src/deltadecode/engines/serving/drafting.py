@@ -16,7 +16,6 @@ from torch import Tensor
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.serving.settings import ServingSettings, budget_tokens
 
-MOST_DRAFTS = 16
 # What drafts have to gain by the bytes that are read, for all that those leave out.
 _GAIN = 1.1
 # Share of drafts that hold until it is measured, and weight of one verification in the measure.

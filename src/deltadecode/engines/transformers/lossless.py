@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
 
+from deltadecode.config import MOST_DRAFTS
 from deltadecode.engines.transformers.cache import DeltaCache, DeltaLayer
 from deltadecode.engines.transformers.held import Held, Part
 from deltadecode.engines.transformers.rows import RowGroup
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from deltadecode.engines.transformers.state import ModelState
 
 DRAFT_TOKENS = 8
-_MOST_DRAFTS = 16
 # Layer -> number of the row group -> page scores.
 Scores = dict[int, dict[int, Tensor]]
 
@@ -169,8 +169,8 @@ def check_draft_tokens(lossless: bool, draft_tokens: int | None) -> int:
     count = DRAFT_TOKENS if draft_tokens is None else draft_tokens
     if type(count) is not int:
         raise ArgumentTypeError(f"draft_tokens must be an int, got {count!r}")
-    if not 1 <= count <= _MOST_DRAFTS:
-        raise ArgumentError(f"draft_tokens must be in 1..{_MOST_DRAFTS}, got {count}")
+    if not 1 <= count <= MOST_DRAFTS:
+        raise ArgumentError(f"draft_tokens must be in 1..{MOST_DRAFTS}, got {count}")
     return count
 
 

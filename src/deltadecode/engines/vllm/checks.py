@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltadecode.engines.serving.drafting import MOST_DRAFTS
+from deltadecode.config import MOST_DRAFTS
 from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.vllm import versions
 from deltadecode.errors import DeltaConfigError, UnsupportedCacheError, UnsupportedModelError
