@@ -11,7 +11,9 @@ from deltadecode.cli.output import BadInput, complain
 
 def soak(
     requests: Annotated[int, typer.Option(min=1, help="In all, a third of them aborted.")] = 10_000,
-    minutes: Annotated[float | None, typer.Option(help="End after so long all the same.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="End after so many of requests all the same.")
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once, at most.")] = 16,
     prompts: Annotated[int, typer.Option(min=1, help="Distinct prompts.")] = 64,
     input_len: Annotated[int, typer.Option(min=2, help="Tokens of a prompt, at most.")] = 192,

@@ -35,7 +35,7 @@ class SoakOptions:
     model: Path
     layers: int
     requests: int
-    minutes: float | None = None  # then it ends, whatever is left
+    minutes: float | None = None  # of requests; then it ends, whatever is left
     prompts: int = 64  # distinct ones
     tokens: int = 32  # at most, of an answer
     concurrency: int = 16
@@ -144,7 +144,6 @@ def soak(
 ) -> dict[str, Any]:
     """Run it. The result has ``failures``: one line for each thing that did not hold."""
     longest = max(map(len, prompts)) + options.tokens
-    end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     known = result("soak", options.command, [])
     progress("answers of stock vLLM", 0.0)
     asked = {"prompts": [list(prompt) for prompt in prompts], "tokens": options.tokens}
@@ -155,6 +154,7 @@ def soak(
         process.do({"do": "prompts", **asked})
         chunk = min(max(1, options.requests // _SAMPLES), _BETWEEN)
         began = time.monotonic()
+        end = None if options.minutes is None else began + 60 * options.minutes
         while tally.started < options.requests and (end is None or time.monotonic() < end):
             progress("DELTA", tally.started / options.requests)
             several = min(chunk, options.requests - tally.started)
