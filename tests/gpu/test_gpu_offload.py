@@ -23,20 +23,21 @@ def run(model, tokens, mask, steps, cache, **options):
         tokens, attention_mask=mask, max_new_tokens=steps, do_sample=False, past_key_values=cache,
         return_dict_in_generate=True, output_logits=True, **options,
     )  # fmt: skip
-    return out.sequences, torch.stack(out.logits), dd.stats(model).per_layer
+    stats = dd.stats(model)
+    return out.sequences, torch.stack(out.logits), stats.per_layer, stats.offload.hit_rate
 
 
 def assert_same(model, pair, tokens, mask, steps=40, **options):
-    """Both caches give the same bits, and hold them; gives the tokens."""
+    """Both caches give the same bits, and hold them; gives the tokens, and the first's hit rate."""
     ours, plain = (run(model, tokens, mask, steps, cache, **options) for cache in pair)
-    assert torch.equal(ours[1][0], plain[1][0]), "the prompt"
-    assert torch.equal(ours[1], plain[1])
+    equal = (ours[1] == plain[1]).flatten(1).all(dim=1)
+    assert equal.all(), f"first other logits at step {equal.int().argmin()}"
     assert torch.equal(ours[0], plain[0])
     assert ours[2] == plain[2]
     for left, right in zip(pair[0].layers, pair[1].layers, strict=True):
         assert torch.equal(left.keys.cpu(), right.keys.cpu())
         assert torch.equal(left.values.cpu(), right.values.cpu())
-    return ours[0]
+    return ours[0], ours[3]
 
 
 def caches(model, cfg=CFG, **options):
@@ -55,9 +56,9 @@ def test_the_bits_are_those_of_the_default_cache(dtype, cfg, gather):
     model = make("llama", dtype, cfg)
     pair = caches(model, cfg, gather=gather)
     tokens, _ = left_padded((230,))
-    assert_same(model, pair, tokens, None, 120)
+    _, hit_rate = assert_same(model, pair, tokens, None, 120)
     assert all(layer.offloaded and layer._host.is_pinned() for layer in sparse(pair[0]))
-    assert 0 < dd.stats(model).offload.hit_rate < 1
+    assert 0 < hit_rate < 1
 
 
 def test_hits_are_counted_and_pages_fetched():
@@ -75,7 +76,7 @@ def test_padded_batches_that_are_cropped_copied_and_go_on():
     model = make("llama", torch.bfloat16)
     tokens, mask = left_padded()
     pair = caches(model)
-    first = assert_same(model, pair, tokens, mask)
+    first, _ = assert_same(model, pair, tokens, mask)
     for cache in pair:
         cache.crop(-11)
     ones = torch.ones(3, first.shape[1] - tokens.shape[1], dtype=torch.long, device="cuda")

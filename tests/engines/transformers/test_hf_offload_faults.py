@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import warnings
+from mmap import PAGESIZE
 from types import SimpleNamespace
 
 import pytest
@@ -141,12 +142,14 @@ def pinning(monkeypatch, most):
 
 
 def test_memory_stays_pinned_as_long_as_it_is_used(monkeypatch) -> None:
-    runtime = pinning(monkeypatch, 1000)
+    runtime = pinning(monkeypatch, PAGESIZE)
     tensor = CudaTransfer().allocate((10, 10), torch.float32)
     view, address = tensor[2:], tensor.data_ptr()
     del tensor
     gc.collect()
-    assert runtime.pinned == {address: 400}
+    # Whole pages, which no other memory shares.
+    assert runtime.pinned == {address: PAGESIZE}
+    assert not address % PAGESIZE
     del view
     gc.collect()
     assert runtime.pinned == {}
@@ -207,9 +210,10 @@ def test_the_transfer_of_cuda_devices(model, monkeypatch, gather) -> None:
     out = [model.generate(make_prompt(41), past_key_values=cache, **LINE) for cache in caches]
     assert torch.equal(*out)
     assert len(runtime.pinned) == 3
-    # The prompt of three layers; two Δ-layers in each of two steps; each layer for its own pages.
+    # The prompt of three layers, and their new pools; two Δ-layers in each of two steps; each layer
+    # for its own pages.
     stored, fetched = ("copies", "waits for", "model"), ("model", "waits for", "fetched")
-    assert log.count(stored) == 3 + 2 * 2
+    assert log.count(stored) == 3 + 3 + 2 * 2
     assert log.count(fetched) == 3 * 2
     assert log.count(("copies", "is waited for")) == (0 if gather else 3 * 2)
     caches.clear()

@@ -7,8 +7,10 @@ tokens of a page of a batch of one. A pool of pages on the device is [cells, P, 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 import weakref
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +56,7 @@ class Transfer:
             value[:, :, first:stop].copy_(staged[:, 1].permute(1, 2, 0, 3))
 
     def begin(self, device: torch.device) -> None:
-        """Before the pages of one Δ-layer are fetched: what was launched until now comes first."""
+        """Before pages are fetched or a pool is new: what was launched until now comes first."""
 
     def fetch(self, host: Tensor, pool: Tensor, request: PageRequest) -> Any:
         """Copy the missing pages of a request to a pool; gives what :meth:`wait` takes."""
@@ -107,16 +109,19 @@ class CudaTransfer(Transfer):
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Pinned memory; pageable memory, with one warning, where the system refuses to pin."""
-        tensor = torch.empty(shape, dtype=dtype)
-        size = tensor.nbytes
-        if self.pinned and size and not _pin(tensor):
+        size = math.prod(shape) * dtype.itemsize
+        # Whole pages of its own: memory is pinned by pages, and each of them once.
+        whole = -(-size // PAGESIZE) * PAGESIZE
+        room = torch.empty(whole + PAGESIZE, dtype=torch.uint8)
+        own = room[-room.data_ptr() % PAGESIZE :]
+        if self.pinned and size and not _pin(own[:whole]):
             self.pinned = False
             warnings.warn(
                 f"the system refused to pin {size:,} bytes of host memory: pages are fetched more "
                 "slowly; raise the limit of locked memory (ulimit -l)",
                 stacklevel=2,
             )
-        return tensor
+        return own[:size].view(dtype).view(shape)
 
     def store(self, host: Tensor, start: int, key: Tensor, value: Tensor) -> None:
         """Copy new tokens to the host; a prompt's on the stream of copies."""

@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.cache import DeltaLayer
-from deltadecode.engines.transformers.offload_host import (
-    Transfer,
-    free_host_bytes,
-    stage,
-)
+from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes, stage
 from deltadecode.engines.transformers.offload_pages import PageDirectory, PageRequest
 from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.errors import UnsupportedCacheError
@@ -308,6 +304,8 @@ class OffloadedLayer(DeltaLayer):
         if pool is None or pool.shape[0] != cells:
             shape = cells, page_size, 2, *self._host.shape[3:]
             pool = self._pool = torch.empty(shape, dtype=self.dtype, device=self.device)
+            # Earlier work of the model may still use its memory.
+            self._shared.transfer.begin(self.device)
         request, _ = self._requests[place]
         ticket = self._shared.transfer.fetch(self._host, pool, request)
         self._requests[place] = request, ticket
