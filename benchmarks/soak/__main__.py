@@ -27,7 +27,7 @@ def soak(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Nats by which a token may lose. Default: 0.0001, in bfloat16 0.5."),
+        typer.Option(help="Nats by which a token may lose. Default: 0.0001, in bfloat16 1."),
     ] = None,
     memory_share: Annotated[float, typer.Option(help="Of the device.")] = 0.85,
     seed: Annotated[int, typer.Option(help="Of lengths, arrivals and aborts.")] = 0,

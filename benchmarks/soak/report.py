@@ -19,6 +19,7 @@ def table(result: dict[str, Any]) -> Table:
         ("preempted", f"{line['preemptions']:,}"),
         ("tokens, seconds", f"{line['tokens']:,}, {line['seconds']:,}"),
         ("answers with a wrong token, a near tie", f"{line['wrong']:,}, {line['near_ties']:,}"),
+        ("nats that a token lost by", f"{line['most_lost']:g}"),
         ("free blocks at the end, start", f"{line['free_blocks']}, {line['free_blocks_at_start']}"),
         ("memory", grown),
     ):
