@@ -269,11 +269,11 @@ def right_answers():
 
 def test_numbers_of_the_readme_are_those_of_the_files():
     r1, short = "e2e-20261124-r1-1.5b.json", "e2e-20261125-r1-short.json"
-    shape_8b = "e2e-20261124-qwen3-8b.json"
+    headline, shape_8b = "e2e-20261128-r1-headline.json", "e2e-20261124-qwen3-8b.json"
     served_r1, served_8b = "serve-20261128-r1-1.5b.json", "serve-20261128-qwen3-8b.json"
     step = "decode step, bfloat16, context 16384"
     expected = [
-        (r1, sides(r1, 1, "s", kind="headline")),
+        (headline, sides(headline, 1, "s", kind="headline")),
         (r1, sides(r1, 2, "ms", kind="step", context=18000)),
         (r1, sides(r1, 2, "ms", kind="step", context=2048)),
         (shape_8b, sides(shape_8b, 2, "ms", kind="step", batch=16)),
