@@ -83,5 +83,25 @@ def _register() -> None:
     importlib.import_module(_TRANSFORMERS)
 
 
+def _register_config() -> None:
+    from transformers import AutoConfig
+
+    from deltadecode.models.clsa import ClsaConfig
+
+    AutoConfig.register(ClsaConfig.model_type, ClsaConfig, exist_ok=True)
+
+
+def _register_models() -> None:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from deltadecode.models.clsa import ClsaConfig, ClsaForCausalLM, ClsaModel
+
+    AutoModel.register(ClsaConfig, ClsaModel, exist_ok=True)
+    AutoModelForCausalLM.register(ClsaConfig, ClsaForCausalLM, exist_ok=True)
+
+
 # Transformers takes seconds to import, and no model exists before its base class does.
 on_import("transformers.modeling_utils", _register)
+# Architectures of our own are known wherever a model is loaded by its folder.
+on_import("transformers.models.auto.configuration_auto", _register_config)
+on_import("transformers.models.auto.modeling_auto", _register_models)

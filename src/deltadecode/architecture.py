@@ -101,6 +101,10 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
         full-attention layer at all.
     """
     config = text_config(model_or_config)
+    if getattr(config, "selects_tokens", False):
+        raise UnsupportedModelError(
+            f"{_name(config)} selects the tokens that it reads by itself; DELTA has no part in it"
+        )
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedModelError(
             f"{_name(config)} uses multi-head latent attention (kv_lora_rank "

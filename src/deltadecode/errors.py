@@ -30,6 +30,10 @@ class OperationError(DeltaDecodeError):
     """Inputs that an operation of ``deltadecode.ops`` does not take, or a backend it has not."""
 
 
+class ModelConfigError(DeltaDecodeError):
+    """A configuration of one of our own models breaks one of its rules."""
+
+
 class UnsupportedModelError(DeltaDecodeError):
     """The model has no full-attention layers that could be planned."""
 

@@ -1,0 +1,1 @@
+"""Architectures of our own, as Transformers classes; each has a page in docs."""

@@ -1,0 +1,337 @@
+"""CLSA as Transformers classes (docs/clsa.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import ModelOutput, can_return_tuple
+
+from deltadecode.errors import ArgumentError, UnsupportedCacheError
+from deltadecode.models.clsa.attention import (
+    Attend,
+    Full,
+    Masked,
+    Observed,
+    Window,
+    largest,
+    seen,
+)
+from deltadecode.models.clsa.cache import ClsaCache, check_cache
+from deltadecode.models.clsa.configuration import ClsaConfig
+from deltadecode.models.clsa.decode import gather
+from deltadecode.models.clsa.layers import (
+    ClsaCrossLayer,
+    ClsaIndexer,
+    ClsaRMSNorm,
+    ClsaSelfLayer,
+    ClsaSharedKV,
+    rotary,
+)
+
+
+@dataclass
+class ClsaOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes
+    ----------
+    loss, logits
+        Of :class:`ClsaForCausalLM`; the logits of the tokens kept, [B, kept, vocabulary].
+    last_hidden_state
+        Of :class:`ClsaModel`, [B, kept, hidden].
+    past_key_values
+        The cache.
+    hidden_states
+        Input of each layer and the last output, if asked for. Those of the cross-decoder are of the
+        tokens kept.
+    index_loss
+        KL divergence of the index's softmax from the mean dense attention, in nats a token, if
+        asked for.
+    index_coverage
+        Share of that attention that lies on the tokens which the index picks.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    index_loss: Tensor | None = None
+    index_coverage: Tensor | None = None
+
+
+class ClsaPreTrainedModel(PreTrainedModel):
+    """What both classes tell Transformers."""
+
+    config_class = ClsaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    config: ClsaConfig
+    _no_split_modules = ["ClsaSelfLayer", "ClsaCrossLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+
+class ClsaModel(ClsaPreTrainedModel):
+    """Self-decoder, shared keys and values, index, cross-decoder."""
+
+    def __init__(self, config: ClsaConfig) -> None:
+        config.check()
+        super().__init__(config)
+        first, layers = config.self_layers, config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ClsaSelfLayer(config, layer) for layer in range(first))
+        self.layers.extend(ClsaCrossLayer(config) for _ in range(layers - first))
+        if first < layers:
+            self.memory_norm = ClsaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.shared_kv = ClsaSharedKV(config)
+        if config.mode == "clsa":
+            self.indexer = ClsaIndexer(config)
+        self.norm = ClsaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        index_loss: bool = False,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> ClsaOutput:
+        """Hidden states of the last ``logits_to_keep`` tokens, or of all.
+
+        Only those go through the cross-decoder: all others leave after the self-decoder, once their
+        shared keys and values are made. ``attention_mask`` is [B, tokens so far], 0 for padding.
+
+        Raises
+        ------
+        ArgumentError
+            For a context past the model's positions, another mask, or an index that is not there.
+        UnsupportedCacheError
+            For another class of cache.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ArgumentError("give input_ids or inputs_embeds, one of them")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        check_cache(past_key_values)
+        if not use_cache:
+            cache = past_key_values = None
+        else:
+            cache = ClsaCache(config) if past_key_values is None else past_key_values
+        past = 0 if cache is None else cache.get_seq_length()
+        new, tokens = x.shape[1], past + x.shape[1]
+        check_length(config, tokens)
+        if position_ids is None:
+            position_ids = torch.arange(past, tokens, device=x.device)[None]
+        valid = _valid(attention_mask, x.shape[0], tokens)
+        states = [x]
+        attend: Attend
+        if config.mode == "transformer":
+            attend = Full(new, tokens, valid, x.device)
+        else:
+            attend = Window(new, tokens, config.sliding_window, valid, x.device)
+        turn = rotary(config, position_ids, x.dtype)
+        for layer in self.layers[: config.self_layers]:
+            x = layer(x, turn, attend, cache)
+            states.append(x)
+        found: dict[str, Tensor] = {}
+        if config.mode != "transformer":
+            x = self._cross(x, tokens, valid, cache, logits_to_keep, index_loss, states, found)
+        elif index_loss:
+            raise ArgumentError("a Transformer has no index to learn")
+        else:
+            x = x[:, -logits_to_keep:]
+        return ClsaOutput(
+            last_hidden_state=self.norm(x),
+            past_key_values=cache,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            **found,
+        )
+
+    def _cross(
+        self,
+        x: Tensor,
+        tokens: int,
+        valid: Tensor | None,
+        cache: ClsaCache | None,
+        kept: int,
+        index_loss: bool,
+        states: list[Tensor],
+        found: dict[str, Tensor],
+    ) -> Tensor:
+        """The cross-decoder over the ``kept`` last tokens of x [B, Q, hidden]; 0: all of them."""
+        memory, keep = self.memory_norm(x), slice(-kept, None)
+        k, v = self.shared_kv(memory)
+        if cache is not None:
+            k, v = cache.update_shared(k, v)
+        x = x[:, keep]
+        attend: Attend = Full(x.shape[1], tokens, valid, x.device)
+        query = keys = None
+        if self.config.mode == "clsa":
+            query, keys = self.indexer(memory, keep)
+            keys = keys if cache is None else cache.update_index(keys)
+            if tokens > self.config.index_topk:
+                attend = self._selected(query, keys, valid)
+        observed = None
+        if index_loss:
+            if query is None or keys is None:
+                raise ArgumentError("a model of mode 'yoco' has no index to learn")
+            crossing = self.config.num_hidden_layers - self.config.self_layers
+            attend = observed = Observed(
+                attend, seen(x.shape[1], tokens, valid, x.device), crossing
+            )
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        for layer in self.layers[self.config.self_layers :]:
+            x = layer(x, k, v, attend)
+            states.append(x)
+        if observed is not None and query is not None and keys is not None:
+            real = None if valid is None else valid[:, tokens - x.shape[1] :]
+            found |= _index_loss(observed, query, keys, real, self.config.index_topk)
+        return x
+
+    def _selected(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> Attend:
+        """How the cross-decoder attends to the tokens that the index picks, once for all layers."""
+        if query.shape[1] == 1 and not torch.is_grad_enabled():
+            return gather(query[:, 0], keys, valid, self.config.index_topk)
+        held = seen(query.shape[1], keys.shape[1], valid, keys.device)
+        scores = (query @ keys.transpose(1, 2)).detach()[:, None]
+        return Masked(largest(scores, held.expand_as(scores), self.config.index_topk))
+
+
+class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
+    """CLSA with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ClsaConfig) -> None:
+        super().__init__(config)
+        self.model = ClsaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> ClsaOutput:
+        """Logits of the tokens kept, and the loss of ``labels`` [B, Q], -100 where none counts."""
+        last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        flags = ("index_loss", "output_hidden_states")
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=last,
+            return_dict=True,
+            **{name: kwargs.pop(name) for name in flags if name in kwargs},
+        )
+        x = out.last_hidden_state
+        if not isinstance(logits_to_keep, int):
+            x = x[:, logits_to_keep]
+        logits = self.lm_head(x)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return ClsaOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            index_loss=out.index_loss,
+            index_coverage=out.index_coverage,
+        )
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give ``generate`` a cache of this model's own kind."""
+        check_cache(model_kwargs.get("past_key_values"))
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic"):
+            raise UnsupportedCacheError(
+                f"a CLSA model keeps its tokens in a ClsaCache, got cache_implementation {wanted!r}"
+            )
+        check_length(self.config, generation_config.max_length)
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = ClsaCache(self.config)
+            if getattr(generation_config, "is_assistant", False):
+                model_kwargs["past_key_values"].activate_past_recording()
+
+
+def check_length(config: ClsaConfig, tokens: int) -> None:
+    """Refuse a context past the model's positions."""
+    if tokens > config.max_position_embeddings:
+        raise ArgumentError(
+            f"a context must not exceed the model's {config.max_position_embeddings} "
+            f"positions, got {tokens} tokens"
+        )
+
+
+def _valid(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
+    """Which tokens are no padding, [B, T]; None where all are none."""
+    if mask is None:
+        return None
+    if mask.shape != (rows, tokens):
+        raise ArgumentError(
+            f"attention_mask must be [{rows}, {tokens}], a row's tokens so far, "
+            f"got {list(mask.shape)}"
+        )
+    valid = mask.bool()
+    return None if bool(valid.all()) else valid
+
+
+def _index_loss(
+    observed: Observed, query: Tensor, keys: Tensor, real: Tensor | None, topk: int
+) -> dict[str, Tensor]:
+    """KL of the index's softmax from the dense attention, and the share of it on its top-k.
+
+    Means over the queries that are no padding, ``real`` [B, Q].
+    """
+    dense, held = observed.mean, observed.mask[:, 0]
+    assert dense is not None
+    logits = (query @ keys.transpose(1, 2)).float().masked_fill(~held, float("-inf"))
+    # Where the target is 0 the index may say what it likes, -inf too.
+    log_index = logits.log_softmax(-1).masked_fill(~held, 0.0)
+    loss = (torch.xlogy(dense, dense) - dense * log_index).sum(-1)
+    picked = largest(logits.detach(), held.expand_as(logits), topk)
+    covered = (dense * picked).sum(-1)
+    if real is not None:
+        loss, covered = loss[real], covered[real]
+    return {"index_loss": loss.mean(), "index_coverage": covered.mean()}
