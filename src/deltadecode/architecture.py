@@ -77,6 +77,13 @@ def longest_prompt(text: Any) -> int | None:
     return longest
 
 
+def selects_tokens(model_or_config: Any) -> bool:
+    """Whether a model is of an architecture that selects the tokens that it reads by itself."""
+    return bool(
+        getattr(getattr(model_or_config, "config", model_or_config), "selects_tokens", False)
+    )
+
+
 def attention_layers(model_or_config: Any) -> tuple[int, ...]:
     """Numbers of the full-attention layers (docs/semantics.md, R8).
 
@@ -101,7 +108,7 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
         full-attention layer at all.
     """
     config = text_config(model_or_config)
-    if getattr(config, "selects_tokens", False):
+    if selects_tokens(config):
         raise UnsupportedModelError(
             f"{_name(config)} selects the tokens that it reads by itself; DELTA has no part in it"
         )

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from deltadecode.architecture import selects_tokens
 from deltadecode.cli import loading, options
 from deltadecode.cli.output import BadInput, note, print_json, progress_bar, quiet_libraries
 from deltadecode.cli.prompts import encode, fit, read_prompt
-from deltadecode.cli.report import compared, remarks, summary
+from deltadecode.cli.report import FULL_ATTENTION, OWN_ATTENTION, compared, remarks, summary
 from deltadecode.config import DeltaConfig
 
 if TYPE_CHECKING:
@@ -50,13 +51,16 @@ def generate(
     """Generate text with a Transformers model and DELTA; the text comes to stdout as it is written.
 
     Without DELTA options the model gets its calibrated profile, or the default plan for its depth
-    ('deltadecode info MODEL' shows it). The chat template is used when the tokenizer has one.
+    ('deltadecode info MODEL' shows it). A model that selects tokens by itself (CLSA) runs without
+    DELTA. The chat template is used when the tokenizer has one.
     """
     fields = options.plan_fields(
         page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers, budget_share
     )
     mode = {"lossless": lossless or None, "draft_tokens": draft_tokens}
-    _check_full(full, {"plan": plan, "compare": compare or None, **mode, **fields})
+    of_delta = {"plan": plan, "compare": compare or None, **mode, **fields}
+    if full:
+        _check_without(of_delta, "--full")
     if draft_tokens is not None and not lossless:
         raise BadInput("--draft-tokens needs --lossless")
     if not 0.0 < top_p <= 1.0:
@@ -69,7 +73,10 @@ def generate(
     quiet_libraries()
     place = loading.find_device(device)
     config = loading.load_config(folder)
-    cfg = None if full else loading.make_plan(config, plan, fields)
+    own = selects_tokens(config)
+    if own:
+        _check_without({"full": full or None, **of_delta}, "a model that selects tokens by itself")
+    cfg = None if full or own else loading.make_plan(config, plan, fields)
     tokenizer = loading.load_tokenizer(folder)
     prompt_ids = encode(tokenizer, text, system, use_template=not no_chat_template)
     new_tokens = fit(config, prompt_ids.shape[1], max_new_tokens)
@@ -78,16 +85,21 @@ def generate(
         settings |= {"temperature": temperature, "top_p": top_p}
 
     loaded = loading.load_model(folder, dtype, place)
-    job = Job(loaded, tokenizer, prompt_ids.to(place), settings, seed, lossless, draft_tokens)
+    job = Job(
+        loaded, tokenizer, prompt_ids.to(place), settings, seed, lossless, draft_tokens,
+        OWN_ATTENTION if own else FULL_ATTENTION,
+    )  # fmt: skip
     if new_tokens < max_new_tokens:
         note(f"writing at most {new_tokens} tokens: the model has no more positions")
     first = job.run(cfg, show=not as_json)
     second = job.run(None, show=False) if compare else None
     if as_json:
         result = summary(model, prompt_ids.shape[1], cfg, first)
+        if own:
+            result["attention"] = "own"
         print_json(result if second is None else {**result, "compare": compared(first, second)})
         return
-    for remark in remarks(first, second, delta=cfg is not None):
+    for remark in remarks(first, second, delta=cfg is not None, stock=job.stock):
         note(remark)
 
 
@@ -102,12 +114,13 @@ class Job:
     seed: int
     lossless: bool = False
     draft_tokens: int | None = None
+    stock: str = FULL_ATTENTION
 
     def run(self, cfg: DeltaConfig | None, *, show: bool) -> Decoded:
         """Decode once, None: with full attention; the text to stdout, or a bar to stderr."""
         from deltadecode.cli.decoding import decode
 
-        name = "full attention" if cfg is None else "DELTA"
+        name = self.stock if cfg is None else "DELTA"
         total = self.settings["max_new_tokens"]
         # On a terminal the text itself is the progress, and a bar would be drawn into it.
         with progress_bar(f"{name}: reading the prompt", total) as (bar, task), _line_end(show):
@@ -133,10 +146,10 @@ class Job:
             )
 
 
-def _check_full(full: bool, options: dict[str, Any]) -> None:
+def _check_without(options: dict[str, Any], what: str) -> None:
     clash = [name for name, value in options.items() if value is not None]
-    if full and clash:
-        raise BadInput(f"--full takes no DELTA options, got --{clash[0].replace('_', '-')}")
+    if clash:
+        raise BadInput(f"{what} takes no DELTA options, got --{clash[0].replace('_', '-')}")
 
 
 def _print(text: str) -> None:

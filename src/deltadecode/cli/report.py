@@ -10,6 +10,8 @@ from deltadecode.config import DeltaConfig
 if TYPE_CHECKING:
     from deltadecode.cli.decoding import Decoded
 
+# What ran without DELTA, of a model of any architecture, or of one that selects tokens by itself.
+FULL_ATTENTION, OWN_ATTENTION = "full attention", "the model's own attention"
 _LETTERS = 32  # shown of two texts where they part
 
 
@@ -41,9 +43,11 @@ def compared(delta: Decoded, full: Decoded) -> dict[str, Any]:
     }
 
 
-def remarks(decoded: Decoded, full: Decoded | None, *, delta: bool) -> list[str]:
+def remarks(
+    decoded: Decoded, full: Decoded | None, *, delta: bool, stock: str = FULL_ATTENTION
+) -> list[str]:
     """Lines on what a generation took, DELTA's or not, and on full attention to compare with."""
-    lines = [_took("DELTA" if delta else "full attention", decoded)]
+    lines = [_took("DELTA" if delta else stock, decoded)]
     if delta:
         if decoded.drafts is not None:
             lines.append(
@@ -52,7 +56,7 @@ def remarks(decoded: Decoded, full: Decoded | None, *, delta: bool) -> list[str]
         lines[0] += f"; attended to {_fraction(decoded):.1%} of what full attention reads"
     if full is None:
         return lines
-    lines.append(_took("full attention", full))
+    lines.append(_took(FULL_ATTENTION, full))
     difference = first_difference(decoded, full)
     if difference is None:
         lines.append("both wrote the same text")
