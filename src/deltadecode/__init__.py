@@ -92,12 +92,8 @@ def _register_config() -> None:
 
 
 def _register_models() -> None:
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    from deltadecode.models.clsa import ClsaConfig, ClsaForCausalLM, ClsaModel
-
-    AutoModel.register(ClsaConfig, ClsaModel, exist_ok=True)
-    AutoModelForCausalLM.register(ClsaConfig, ClsaForCausalLM, exist_ok=True)
+    # Registers its classes at its end; it may be what is being imported.
+    importlib.import_module("deltadecode.models.clsa.modeling")
 
 
 # Transformers takes seconds to import, and no model exists before its base class does.

@@ -10,13 +10,14 @@ those of arXiv 2510.09883.
 from deltadecode.ops.dispatch import kernels_refuse, plan_decode
 from deltadecode.ops.inputs import DecodeInputs
 from deltadecode.ops.memory import Pointer, Scratch, is_captured
-from deltadecode.ops.operations import decode_attention, select_pages
+from deltadecode.ops.operations import decode_attention, index_scores, select_pages
 
 __all__ = [
     "DecodeInputs",
     "Pointer",
     "Scratch",
     "decode_attention",
+    "index_scores",
     "is_captured",
     "kernels_refuse",
     "plan_decode",

@@ -115,6 +115,15 @@ def plan_decode(
     return kernels.plan_decode(inputs, cfg, compile_rows, q_dtype, over_all_ranks)
 
 
+def run_index(
+    q: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float, backend: str
+) -> Tensor:
+    """Scores of ``index_scores`` for checked inputs."""
+    check_reach(seq_lens, block_table.shape[1] * keys.shape[1], "block_table")
+    scores: Tensor = _choose(backend, q).index_scores(q, keys, block_table, seq_lens, scale)
+    return scores
+
+
 def run_select(
     page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,25 @@ def check_select(page_scores: Tensor, seq_lens: Tensor) -> None:
     _check_index("seq_lens", seq_lens, (page_scores.shape[0],), page_scores)
 
 
+def check_index(q: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor) -> None:
+    """Check the input of ``index_scores``; shapes, types and devices only, never values."""
+    if q.dim() != 2 or q.dtype not in _FLOATS:
+        raise OperationError(f"q must be a float [B, D], got {_show(q)}")
+    if (
+        keys.dim() != 3
+        or (keys.shape[2], keys.dtype, keys.device) != (q.shape[1], q.dtype, q.device)
+        or keys.stride(2) != 1
+    ):
+        raise OperationError(
+            f"keys must be [blocks, block_size, D] like q, with last stride 1, got {_show(keys)} "
+            f"and q {_show(q)}"
+        )
+    if block_table.dim() != 2:
+        raise OperationError(f"block_table must be [B, blocks], got {_show(block_table)}")
+    _check_index("block_table", block_table, (q.shape[0], block_table.shape[1]), q)
+    _check_index("seq_lens", seq_lens, (q.shape[0],), q)
+
+
 def check_decode(inputs: DecodeInputs) -> None:
     """Check the input of ``decode_attention``; shapes, types and devices only, never values."""
     q, block_table, seq_lens = inputs.q, inputs.block_table, inputs.seq_lens

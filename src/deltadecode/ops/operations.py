@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
-from deltadecode.ops.dispatch import run_select
-from deltadecode.ops.inputs import DecodeInputs, check_select
+from deltadecode.ops.dispatch import run_index, run_select
+from deltadecode.ops.inputs import DecodeInputs, check_index, check_select
 from deltadecode.ops.library import decode, select
 
 
@@ -143,3 +143,47 @@ def decode_attention(
     )  # fmt: skip
     out, scores = decode(inputs, backend)
     return (out, scores) if return_page_scores else out
+
+
+def index_scores(
+    q: Tensor,
+    keys: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Score every token of each row against one query: what an index selects by.
+
+    Token t of row b is where :func:`decode_attention` has it. With pages of one token,
+    :func:`select_pages` makes the exact top-k of these scores. No gradients.
+
+    Parameters
+    ----------
+    q : Tensor
+        [B, D]; float32, bfloat16, float16 or float64.
+    keys : Tensor
+        [blocks, block_size, D] like q, with last stride 1.
+    block_table : Tensor
+        [B, blocks_max] int32.
+    seq_lens : Tensor
+        [B] int32, tokens n per row.
+    scale : float
+        Factor on q · k.
+    backend : str
+        ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
+
+    Returns
+    -------
+    Tensor
+        [B, blocks_max * block_size], float32 (float64 for float64 input); what stands behind the
+        n-th score of a row means nothing.
+
+    Raises
+    ------
+    OperationError
+        When a shape, dtype or device is wrong, or (CPU) a row is longer than its table.
+    """
+    check_index(q, keys, block_table, seq_lens)
+    return run_index(q, keys, block_table, seq_lens, scale, backend)

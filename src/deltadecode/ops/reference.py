@@ -69,6 +69,20 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
     return out, page_scores if inputs.return_page_scores else None
 
 
+def index_scores(
+    q: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    """Score every token; see :func:`deltadecode.ops.index_scores`."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    block_size = keys.shape[1]
+    out = q.new_zeros((q.shape[0], block_table.shape[1] * block_size), dtype=dtype)
+    for row, length in enumerate(seq_lens.tolist()):
+        tokens = torch.arange(length, device=q.device)
+        k = keys[block_table[row, tokens // block_size].long(), tokens % block_size]
+        out[row, :length] = k.to(dtype) @ q[row].to(dtype) * scale
+    return out
+
+
 def attention_weights(
     q: Tensor, k: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:

@@ -67,6 +67,25 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     return page_ids, counts
 
 
+def index_scores(
+    q: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    """Score every token; see :func:`deltadecode.ops.index_scores`."""
+    rows, blocks = block_table.shape
+    lengths, table = seq_lens.tolist(), block_table.tolist()
+    width = max(lengths, default=0)
+    out = q.new_zeros((rows, blocks * keys.shape[1]), dtype=_exact(q.dtype))
+    if blocks == 1 and [block for (block,) in table] == list(range(rows)):
+        # Each row in a block of its own, in order: all of them at once.
+        scores = torch.bmm(keys[:rows, :width].to(out.dtype), q[:, :, None].to(out.dtype))
+        out[:, :width] = scores[..., 0] * scale
+        return out
+    for row, length in enumerate(lengths):
+        k = keys[block_table[row, : -(-length // keys.shape[1])].long()].flatten(0, 1)[:length]
+        out[row, :length] = k.to(out.dtype) @ q[row].to(out.dtype) * scale
+    return out
+
+
 def verify_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None] | None:
     """Attend to all tokens with the Q tokens [B, Q, Hq, D] of each row, which read the cache once.
 

@@ -14,10 +14,16 @@ from deltadecode.models.clsa.configuration import ClsaConfig
 if TYPE_CHECKING:
     from deltadecode.models.clsa.cache import ClsaCache
     from deltadecode.models.clsa.modeling import ClsaForCausalLM, ClsaModel
+    from deltadecode.models.clsa.static import ClsaStaticCache
 
-__all__ = ["ClsaCache", "ClsaConfig", "ClsaForCausalLM", "ClsaModel"]
+__all__ = ["ClsaCache", "ClsaConfig", "ClsaForCausalLM", "ClsaModel", "ClsaStaticCache"]
 
-_LAZY = {"ClsaCache": "cache", "ClsaForCausalLM": "modeling", "ClsaModel": "modeling"}
+_LAZY = {
+    "ClsaCache": "cache",
+    "ClsaForCausalLM": "modeling",
+    "ClsaModel": "modeling",
+    "ClsaStaticCache": "static",
+}
 
 
 def __getattr__(name: str) -> Any:

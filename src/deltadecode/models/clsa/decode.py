@@ -17,59 +17,56 @@ def selection(topk: int) -> DeltaConfig:
     return DeltaConfig(page_size=1, budget_pages=topk, recent_pages=0, sink_pages=0)
 
 
-class Gathered:
-    """Attention of one query a row to the tokens that the index picked.
+class Paged:
+    """Attention of one query a row, by the operations.
 
     Parameters
     ----------
-    scores : Tensor
-        [B, T] index scores of a row's tokens, in their order.
     table, lengths : Tensor
-        Block table [B, blocks] and tokens [B] of the rows, int32.
-    topk : int
-        Tokens to read, k.
+        Block table [B, blocks] and tokens [B] of the rows, int32. A block is a row, or a token.
+    ids, counts : Tensor, optional
+        Tokens that the rows read, [B, k] and [B] int32; all of them without.
     """
 
-    def __init__(self, scores: Tensor, table: Tensor, lengths: Tensor, topk: int) -> None:
-        self.table, self.lengths = table, lengths
-        self.ids, self.counts = ops.select_pages(scores, lengths, selection(topk))
+    def __init__(
+        self,
+        table: Tensor,
+        lengths: Tensor,
+        ids: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
+        self.table, self.lengths, self.ids, self.counts = table, lengths, ids, counts
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend with q [B, Hq, 1, D] to k and v [B, Hkv, T, D], whose tokens lie together."""
-        block = k.shape[0] * k.shape[2] // self._blocks(k)
-        k, v = (x.transpose(1, 2).reshape(-1, block, x.shape[1], x.shape[3]) for x in (k, v))
+        """Attend with q [B, Hq, 1, D] to k and v [B, Hkv, T, D]; of blocks of one token, dense."""
+        k, v = (_blocks(x.transpose(1, 2), self.table) for x in (k, v))
         out: Tensor = ops.decode_attention(
             q[:, :, 0], k, v, self.table, self.lengths, scale=q.shape[3] ** -0.5, page_size=1,
             page_ids=self.ids, page_counts=self.counts,
         )  # fmt: skip
         return out[:, :, None]
 
-    def _blocks(self, k: Tensor) -> int:
-        # A block is a row, or a token where rows have padding between or before their tokens.
-        return k.shape[0] if self.table.shape[1] == 1 else k.shape[0] * k.shape[2]
 
+def pick(query: Tensor, keys: Tensor, table: Tensor, lengths: Tensor, topk: int) -> Paged:
+    """Pick the tokens of one query a row, once for all layers.
 
-def gather(query: Tensor, keys: Tensor, valid: Tensor | None, topk: int) -> Gathered:
-    """Pick the tokens of one query a row.
-
-    Parameters
-    ----------
-    query, keys : Tensor
-        [B, d], scaled, and [B, T, d].
-    valid : Tensor, optional
-        [B, T], False for padding.
-    topk : int
-        Tokens to read, k.
+    ``query`` is [B, d], scaled, and ``keys`` [B, T, d]; the rest as for :class:`Paged`.
     """
+    scores = ops.index_scores(query, _blocks(keys, table), table, lengths)
+    return Paged(table, lengths, *ops.select_pages(scores, lengths, selection(topk)))
+
+
+def rows_of(keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Block table and tokens of rows [B, T, d] of which ``valid`` [B, T] are no padding, or all."""
     rows, tokens = keys.shape[:2]
     row = torch.arange(rows, dtype=torch.int32, device=keys.device)[:, None]
     if valid is None:
-        table, lengths = row, torch.full_like(row[:, 0], tokens)
-    else:
-        # What is no padding, in its order, comes first.
-        order = valid.sort(dim=1, descending=True, stable=True).indices.int()
-        table, lengths = row * tokens + order, valid.sum(1, dtype=torch.int32)
-    scores = (keys @ query[:, :, None])[..., 0]
-    if valid is not None:
-        scores = scores.gather(1, (table - row * tokens).long())
-    return Gathered(scores, table, lengths, topk)
+        return row, torch.full_like(row[:, 0], tokens)
+    # Blocks of one token; what is no padding comes first, in its order.
+    order = valid.sort(dim=1, descending=True, stable=True).indices.int()
+    return row * tokens + order, valid.sum(1, dtype=torch.int32)
+
+
+def _blocks(x: Tensor, table: Tensor) -> Tensor:
+    """[B, T, ...] as the blocks that a table names: rows, or tokens."""
+    return x if table.shape[1] == 1 else x.flatten(0, 1)[:, None]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
@@ -23,7 +24,7 @@ from deltadecode.models.clsa.attention import (
 )
 from deltadecode.models.clsa.cache import ClsaCache, check_cache
 from deltadecode.models.clsa.configuration import ClsaConfig
-from deltadecode.models.clsa.decode import gather
+from deltadecode.models.clsa.decode import pick, rows_of
 from deltadecode.models.clsa.layers import (
     ClsaCrossLayer,
     ClsaIndexer,
@@ -32,6 +33,7 @@ from deltadecode.models.clsa.layers import (
     ClsaSharedKV,
     rotary,
 )
+from deltadecode.models.clsa.static import ClsaStaticCache, step_logits
 
 
 @dataclass
@@ -216,7 +218,8 @@ class ClsaModel(ClsaPreTrainedModel):
     def _selected(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> Attend:
         """How the cross-decoder attends to the tokens that the index picks, once for all layers."""
         if query.shape[1] == 1 and not torch.is_grad_enabled():
-            return gather(query[:, 0], keys, valid, self.config.index_topk)
+            table, lengths = rows_of(keys, valid)
+            return pick(query[:, 0], keys, table, lengths, self.config.index_topk)
         held = seen(query.shape[1], keys.shape[1], valid, keys.device)
         scores = (query @ keys.transpose(1, 2)).detach()[:, None]
         return Masked(largest(scores, held.expand_as(scores), self.config.index_topk))
@@ -247,6 +250,8 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> ClsaOutput:
         """Logits of the tokens kept, and the loss of ``labels`` [B, Q], -100 where none counts."""
+        if isinstance(past_key_values, ClsaStaticCache):
+            return self._static(input_ids, attention_mask, past_key_values)
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
         flags = ("index_loss", "output_hidden_states")
         out = self.model(
@@ -278,21 +283,59 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
             index_coverage=out.index_coverage,
         )
 
+    @torch.no_grad()
+    def _static(
+        self, ids: Tensor | None, mask: Tensor | None, cache: ClsaStaticCache
+    ) -> ClsaOutput:
+        """Last logits of a prompt, or those of one more token a row; the cache keeps them."""
+        if ids is not None and cache.seen == 0:
+            prompt, valid = ClsaCache(self.config), _valid(mask, *ids.shape)
+            # Steps count a row's own tokens, so its prompt must as well.
+            places = None if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
+            logits = self(
+                ids, attention_mask=mask, position_ids=places, past_key_values=prompt,
+                logits_to_keep=1,
+            ).logits  # fmt: skip
+            cache.load(prompt, valid)
+        else:
+            logits = step_logits(self, cache, ids)
+        return ClsaOutput(logits=logits, past_key_values=cache)
+
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Give ``generate`` a cache of this model's own kind."""
         check_cache(model_kwargs.get("past_key_values"))
-        wanted = generation_config.cache_implementation
-        if wanted not in (None, "dynamic"):
-            raise UnsupportedCacheError(
-                f"a CLSA model keeps its tokens in a ClsaCache, got cache_implementation {wanted!r}"
-            )
         check_length(self.config, generation_config.max_length)
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = ClsaCache(self.config)
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic", "static"):
+            raise UnsupportedCacheError(
+                "a CLSA model keeps its tokens in a ClsaCache or a ClsaStaticCache, got "
+                f"cache_implementation {wanted!r}"
+            )
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        cache: Any
+        if wanted == "static":
+            # As many rows as the batch has once sequences and beams are made of its rows.
+            copies = max(
+                generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+            )
+            rows = batch_size * copies
+            cache = ClsaStaticCache(
+                self.config, rows, generation_config.max_length, self.dtype, self.device
+            )
+        else:
+            cache = ClsaCache(self.config)
             if getattr(generation_config, "is_assistant", False):
-                model_kwargs["past_key_values"].activate_past_recording()
+                cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
 
 
 def check_length(config: ClsaConfig, tokens: int) -> None:
@@ -335,3 +378,7 @@ def _index_loss(
     if real is not None:
         loss, covered = loss[real], covered[real]
     return {"index_loss": loss.mean(), "index_coverage": covered.mean()}
+
+
+AutoModel.register(ClsaConfig, ClsaModel, exist_ok=True)
+AutoModelForCausalLM.register(ClsaConfig, ClsaForCausalLM, exist_ok=True)

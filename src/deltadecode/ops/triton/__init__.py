@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import triton
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.inputs import DecodeInputs
+from deltadecode.ops.triton import index
 from deltadecode.ops.triton.decode import DecodePlan, compile_ahead
 from deltadecode.ops.triton.launch import hardware
 from deltadecode.ops.triton.plans import (
@@ -36,6 +38,8 @@ MOST_GROUP = 32
 # Logits of a Δ-layer that may exist at a time. Engines capture batches of hundreds of rows, each as
 # long as the model allows: those go some rows at a time.
 _LOGITS_BYTES = 2**29
+# Tokens that a thread block scores for an index.
+_SCORED = 128
 
 
 def unsupported(tensor: Tensor, k_cache: Tensor | None = None) -> str | None:
@@ -97,6 +101,25 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
             part = slice(first, first + per_turn)
             _run(_rows_of(inputs, part), out[part], scores[part])
     return out, scores if scored else None
+
+
+def index_scores(
+    q: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    """Score every token; see :func:`deltadecode.ops.index_scores`."""
+    rows, dim = q.shape
+    width = block_table.shape[1] * keys.shape[1]
+    out = _floats(q, rows, width)
+    if rows == 0 or width == 0:
+        return out
+    q = q if q.stride(1) == 1 else q.contiguous()
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    index.score[(-(-width // _SCORED), rows)](
+        q, keys, block_table, seq_lens, out, q.stride(0), keys.stride(0), keys.stride(1),
+        block_table.stride(0), width, float(scale), DIM=dim,
+        DIM_PAD=max(16, triton.next_power_of_2(dim)), BLOCK=keys.shape[1], TILE=_SCORED,
+    )  # fmt: skip
+    return out
 
 
 def plan_decode(

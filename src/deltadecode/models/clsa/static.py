@@ -1,0 +1,241 @@
+"""Decoding in fixed shapes: a cache of a size known before, and a step that a CUDA graph holds.
+
+Rows lie in the cache without their padding, each with its own number of tokens. So a step reads
+through the operations alone, and nothing in it depends on lengths but what they compute on the
+device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from deltadecode.errors import UnsupportedCacheError
+from deltadecode.models.clsa.cache import ClsaCache
+from deltadecode.models.clsa.configuration import ClsaConfig
+from deltadecode.models.clsa.decode import Paged, pick
+from deltadecode.models.clsa.layers import rotary
+
+
+class ClsaStaticCache(Cache):
+    """A cache of up to ``max_length`` tokens for each of ``rows`` rows.
+
+    The windows are rings of W tokens, whose order plays no part: positions are in the keys.
+
+    Parameters
+    ----------
+    config
+        Of the model.
+    rows, max_length
+        Sequences, and most tokens of one.
+    dtype, device
+        Of the model.
+    """
+
+    def __init__(
+        self,
+        config: ClsaConfig,
+        rows: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(layers=[])
+        self.config, self.rows, self.max_length = config, rows, max_length
+        heads, first = (config.num_key_value_heads, config.head_dim), config.self_layers
+        self.ring = max_length
+        if config.mode != "transformer":
+            self.ring = min(config.sliding_window, max_length)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.windows = [zeros(2, rows, self.ring, *heads) for _ in range(first)]
+        self.shared = self.index = None
+        if config.mode != "transformer":
+            self.shared = zeros(2, rows, max_length, *heads)
+        if config.mode == "clsa":
+            self.index = zeros(rows, max_length, config.index_head_dim)
+        self.table = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+        self.row = torch.arange(rows, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.seen = 0
+        self.graph: Graph | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: a step has a CUDA graph of its own, and Transformers need not compile one."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """True: all memory is there from the start."""
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that have been read, padding included."""
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Most tokens of a row."""
+        return self.max_length
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.seen = 0
+        self.lengths.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put rows into the order of ``beam_idx`` [B], in place."""
+        for x in (*self.windows, self.shared):
+            if x is not None:
+                x.copy_(x[:, beam_idx])
+        for x in (self.index, self.lengths):
+            if x is not None:
+                x.copy_(x[beam_idx])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: a ring has lost what it held before."""
+        raise UnsupportedCacheError("a ClsaStaticCache cannot take tokens back; use a ClsaCache")
+
+    def load(self, prompt: ClsaCache, valid: Tensor | None) -> None:
+        """Take over the tokens of a prompt but those that are padding, ``valid`` [B, T]."""
+        layers: list[Any] = list(prompt.layers)
+        tokens, rows = prompt.get_seq_length(), layers[0].keys.shape[0]
+        self.check_room(tokens)
+        if rows != self.rows:
+            raise UnsupportedCacheError(
+                f"a ClsaStaticCache of {self.rows} rows got a batch of {rows}"
+            )
+        if valid is None:
+            valid = torch.ones(rows, tokens, dtype=torch.bool, device=self.row.device)
+        self.seen = tokens
+        self.lengths.copy_(valid.sum(1))
+        for layer, window in enumerate(self.windows):
+            kept = layers[layer]
+            self._place(window, kept.keys.transpose(1, 2), kept.values.transpose(1, 2), valid)
+        if self.shared is not None:
+            kept, heads = layers[prompt.shared_layer], self.shared.shape[3:]
+            k, v = (x[:, 0].unflatten(-1, heads) for x in (kept.keys, kept.values))
+            self._place(self.shared, k, v, valid)
+        if self.index is not None:
+            row, token, slot = self._slots(valid, tokens, self.max_length)
+            self.index[row, slot] = layers[prompt.shared_layer + 1].keys[row, 0, token]
+
+    def _place(self, to: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> None:
+        """Write the last tokens of each row, as many as there is room for."""
+        row, token, slot = self._slots(valid, k.shape[1], to.shape[2])
+        to[0, row, slot], to[1, row, slot] = k[row, token], v[row, token]
+
+    def _slots(self, valid: Tensor, held: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, place among the last ``held`` tokens, and slot of what goes into ``room`` slots."""
+        position = valid.cumsum(1) - 1
+        late = valid & (position >= (self.lengths[:, None] - room))
+        row, token = late[:, -held:].nonzero(as_tuple=True)
+        return row, token, position[:, -held:][row, token] % room
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse more tokens than there is room for."""
+        if tokens > self.max_length:
+            raise UnsupportedCacheError(
+                f"a ClsaStaticCache of {self.max_length} tokens has no room for {tokens}"
+            )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write one token [B, Hkv, 1, D] of a layer; returns its window [B, Hkv, W, D]."""
+        window, slot = self.windows[layer_idx], (self.lengths % self.ring).long()
+        window[0, self.row, slot] = key_states[:, :, 0]
+        window[1, self.row, slot] = value_states[:, :, 0]
+        return window[0].transpose(1, 2), window[1].transpose(1, 2)
+
+    def update_shared(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the shared keys and values [B, 1, Hkv, D] of a token; returns all."""
+        assert self.shared is not None
+        at = self.lengths.long()
+        self.shared[0, self.row, at], self.shared[1, self.row, at] = k[:, 0], v[:, 0]
+        return self.shared[0], self.shared[1]
+
+    def update_index(self, keys: Tensor) -> Tensor:
+        """Write the index key [B, 1, d] of a token; returns all."""
+        assert self.index is not None
+        self.index[self.row, self.lengths.long()] = keys[:, 0]
+        return self.index
+
+
+def decode_step(model: Any, cache: ClsaStaticCache, x: Tensor) -> Tensor:
+    """Output [B, 1, hidden] of a ClsaModel for one token a row, [B, 1, hidden] embedded."""
+    config, first = model.config, model.config.self_layers
+    turn = rotary(config, cache.lengths[:, None], x.dtype)
+    lengths = cache.lengths + 1
+    near = Paged(cache.table, lengths.clamp(max=cache.ring))
+    for layer in model.layers[:first]:
+        x = layer(x, turn, near, cache)
+    if first < config.num_hidden_layers:
+        memory = model.memory_norm(x)
+        k, v = cache.update_shared(*model.shared_kv(memory))
+        attend = Paged(cache.table, lengths)
+        if config.mode == "clsa" and cache.max_length > config.index_topk:
+            query, keys = model.indexer(memory, slice(None))
+            keys = cache.update_index(keys)
+            attend = pick(query[:, 0], keys, cache.table, lengths, config.index_topk)
+        for layer in model.layers[first:]:
+            x = layer(x, k.transpose(1, 2), v.transpose(1, 2), attend)
+    cache.lengths.add_(1)
+    out: Tensor = model.norm(x)
+    return out
+
+
+class Graph:
+    """A CUDA graph of a whole step, from token ids [B, 1] to logits [B, 1, vocabulary]."""
+
+    def __init__(self, model: Any, cache: ClsaStaticCache, ids: Tensor) -> None:
+        self.ids = ids.clone()
+        held, stream = cache.lengths.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Kernels compile outside of the graph. Each run writes the same slots.
+            for _ in range(2):
+                _logits(model, cache, self.ids)
+                cache.lengths.copy_(held)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self.logits = _logits(model, cache, self.ids)
+
+    def run(self, ids: Tensor) -> Tensor:
+        """Logits, which the next run overwrites."""
+        self.ids.copy_(ids)
+        self._graph.replay()
+        return self.logits
+
+
+def _logits(model: Any, cache: ClsaStaticCache, ids: Tensor) -> Tensor:
+    x = decode_step(model.model, cache, model.model.embed_tokens(ids))
+    logits: Tensor = model.lm_head(x)
+    return logits
+
+
+def step_logits(model: Any, cache: ClsaStaticCache, ids: Tensor | None) -> Tensor:
+    """Logits [B, 1, vocabulary] of a ClsaForCausalLM for the next token ids [B, 1] of each row.
+
+    On a GPU they come from a CUDA graph, captured at the first step.
+    """
+    if ids is None or ids.shape != (cache.rows, 1):
+        raise UnsupportedCacheError(
+            f"a ClsaStaticCache of {cache.rows} rows takes one token a row behind the prompt, "
+            f"got {'embeddings' if ids is None else list(ids.shape)}"
+        )
+    cache.check_room(cache.seen + 1)
+    if ids.is_cuda:
+        if cache.graph is None:
+            cache.graph = Graph(model, cache, ids)
+        logits = cache.graph.run(ids).clone()
+    else:
+        logits = _logits(model, cache, ids)
+    cache.seen += 1
+    return logits
