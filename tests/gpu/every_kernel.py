@@ -38,6 +38,9 @@ def main():
     for budget, share in ((12, 0.0), (4200, 0.0), (12, 0.01), (12, 0.3)):
         cfg = DeltaConfig(budget_pages=budget, budget_share=share)
         ops.select_pages(scores, lens, cfg, backend="triton")
+    keys, table = torch.rand(9, 700, 24, device="cuda"), torch.arange(9, device="cuda").view(3, 3)
+    lens = torch.tensor([2100, 0, 701], dtype=torch.int32, device="cuda")
+    ops.index_scores(keys[:3, 0], keys, table.int(), lens, backend="triton")
     torch.cuda.synchronize()
 
 

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
 from deltadecode.ops import dispatch
-from deltadecode.ops.triton import attention, plans, selection
+from deltadecode.ops.triton import attention, index, plans, selection
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -77,10 +77,24 @@ def plan_float8():
             plan.run(q, kv, kv, table, lens, None, out, ops.Scratch(), ids, counts)
 
 
+def index_of_tokens(dtype):
+    """What CLSA does in a step: scores of an index, its tokens, attention to those."""
+    q, kv = torch.zeros(2, 20, 128, dtype=dtype), torch.zeros(2, 4096, 4, 128, dtype=dtype)
+    table, lens = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    scores = ops.index_scores(q[:, 0], kv[:, :, 0], table, lens, backend="triton")
+    cfg = DeltaConfig(page_size=1, budget_pages=2048, recent_pages=0, sink_pages=0)
+    ids, counts = ops.select_pages(scores, lens, cfg, backend="triton")
+    ops.decode_attention(
+        q, kv, kv, table, lens, scale=0.1, page_size=1, page_ids=ids, page_counts=counts,
+        backend="triton",
+    )  # fmt: skip
+
+
 def main(dtype):
     attention.attend = Compiled(attention.attend)
     attention.finish = Compiled(attention.finish)
     selection.select = Compiled(selection.select)
+    index.score = Compiled(index.score)
     dispatch.triton_backend().unsupported = lambda *tensors: None
     device = torch.device("cuda")
     operand = plans._operand
@@ -116,7 +130,9 @@ def main(dtype):
             ops.select_pages(torch.zeros(2, pages), lens, cfg, backend="triton")
     if dtype == torch.bfloat16:
         ops.select_pages(torch.zeros(2, 4, 100), lens, DeltaConfig(), backend="triton")
-    print(sum(len(k.seen) for k in (attention.attend, attention.finish, selection.select)))
+        index_of_tokens(dtype)
+    kernels = (attention.attend, attention.finish, selection.select, index.score)
+    print(sum(len(kernel.seen) for kernel in kernels))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from deltadecode.models.clsa.configuration import ClsaConfig
 
 
 class ClsaRMSNorm(nn.Module):
-    """Root mean square norm, computed in float32 or more."""
+    """Root mean square norm."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -26,9 +26,7 @@ class ClsaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm of the last dimension."""
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class ClsaMLP(nn.Module):

@@ -62,6 +62,8 @@ class ClsaStaticCache(Cache):
         self.table = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
         self.row = torch.arange(rows, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
+        # Where a step writes: in the rings, and in what has a place for every token.
+        self.slot = self.place = self.row
         self.seen = 0
         self.graph: Graph | None = None
 
@@ -148,22 +150,22 @@ class ClsaStaticCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write one token [B, Hkv, 1, D] of a layer; returns its window [B, Hkv, W, D]."""
-        window, slot = self.windows[layer_idx], (self.lengths % self.ring).long()
-        window[0, self.row, slot] = key_states[:, :, 0]
-        window[1, self.row, slot] = value_states[:, :, 0]
+        window = self.windows[layer_idx]
+        window[0, self.row, self.slot] = key_states[:, :, 0]
+        window[1, self.row, self.slot] = value_states[:, :, 0]
         return window[0].transpose(1, 2), window[1].transpose(1, 2)
 
     def update_shared(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the shared keys and values [B, 1, Hkv, D] of a token; returns all."""
         assert self.shared is not None
-        at = self.lengths.long()
-        self.shared[0, self.row, at], self.shared[1, self.row, at] = k[:, 0], v[:, 0]
+        self.shared[0, self.row, self.place] = k[:, 0]
+        self.shared[1, self.row, self.place] = v[:, 0]
         return self.shared[0], self.shared[1]
 
     def update_index(self, keys: Tensor) -> Tensor:
         """Write the index key [B, 1, d] of a token; returns all."""
         assert self.index is not None
-        self.index[self.row, self.lengths.long()] = keys[:, 0]
+        self.index[self.row, self.place] = keys[:, 0]
         return self.index
 
 
@@ -171,6 +173,8 @@ def decode_step(model: Any, cache: ClsaStaticCache, x: Tensor) -> Tensor:
     """Output [B, 1, hidden] of a ClsaModel for one token a row, [B, 1, hidden] embedded."""
     config, first = model.config, model.config.self_layers
     turn = rotary(config, cache.lengths[:, None], x.dtype)
+    cache.place = cache.lengths.long()
+    cache.slot = cache.place % cache.ring
     lengths = cache.lengths + 1
     near = Paged(cache.table, lengths.clamp(max=cache.ring))
     for layer in model.layers[:first]:
