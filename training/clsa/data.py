@@ -1,0 +1,151 @@
+"""Text of three kinds, in rows of one length: chain problems, needles in chain text, Python.
+
+A batch follows from its number alone, so all models see the same tokens, and a training that goes
+on after a break goes on where it was. Targets are all tokens of a text, and the solution or answer
+of a task.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from deltadecode.lab.tasks.chain import make_problem
+from deltadecode.lab.tasks.text import read_text
+from deltadecode.lab.tasks.vocabulary import NAMES
+
+KINDS = ("chain", "needle", "text")
+EOS, PAD, IGNORED = 0, 0, -100
+VOCABULARY = 4096
+HELD_OUT = 20  # one of so many files is for validation
+# What GPT-2's pattern, which the tokenizer uses, makes of plain ASCII words.
+_PIECES = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
+
+
+@functools.cache
+def python_text(validation: bool) -> list[str]:
+    """Texts of Python's library and its topics of help, those held out or the others."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(
+        path for path in folder.rglob("*.py")
+        if not {"test", "tests", "site-packages", "idlelib"} & set(path.parts)
+    )  # fmt: skip
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
+    docs = read_text("stdlib-docs", "")
+    texts += [docs[start : start + 20_000] for start in range(0, len(docs), 20_000)]
+    return [text for i, text in enumerate(texts) if (i % HELD_OUT == 0) == validation]
+
+
+def build_tokenizer(positions: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 4,096 tokens, trained on what the models are trained on."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    rng = random.Random(0)
+    tasks = [document(rng, kind, 2000)[i] for kind in KINDS[:2] for i in (0, 1) for _ in range(150)]
+    tokenizer.train_from_iterator([*python_text(False), *tasks], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>",
+        model_max_length=positions, padding_side="left",
+    )  # fmt: skip
+
+
+def document(rng: random.Random, kind: str, tokens: int) -> tuple[str, str]:
+    """Prompt and answer of a task, of very roughly so many tokens."""
+    if kind == "chain":
+        most = max(1, min(tokens // 40, (len(NAMES) - 2) * 2 // 3))
+        steps = rng.randint(1, most)
+        problem = make_problem(rng.getrandbits(62), steps, rng.randint(0, steps // 2))
+        return problem.prompt, problem.solution
+    count = max(4, min(tokens // 10, len(NAMES) // 2))
+    facts = make_problem(rng.getrandbits(62), 1, count).prompt.split("\n")[1 : count + 1]
+    names = rng.sample(NAMES, rng.randint(1, 4))
+    codes = {name: str(rng.randrange(10**6, 10**7)) for name in names}
+    for name, code in codes.items():
+        facts.insert(rng.randrange(len(facts)), f"the code of {name} is {code}")
+    name = rng.choice(names)
+    return "\n".join(["Facts", *facts, f"Question the code of {name} is"]), f" {codes[name]}"
+
+
+class Rows:
+    """Makes rows of token ids and targets.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+        As trained, or read from a file.
+    validation : bool
+        Take the texts that are held out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, validation: bool = False) -> None:
+        self.tokenizer, self.known = tokenizer, {}
+        encoded = tokenizer.encode_batch(python_text(validation))
+        self.text = np.concatenate([np.array([*one.ids, EOS], dtype=np.int32) for one in encoded])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a task's text, each piece of which is looked up once."""
+        ids: list[int] = []
+        for piece in _PIECES.findall(text):
+            if piece not in self.known:
+                self.known[piece] = self.tokenizer.encode(piece).ids
+            ids += self.known[piece]
+        return ids
+
+    def row(self, rng: random.Random, length: int, kind: str | None) -> tuple[Tensor, Tensor]:
+        """Ids and targets [length] of documents of a kind, or of all, one behind the other."""
+        ids, targets = [], []
+        while len(ids) <= length:
+            chosen = kind or rng.choice(KINDS)
+            size = rng.randint(64, length)
+            if chosen == "text":
+                start = rng.randrange(max(1, len(self.text) - size))
+                piece = self.text[start : start + size].tolist()
+                ids += piece
+                targets += piece
+                continue
+            prompt, answer = (self.encode(part) for part in document(rng, chosen, size))
+            ids += [*prompt, *answer, EOS]
+            targets += [*[IGNORED] * len(prompt), *answer, EOS]
+        return torch.tensor(ids[:length]), torch.tensor(targets[1 : length + 1])
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch ``i`` of so many rows of a length: ids and targets, both [rows, length]."""
+
+    def __init__(self, rows: Rows, seed: int, count: int, length: int, first: int, last: int):
+        self.rows, self.seed, self.count, self.length = rows, seed, count, length
+        self.first, self.last = first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        rng = random.Random(f"{self.seed}/{self.length}/{self.first + i}")
+        made = [self.rows.row(rng, self.length, None) for _ in range(self.count)]
+        ids, targets = zip(*made, strict=True)
+        return torch.stack(ids), torch.stack(targets)
+
+
+def loader(batches: Batches, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in their order, made in the background."""
+    return iter(
+        torch.utils.data.DataLoader(
+            batches, batch_size=None, num_workers=workers,
+            prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available(),
+        )
+    )  # fmt: skip
