@@ -17,6 +17,7 @@ from benchmarks.command import command_line, launch
 NAMES = [
     *("cpu", "kernels", "e2e", "serve", "soak", "calibration", "evaluation", "policies"),
     "lossless",
+    "clsa",
 ]
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,51 @@
+"""The CLSA benchmark on a tiny shape: every mode, every case, every part of a layer."""
+
+import json
+from functools import partial
+
+import pytest
+
+from benchmarks.clsa.__main__ import clsa
+from benchmarks.clsa.run import Cell
+from benchmarks.command import launch
+
+
+@pytest.fixture
+def run(outcome):
+    return partial(outcome, partial(launch, clsa))
+
+
+def test_all_modes_are_measured(run):
+    code, out, _ = run(
+        "--small", "--device", "cpu", "--context", 96, "--new-tokens", 8, "--steps", 2,
+        "--batch", 1, "--batch", 2, "--json",
+    )  # fmt: skip
+    assert code == 0
+    found = json.loads(out)
+    assert [(row["case"], row["peer"]) for row in found["rows"]] == [
+        (f"{case}, 96 tokens", peer)
+        for peer in ("transformer", "yoco")
+        for case in ("prefill", "decode", "end to end", "cache")
+    ]
+    assert found["rows"][3]["ratio"] == pytest.approx(4 * 2 * 64 / (2 * 64 + 32), abs=0.01)
+    assert [set(cell["decode_by_batch"]) for cell in found["cells"]] == [{"1", "2"}] * 3
+    assert len(found["layer_ms"]["96"]) == 6
+
+
+def test_end_to_end_is_prefill_and_steps():
+    cell = Cell(prefill=1000.0, decode=40.0, batch=4, step_ms=100.0, kv_bytes=1.0, tried={})
+    # 4 prompts of 900 tokens take 3.6 s, 100 steps take 10 s.
+    assert cell.end_to_end(1000, 100) == pytest.approx(4000 / 13.6)
+    assert cell.written(1000, 100) == pytest.approx(400 / 13.6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--mode", "dense"], "--mode must be one of clsa, yoco, transformer"),
+        (["--context", "64"], "--context must exceed --new-tokens"),
+    ],
+)
+def test_bad_input_is_refused(run, options, message):
+    code, _, err = run(*options)
+    assert (code, err.count("\n")) == (2, 1) and message in err
