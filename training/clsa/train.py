@@ -39,6 +39,7 @@ PHASES = (
     ("clsa", "index"), ("clsa", "joint"),
 )  # fmt: skip
 KD = 0.1  # weight of the index's loss in the joint phase
+KEEP_SECONDS = 60  # between checkpoints
 WARMUP_STEPS = 50
 DECAY = 0.6  # share of a long or joint phase over which the learning rate falls to zero
 
@@ -201,7 +202,7 @@ class Phase:
     def train(self) -> None:
         """Train to the end of the phase, or of this run's time."""
         start, before = time.monotonic(), self.seconds
-        logged, at = start, self.step
+        logged, kept, at = start, start, self.step
         while self.step < self.steps:
             found = self.train_step()
             now = time.monotonic()
@@ -215,6 +216,9 @@ class Phase:
                     seconds=round(self.seconds, 1), tokens_per_second=round(rate), **line,
                 )  # fmt: skip
                 logged, at = now, self.step
+            if now - kept > KEEP_SECONDS:
+                self.save(self.part)
+                kept = now
             if now > self.until and self.step < self.steps:
                 self.save(self.part)
                 raise OutOfTime
