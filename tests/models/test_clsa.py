@@ -108,6 +108,14 @@ def test_the_cache_keeps_windows_and_one_layer_of_everything():
     shapes = [tuple(layer.keys.shape) for layer in cache.layers]
     assert shapes == [(2, 2, 4, 8), (2, 2, 4, 8), (2, 1, 20, 16), (2, 1, 20, 8)]
     assert cache.layers[3].values.numel() == 0
+    assert cache.layers[0].keys.untyped_storage().nbytes() == 2 * 2 * 4 * 8 * 8
+
+
+@torch.no_grad()
+def test_a_window_of_one_token_holds_nothing():
+    model, ids = make_model(sliding_window=1), _ids(1, 12)
+    torch.testing.assert_close(step_by_step(model, ids), model(ids).logits, rtol=1e-9, atol=1e-9)
+    assert model(ids, use_cache=True).past_key_values.layers[0].keys.shape[2] == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

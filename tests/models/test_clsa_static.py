@@ -38,7 +38,7 @@ def test_generate_with_a_static_cache_writes_the_same(mode):
 @pytest.mark.parametrize("prompt", [1, 4, 5, 17])
 @torch.no_grad()
 def test_steps_are_one_pass_over_the_whole_sequence(mode, prompt):
-    model, ids = make_model(mode=mode), _ids(2, 24)
+    model, ids = make_model(mode=mode, sliding_window=5 if prompt > 1 else 1), _ids(2, 24)
     whole = model(ids).logits
     cache = ClsaStaticCache(model.config, 2, 24, torch.float64, ids.device)
     logits = [model(ids[:, :prompt], past_key_values=cache).logits]

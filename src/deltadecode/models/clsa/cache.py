@@ -16,6 +16,21 @@ from deltadecode.errors import UnsupportedCacheError
 from deltadecode.models.clsa.configuration import ClsaConfig
 
 
+class WindowLayer(DynamicSlidingWindowLayer):
+    """The last W - 1 tokens of a layer, in memory of their own."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, Hkv, Q, D]; returns them behind the window before them."""
+        k, v = super().update(key_states, value_states, *args, **kwargs)
+        if not self.record_past:
+            # Not as a part of a whole prompt's keys, which it would keep.
+            first = max(0, k.shape[2] - (self.sliding_window - 1))
+            self.keys, self.values = k[:, :, first:].clone(), v[:, :, first:].clone()
+        return k, v
+
+
 class ClsaCache(Cache):
     """A growing cache: windows, then the shared keys and values, then the index keys.
 
@@ -28,9 +43,7 @@ class ClsaCache(Cache):
         if config.mode == "transformer":
             layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
         else:
-            layers = [
-                DynamicSlidingWindowLayer(config.sliding_window) for _ in range(config.self_layers)
-            ]
+            layers = [WindowLayer(config.sliding_window) for _ in range(config.self_layers)]
             layers.append(DynamicLayer())
             if config.mode == "clsa":
                 layers.append(DynamicLayer())

@@ -136,8 +136,9 @@ class ClsaStaticCache(Cache):
         """Row, place among the last ``held`` tokens, and slot of what goes into ``room`` slots."""
         position = valid.cumsum(1) - 1
         late = valid & (position >= (self.lengths[:, None] - room))
-        row, token = late[:, -held:].nonzero(as_tuple=True)
-        return row, token, position[:, -held:][row, token] % room
+        first = valid.shape[1] - held
+        row, token = late[:, first:].nonzero(as_tuple=True)
+        return row, token, position[:, first:][row, token] % room
 
     def check_room(self, tokens: int) -> None:
         """Refuse more tokens than there is room for."""
