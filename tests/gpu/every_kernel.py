@@ -40,6 +40,9 @@ def main():
         ops.select_pages(scores, lens, cfg, backend="triton")
     keys, table = torch.rand(9, 700, 24, device="cuda"), torch.arange(9, device="cuda").view(3, 3)
     lens = torch.tensor([2100, 0, 701], dtype=torch.int32, device="cuda")
+    cfg = DeltaConfig(page_size=1, budget_pages=500, recent_pages=2)
+    wide = torch.tensor([70000, 499, 0], dtype=torch.int32, device="cuda")
+    ops.select_pages(torch.rand(3, 70000, device="cuda"), wide, cfg, backend="triton")
     ops.index_scores(keys[:3, 0], keys, table.int(), lens, backend="triton")
     torch.cuda.synchronize()
 

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
 from deltadecode.ops import dispatch
-from deltadecode.ops.triton import attention, index, plans, selection
+from deltadecode.ops.triton import attention, index, plans, selection, wide
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -79,7 +79,7 @@ def plan_float8():
 
 def index_of_tokens(dtype):
     """What CLSA does in a step: scores of an index, its tokens, attention to those."""
-    q, kv = torch.zeros(2, 20, 128, dtype=dtype), torch.zeros(2, 4096, 4, 128, dtype=dtype)
+    q, kv = torch.zeros(2, 20, 128, dtype=dtype), torch.zeros(2, 40000, 4, 128, dtype=dtype)
     table, lens = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
     scores = ops.index_scores(q[:, 0], kv[:, :, 0], table, lens, backend="triton")
     cfg = DeltaConfig(page_size=1, budget_pages=2048, recent_pages=0, sink_pages=0)
@@ -95,6 +95,8 @@ def main(dtype):
     attention.finish = Compiled(attention.finish)
     selection.select = Compiled(selection.select)
     index.score = Compiled(index.score)
+    for name in ("count", "tally", "place"):
+        setattr(wide, name, Compiled(getattr(wide, name)))
     dispatch.triton_backend().unsupported = lambda *tensors: None
     device = torch.device("cuda")
     operand = plans._operand
@@ -131,7 +133,10 @@ def main(dtype):
     if dtype == torch.bfloat16:
         ops.select_pages(torch.zeros(2, 4, 100), lens, DeltaConfig(), backend="triton")
         index_of_tokens(dtype)
-    kernels = (attention.attend, attention.finish, selection.select, index.score)
+    kernels = (
+        attention.attend, attention.finish, selection.select, index.score, wide.count, wide.tally,
+        wide.place,
+    )  # fmt: skip
     print(sum(len(kernel.seen) for kernel in kernels))
 
 

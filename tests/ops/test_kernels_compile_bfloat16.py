@@ -9,4 +9,4 @@ from ops_oracle import needs_triton
 
 @needs_triton
 def test_every_kernel_compiles_for_hopper(tmp_path):
-    assert compiled_kernels("bfloat16", tmp_path) >= 20
+    assert compiled_kernels("bfloat16", tmp_path) >= 24

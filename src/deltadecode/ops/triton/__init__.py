@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.inputs import DecodeInputs
-from deltadecode.ops.triton import index
+from deltadecode.ops.triton import index, wide
 from deltadecode.ops.triton.decode import DecodePlan, compile_ahead
 from deltadecode.ops.triton.launch import hardware
 from deltadecode.ops.triton.plans import (
@@ -38,6 +38,9 @@ MOST_GROUP = 32
 # Logits of a Δ-layer that may exist at a time. Engines capture batches of hundreds of rows, each as
 # long as the model allows: those go some rows at a time.
 _LOGITS_BYTES = 2**29
+# Rows of more pages than that are selected from by many thread blocks, each of which has a tile;
+# digits of 11 bits have so many values.
+_WIDE, _WIDE_TILE, _BINS = 32768, 4096, 2048
 # Tokens that a thread block scores for an index.
 _SCORED = 128
 
@@ -80,8 +83,32 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
         page_scores = page_scores.flatten(0, 1)
     if width and page_scores.stride(1) != 1:
         page_scores = page_scores.contiguous()
+    if len(queries) == 1 and width > _WIDE and not cfg.share_num:
+        return _select_wide(page_scores, seq_lens, cfg)
     kind = selection_kind(cfg, queries, width, page_scores.dtype, page_scores.stride(0))
     return selection_plan(kind).run(page_scores, seq_lens)
+
+
+def _select_wide(scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:
+    """Select pages of rows that are too long for a thread block each."""
+    rows, width = scores.shape
+    pieces, budget = -(-width // _WIDE_TILE), cfg.budget_pages
+    ids = torch.empty((rows, budget), dtype=torch.int32, device=scores.device)
+    selected, tallies = ids.new_empty(rows), ids.new_empty((rows, pieces, 2))
+    if rows == 0:
+        return ids, selected
+    counts = ids.new_zeros((rows, 3, _BINS))
+    numbers = scores.stride(0), width, cfg.recent_pages, cfg.sink_pages
+    sizes = {"BUDGET": budget, "PAGE": cfg.page_size, "TILE": _WIDE_TILE, "BINS": _BINS}
+    grid = (pieces, rows)
+    for digit in range(3):
+        wide.count[grid](scores, seq_lens, counts, *numbers, **sizes, DIGIT=digit)
+    wide.tally[grid](scores, seq_lens, counts, tallies, *numbers, **sizes)
+    wide.place[grid](
+        scores, seq_lens, counts, tallies, ids, selected, *numbers, **sizes,
+        PIECES=triton.next_power_of_2(pieces),
+    )  # fmt: skip
+    return ids, selected
 
 
 def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ _NEAR, _MIDDLE, _FAR = tl.constexpr(1 << 18), tl.constexpr(1 << 22), tl.constexp
 
 
 @triton.jit
-def _keys(scores_ptr, page, exists, recent_from, sinks):
+def score_keys(scores_ptr, page, exists, recent_from, sinks):
     """Unsigned keys in the order of R4.
 
     NaN is the lowest key and a forced page the highest; no number has either.
@@ -93,7 +93,7 @@ def _ties(low, above, reaching, budget):
 
 
 @triton.jit
-def _place(key, exists, page, threshold, ties, above_before, equal_before, ids_ptr):
+def place_chosen(key, exists, page, threshold, ties, above_before, equal_before, ids_ptr):
     """Write the selected pages of a chunk at their ranks; returns the counts with it included."""
     above = exists & (key > threshold)
     equal = exists & (key == threshold)
@@ -120,7 +120,7 @@ def _select_at_once(
     There are more of them than the budget, and no more than CHUNK: their keys stay in registers.
     """
     bits: tl.constexpr = 10 if CHUNK < 1024 else 21
-    key = _keys(scores_ptr, page, exists, recent_from, sinks)
+    key = score_keys(scores_ptr, page, exists, recent_from, sinks)
     low = tl.zeros([], tl.uint32)
     first, second, third = _start(tl.max(tl.where(exists & (key != _HIGHEST), key, 0), 0))
     fields = _count(key, exists, first, second, third, bits)
@@ -136,7 +136,7 @@ def _select_at_once(
         )
         step = tl.where(reaching == budget, 0, step >> 2)
     threshold, ties = _ties(low, above, reaching, budget)
-    _place(key, exists, page, threshold, ties, 0, 0, ids_ptr)
+    place_chosen(key, exists, page, threshold, ties, 0, 0, ids_ptr)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _count_chunks(
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
         exists = page < pages
-        key = _keys(scores_ptr, page, exists, recent_from, sinks)
+        key = score_keys(scores_ptr, page, exists, recent_from, sinks)
         fields += _count(key, exists, first, second, third, 21)
     return fields
 
@@ -163,7 +163,7 @@ def _select_by_chunks(
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
         exists = page < pages
-        key = _keys(scores_ptr, page, exists, recent_from, sinks)
+        key = score_keys(scores_ptr, page, exists, recent_from, sinks)
         here = tl.max(tl.where(exists & (key != _HIGHEST), key, 0), 0)
         highest = tl.where(here > highest, here, highest)
     low = tl.zeros([], tl.uint32)
@@ -186,8 +186,8 @@ def _select_by_chunks(
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
         exists = page < pages
-        key = _keys(scores_ptr, page, exists, recent_from, sinks)
-        above_before, equal_before = _place(
+        key = score_keys(scores_ptr, page, exists, recent_from, sinks)
+        above_before, equal_before = place_chosen(
             key, exists, page, threshold, ties, above_before, equal_before, ids_ptr
         )
 
