@@ -85,3 +85,5 @@ def test_what_a_static_cache_cannot_do_is_refused():
         model(ids, past_key_values=cache)
     with pytest.raises(UnsupportedCacheError, match="cannot take tokens back"):
         cache.crop(1)
+    with pytest.raises(UnsupportedCacheError, match="only ClsaForCausalLM decodes from a"):
+        model.model(ids[:, :1], past_key_values=cache)

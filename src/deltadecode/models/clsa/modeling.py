@@ -136,21 +136,14 @@ class ClsaModel(ClsaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("give input_ids or inputs_embeds, one of them")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-        check_cache(past_key_values)
-        if not use_cache:
-            cache = past_key_values = None
-        else:
-            cache = ClsaCache(config) if past_key_values is None else past_key_values
+        cache = self._cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         new, tokens = x.shape[1], past + x.shape[1]
         check_length(config, tokens)
         if position_ids is None:
             position_ids = torch.arange(past, tokens, device=x.device)[None]
         valid = _valid(attention_mask, x.shape[0], tokens)
-        states = [x]
+        states = [x] if output_hidden_states else None
         attend: Attend
         if config.mode == "transformer":
             attend = Full(new, tokens, valid, x.device)
@@ -158,8 +151,7 @@ class ClsaModel(ClsaPreTrainedModel):
             attend = Window(new, tokens, config.sliding_window, valid, x.device)
         turn = rotary(config, position_ids, x.dtype)
         for layer in self.layers[: config.self_layers]:
-            x = layer(x, turn, attend, cache)
-            states.append(x)
+            x = _noted(layer(x, turn, attend, cache), states)
         found: dict[str, Tensor] = {}
         if config.mode != "transformer":
             x = self._cross(x, tokens, valid, cache, logits_to_keep, index_loss, states, found)
@@ -170,9 +162,22 @@ class ClsaModel(ClsaPreTrainedModel):
         return ClsaOutput(
             last_hidden_state=self.norm(x),
             past_key_values=cache,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=None if states is None else tuple(states),
             **found,
         )
+
+    def _cache(self, given: Any, use_cache: bool | None) -> ClsaCache | None:
+        """The cache that a forward pass fills, if any."""
+        if self.gradient_checkpointing and self.training:
+            return None
+        check_cache(given)
+        if isinstance(given, ClsaStaticCache):
+            raise UnsupportedCacheError("only ClsaForCausalLM decodes from a ClsaStaticCache")
+        if given is not None:
+            cache: ClsaCache = given
+            return cache
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        return ClsaCache(self.config) if wanted else None
 
     def _cross(
         self,
@@ -182,7 +187,7 @@ class ClsaModel(ClsaPreTrainedModel):
         cache: ClsaCache | None,
         kept: int,
         index_loss: bool,
-        states: list[Tensor],
+        states: list[Tensor] | None,
         found: dict[str, Tensor],
     ) -> Tensor:
         """The cross-decoder over the ``kept`` last tokens of x [B, Q, hidden]; 0: all of them."""
@@ -208,8 +213,7 @@ class ClsaModel(ClsaPreTrainedModel):
             )
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         for layer in self.layers[self.config.self_layers :]:
-            x = layer(x, k, v, attend)
-            states.append(x)
+            x = _noted(layer(x, k, v, attend), states)
         if observed is not None and query is not None and keys is not None:
             real = None if valid is None else valid[:, tokens - x.shape[1] :]
             found |= _index_loss(observed, query, keys, real, self.config.index_topk)
@@ -336,6 +340,13 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+
+def _noted(x: Tensor, states: list[Tensor] | None) -> Tensor:
+    """Keep a hidden state where they are asked for: of a long prompt they are many bytes."""
+    if states is not None:
+        states.append(x)
+    return x
 
 
 def check_length(config: ClsaConfig, tokens: int) -> None:
