@@ -9,6 +9,7 @@ python -m benchmarks.calibration  calibration of the embedded model, and its pla
 python -m benchmarks.evaluation   the evaluation's own speed, batched beside one at a time
 python -m benchmarks.policies     DELTA and its peers on a real model: needles, tracking, texts
 python -m benchmarks.lossless     lossless mode beside full attention: tokens, acceptance, speed
+python -m benchmarks.clsa         CLSA beside YOCO and a Transformer of one size, on a GPU
 
 Each has --help. CONTRIBUTING.md describes the result files.
 """
