@@ -9,8 +9,13 @@ from deltadecode.ops import dispatch
 
 
 @needs_triton
-@pytest.mark.parametrize("recent, sinks, page_size", [(0, 0, 1), (8, 1, 1), (2, 3, 4)])
-def test_long_rows_are_selected_from_as_the_definition_says(monkeypatch, recent, sinks, page_size):
+@pytest.mark.parametrize(
+    "recent, sinks, page_size, budget",
+    [(0, 0, 1, 40), (8, 1, 1, 40), (2, 3, 4, 40), (8, 1, 1, 1200)],
+)
+def test_long_rows_are_selected_from_as_the_definition_says(
+    monkeypatch, recent, sinks, page_size, budget
+):
     kernels = dispatch.triton_backend()
     monkeypatch.setattr(kernels, "_WIDE", 100)
     monkeypatch.setattr(kernels, "_WIDE_TILE", 128)
@@ -24,12 +29,12 @@ def test_long_rows_are_selected_from_as_the_definition_says(monkeypatch, recent,
     scores[7, :9] = torch.nan
     scores[0] = torch.randn(900) * 1e-6 + 1  # keys that differ in their last digit only
     lens = torch.tensor(lengths, dtype=torch.int32) * page_size
-    cfg = DeltaConfig(page_size, 40, recent, sinks)
+    cfg = DeltaConfig(page_size, budget, recent, sinks)
     made = ops.select_pages(scores, lens, cfg, backend="triton")
     wanted = ops.select_pages(scores, lens, cfg, backend="reference")
     assert torch.equal(made[1], wanted[1])
     assert torch.equal(made[0], wanted[0])
-    assert kernels.select_pages(scores[:0], lens[:0], cfg)[0].shape == (0, 40)
+    assert kernels.select_pages(scores[:0], lens[:0], cfg)[0].shape == (0, budget)
 
 
 @needs_triton

@@ -83,7 +83,9 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
         page_scores = page_scores.flatten(0, 1)
     if width and page_scores.stride(1) != 1:
         page_scores = page_scores.contiguous()
-    if len(queries) == 1 and width > _WIDE and not cfg.share_num:
+    # With every page in the budget there is nothing to look for.
+    is_long = width > max(_WIDE, cfg.budget_pages) and not cfg.share_num
+    if len(queries) == 1 and is_long:
         return _select_wide(page_scores, seq_lens, cfg)
     kind = selection_kind(cfg, queries, width, page_scores.dtype, page_scores.stride(0))
     return selection_plan(kind).run(page_scores, seq_lens)
