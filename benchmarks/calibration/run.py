@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.memory import high_water_mib
+from benchmarks.process_memory import high_water_mib
 from deltadecode.cli import loading
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import CalibrationError

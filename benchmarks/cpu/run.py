@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2Config
 
 from benchmarks.base import ROUNDS, compare
-from benchmarks.memory import Side, peak_memory
+from benchmarks.process_memory import Side, peak_memory
 from benchmarks.report import Progress
 from deltadecode.lab.results import result, row
 from deltadecode.lab.steptime import PLAN, StepTimer, qwen2_05b

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.cpu import run as cpu
-from benchmarks.memory import peak_memory
+from benchmarks.process_memory import peak_memory
 from benchmarks.report import table
 from deltadecode.lab.results import row, write_result
 from deltadecode.lab.steptime import PLAN

@@ -1,4 +1,4 @@
-"""Peak memory of decoding, one side per process: ``python -m benchmarks.memory``."""
+"""Peak memory of decoding, one side per process: ``python -m benchmarks.process_memory``."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def peak_memory(
         "dtype": str(dtype).removeprefix("torch."), "cfg": cfg.to_dict(),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(task)]
+    command = [sys.executable, "-m", "benchmarks.process_memory", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
