@@ -10,6 +10,7 @@ python -m benchmarks.evaluation   the evaluation's own speed, batched beside one
 python -m benchmarks.policies     DELTA and its peers on a real model: needles, tracking, texts
 python -m benchmarks.lossless     lossless mode beside full attention: tokens, acceptance, speed
 python -m benchmarks.clsa         CLSA beside YOCO and a Transformer of one size, on a GPU
+python -m benchmarks.memory       caches on one GPU: step time, bytes, the longest context that fits
 
 Each has --help. CONTRIBUTING.md describes the result files.
 """

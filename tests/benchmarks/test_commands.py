@@ -16,8 +16,7 @@ from benchmarks.command import command_line, launch
 
 NAMES = [
     *("cpu", "kernels", "e2e", "serve", "soak", "calibration", "evaluation", "policies"),
-    "lossless",
-    "clsa",
+    *("lossless", "clsa", "memory"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,1 @@
+"""Room and step time of KV caches on one GPU: ``python -m benchmarks.memory``."""

@@ -1,0 +1,129 @@
+"""Command line of the memory benchmark."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import benchmarks.command as cli
+from deltadecode.cli.output import BadInput
+
+
+def memory(
+    shape: Annotated[
+        str, typer.Option(help="Model: r1-1.5b, qwen3-8b, smollm2 or tiny.")
+    ] = "qwen3-8b",
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences; repeatable. Default: 1.")
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of each; repeatable. Default: 32768.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps of each cache, at most.")] = 24,
+    selections: Annotated[
+        Path | None,
+        typer.Option(help="Result of --record, whose fetches a second run of DELTA repeats."),
+    ] = None,
+    longest: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, help="Also: the longest context on a GPU of so many GB; repeatable."),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="DeltaConfig as JSON; default: the shape's.")
+    ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option(help="Instead: record the fetches of this model on real texts, on the CPU."),
+    ] = None,
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="With --record: K, in pages; repeatable. Default: the shape's."),
+    ] = None,
+    texts: Annotated[int, typer.Option(min=1, help="With --record: pieces of a text.")] = 2,
+    file: Annotated[
+        Path | None, typer.Option(help="With --record: a text; default: Python's topics of help.")
+    ] = None,
+    as_json: cli.Json = False,
+    out: cli.Out = None,
+    tag: cli.Tag = None,
+) -> None:
+    """Time decode steps of Transformers from four kinds of caches, and count their bytes.
+
+    Random weights in the shape of a known model, on one GPU. Caches are filled with random keys,
+    without a prompt. Random weights select nearly at random, which is the worst case for an
+    offloaded cache; with --selections a walk that changes as many pages as a real model's replaces
+    what is selected.
+    """
+    with cli.checking(out, tag):
+        from benchmarks.e2e.shapes import find_shape
+        from deltadecode.config import DeltaConfig
+
+        known = find_shape(shape)
+        cfg = known.plan if plan is None else DeltaConfig.load(plan)
+        cfg.layer_plan(known.layers)
+    if record is not None:
+        _record(record, context, budget, texts, steps, file, cfg, as_json, out, tag)
+        return
+    with cli.checking(out, tag):
+        import torch
+
+        from benchmarks.memory.rows import memory_table
+        from benchmarks.memory.run import Options, run
+        from benchmarks.memory.selections import load_record
+
+        options = Options(
+            shape=known, plan=cfg, batches=batch or [1], contexts=context or [32768], steps=steps,
+            longest=longest or [], command=cli.command_line(
+                "memory", shape=shape, batch=batch, context=context, steps=steps,
+                selections=selections, longest=longest, plan=plan,
+            ),
+        )  # fmt: skip
+        if selections is not None:
+            found = load_record(selections, cfg)
+            options.missed = found["missed"]
+            options.selections = {"file": selections.name, "case": found["case"]}
+    if not torch.cuda.is_available() and shape != "tiny":
+        raise BadInput(f"--shape {shape} needs a CUDA GPU; without one there is --shape tiny")
+    with cli.checking(out, tag), cli.progress() as show:
+        result = run(options, progress=show)
+    cli.deliver(result, out, tag, as_json, memory_table)
+
+
+def _record(
+    model: str, contexts: list[int] | None, budgets: list[int] | None, texts: int, steps: int,
+    file: Path | None, cfg: Any, as_json: bool, out: Path | None, tag: str | None,
+) -> None:  # fmt: skip
+    with cli.checking(out, tag), cli.progress() as show:
+        import torch
+
+        from benchmarks.memory.rows import memory_table
+        from benchmarks.memory.selections import record
+        from deltadecode.cli.loading import load_model, load_tokenizer, resolve_model
+        from deltadecode.config import DeltaConfig
+        from deltadecode.lab.results import result
+
+        folder = resolve_model(model)
+        loaded = load_model(folder, "float32", torch.device("cpu"))
+        own = DeltaConfig.for_model(loaded)
+        plans = [
+            replace(
+                cfg, budget_pages=pages, dense_layers=own.dense_layers,
+                delta_layers=own.delta_layers,
+            )
+            for pages in budgets or [cfg.budget_pages]
+        ]  # fmt: skip
+        rows = record(
+            loaded, load_tokenizer(folder), plans, contexts or [4096], texts=texts, steps=steps,
+            file="" if file is None else str(file), progress=show,
+        )  # fmt: skip
+    command = cli.command_line(
+        "memory", record=Path(model).name, context=contexts, budget=budgets, texts=texts,
+        steps=steps, file=file,
+    )  # fmt: skip
+    made = result("memory", command, rows) | {"model": Path(model).name}
+    cli.deliver(made, out, tag, as_json, memory_table)
+
+
+if __name__ == "__main__":
+    cli.launch(memory)

@@ -1,0 +1,152 @@
+"""The memory benchmark: what it counts, in small, on a simulated device."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import deltadecode as dd
+from benchmarks.command import launch
+from benchmarks.e2e.shapes import find_shape
+from benchmarks.memory import run as bench
+from benchmarks.memory.__main__ import memory
+from benchmarks.memory.caches import DELTA, OURS, STOCK, STOCK_OFFLOADED, fill, held_bytes, kinds
+from benchmarks.memory.selections import Walk, load_record, record_row
+
+TINY = find_shape("tiny")
+CFG = TINY.plan
+MISSED = [[2, 0, 1, 0, 3], [0, 1, 0, 0, 1]]
+
+
+@pytest.fixture
+def call(outcome):
+    return lambda *arguments: outcome(partial(launch, memory), *arguments)
+
+
+def record_file(folder, *rows):
+    path = folder / "record.json"
+    path.write_text(json.dumps({"rows": rows}))
+    return path
+
+
+def test_a_walk_changes_as_many_pages_as_the_record(monkeypatch):
+    walk = Walk(
+        MISSED, CFG, layers=2, batch=2, first=500, steps=40, device=torch.device("cpu")
+    )  # fmt: skip
+    nothing = torch.empty(2, CFG.budget_pages)
+    seen = {layer: [walk(nothing) for _ in range(1)] for layer in range(2)}
+    for _ in range(39):
+        for layer in range(2):
+            seen[layer].append(walk(nothing))
+    for layer, ids in seen.items():
+        for member in range(2):
+            changes = np.roll(MISSED[layer], -37 * member)
+            held = set(ids[0][member].tolist())
+            for step in range(1, 40):
+                now = ids[step][member].tolist()
+                assert now == sorted(set(now)) and len(now) == CFG.budget_pages
+                last = -(-(500 + step) // CFG.page_size) - 1
+                assert now[-1] == last
+                others = set(now) - {last} - held
+                assert len(others) == min(changes[(step - 1) % 5], 3)
+                held = set(now)
+
+
+def test_the_record_of_the_longest_context_with_most_fetches(tmp_path):
+    rows = [
+        record_row(context, number, cfg, [[missed] * 3], "text")
+        for cfg in (CFG, dd.DeltaConfig())
+        for context, number, missed in ((800, 0, 1), (800, 1, 2), (400, 0, 3))
+    ]
+    path = record_file(tmp_path, *rows)
+    assert load_record(path, CFG) == rows[1]
+    assert rows[1]["hit_rate"] == 0.5 and rows[1]["ratio"] == 2
+    with pytest.raises(ValueError, match="must have a record of 4 pages of 16 tokens, got none"):
+        load_record(record_file(tmp_path, *rows[3:]), CFG)
+
+
+def test_rows_of_steps_of_every_cache(call, tmp_path):
+    path = record_file(tmp_path, record_row(400, 0, CFG, MISSED, "text"))
+    code, out, err = call(
+        *("--shape", "tiny", "--context", 500, "--batch", 2, "--steps", 10),
+        *("--selections", path, "--json"),
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert [(row["peer"], row["selections"]) for row in result["rows"]] == [
+        (DELTA, "measured"), (DELTA, "random"), (STOCK, "measured"), (STOCK, "random")
+    ]  # fmt: skip
+    assert [left["case"] for left in result["skipped"]] == [
+        f"batch 2, 500 tokens: {STOCK_OFFLOADED}"
+    ]
+    assert result["selections"]["file"] == "record.json"
+    measured, random, *_ = result["rows"]
+    # Ten steps are two rounds of the record. A sparse layer behind either Δ-layer: 1 and 2 of them.
+    fetched, read = (min(6, 6) * 1 + 2 * 2) * 2 * 2, 10 * 4 * 3 * 2
+    assert measured["hit_rate"] == pytest.approx(1 - fetched / read, abs=1e-4)
+    assert measured["fetched_bytes"] > 0 < random["fetched_bytes"]
+    for row in result["rows"]:
+        assert row["ours"] > 0 < row["theirs"] and row["steps_ours"] == row["steps_theirs"] == 10
+        assert (
+            row["gpu_bytes_ratio"] > 1.2 and row["host_bytes_ours"] > 0 == row["host_bytes_theirs"]
+        )
+
+
+def test_bytes_that_are_needed_are_those_that_are_held():
+    options = bench.Options(TINY, CFG, [1], [700], 1, "")
+    tiny = bench.Bench(options)
+    for kind in kinds(TINY, CFG)[:3]:
+        tiny._switch(kind)
+        cache = kind.make(tiny.config, tiny.device)
+        fill(cache, TINY, tiny.like, 3, 2000)
+        tiny._step(cache, 3)
+        held, needs = held_bytes(cache, tiny.device), kind.needs(3, 2000)
+        # Here a number has four bytes, and not two.
+        assert held.host == 2 * needs.host
+        assert (held.host > 0) == (kind.name == OURS)
+        assert 0.5 * needs.gpu < held.gpu / 2 < 1.1 * needs.gpu
+
+
+def test_the_longest_context_is_the_last_that_fits():
+    for kind in kinds(TINY, CFG):
+        tokens = kind.longest(1, 10**8, None)
+        assert kind.needs(1, tokens).gpu <= 10**8 < kind.needs(1, tokens + 1).gpu
+    ours = kinds(TINY, CFG)[0]
+    tokens = ours.longest(1, 10**8, 10**6)
+    assert ours.needs(1, tokens).host <= 10**6 < ours.needs(1, tokens + 1).host
+
+
+def test_longest_contexts_are_held_once(call, monkeypatch):
+    # Between the weights of the tiny model, 3 MB, and what else a real one needs.
+    monkeypatch.setattr(bench, "_RESERVE", 0)
+    code, out, err = call(
+        *("--shape", "tiny", "--context", 200, "--steps", 1, "--longest", 0.02, "--json")
+    )
+    assert code == 0, err
+    rows = [row for row in json.loads(out)["rows"] if row["kind"] == "longest"]
+    assert [row["peer"] for row in rows] == [DELTA, STOCK, STOCK_OFFLOADED]
+    assert [row["held_theirs"] for row in rows] == [True, True, False]
+    for row in rows:
+        assert row["held_ours"] and row["ours"] > 0 < row["theirs"]
+        assert row["ratio"] == round(row["ours"] / row["theirs"], 3)
+
+
+def test_selections_of_a_model_are_recorded(call):
+    pytest.importorskip("deltadecode_embedded")
+    code, out, err = call(
+        *("--record", "embedded", "--context", 500, "--steps", 6, "--texts", 1, "--budget", 12),
+        "--json",
+    )
+    assert code == 0, err
+    (row,) = json.loads(out)["rows"]
+    assert len(row["missed"]) == 4 and {len(missed) for missed in row["missed"]} == {6}
+    assert row["hit_rate"] == pytest.approx(1 - np.mean(row["missed"]) / 12, abs=1e-4)
+    assert 0 < row["hit_rate"] < 1
+
+
+def test_a_large_shape_needs_a_gpu(call, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = call("--shape", "qwen3-8b")
+    assert (code, out) == (2, "") and "needs a CUDA GPU" in err
