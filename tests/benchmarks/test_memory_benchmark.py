@@ -122,7 +122,7 @@ def test_longest_contexts_are_held_once(call, monkeypatch):
     # Between the weights of the tiny model, 3 MB, and what else a real one needs.
     monkeypatch.setattr(bench, "_RESERVE", 0)
     code, out, err = call(
-        *("--shape", "tiny", "--context", 200, "--steps", 1, "--longest", 0.02, "--json")
+        *("--shape", "tiny", "--context", 200, "--steps", 1, "--longest", 0.006, "--json")
     )
     assert code == 0, err
     rows = [row for row in json.loads(out)["rows"] if row["kind"] == "longest"]
