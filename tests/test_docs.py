@@ -10,8 +10,12 @@ from functools import cache
 import pytest
 from docs_commands import WrongCommand, benchmark, check, check_span, extras, lines
 from docs_pages import PAGES, ROOT, read
+from transformers import AutoConfig
 
-from benchmarks.e2e.shapes import SHAPES
+import deltadecode as dd
+from benchmarks.e2e.shapes import SHAPES, find_shape
+from benchmarks.memory.page import tables
+from deltadecode.engines.transformers.offload_size import cache_bytes
 
 RESULTS = ROOT / "benchmarks" / "results"
 page = cache(read)
@@ -356,6 +360,24 @@ def test_what_lossless_mode_measured_is_on_its_page():
         ]  # fmt: skip
     for row in measured("acceptance-"):
         assert row["ours"] == row["theirs"]
+
+
+def test_what_a_context_needs_is_worked_out():
+    config = AutoConfig.for_model(**find_shape("qwen3-8b").config())
+    cfg = dd.DeltaConfig.for_model(config)
+    rows = page("docs/memory.md").rows
+    start = rows.index(["tokens", "GPU, default cache", "GPU, offloaded cache", "host"]) + 1
+    for cells in rows[start : start + 4]:
+        needs = cache_bytes(config, cfg, cfg.layer_plan(36), int(cells[0].replace(",", "")))
+        sizes = needs.device, needs.offloaded_device, needs.offloaded_host
+        assert cells[1:] == [f"{size / 1e9:.2f} GB" for size in sizes]
+
+
+def test_what_caches_measured_is_on_their_page():
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    for file in RESULTS.glob("memory-*-h200-*.json"):
+        for line in tables([json.loads(file.read_text(encoding="utf-8"))]):
+            assert line in text, f"{file.name}: {line}"
 
 
 def test_the_demo_of_the_readme_is_the_one_on_file():

@@ -27,7 +27,9 @@ def memory(
     ] = None,
     longest: Annotated[
         list[float] | None,
-        typer.Option(min=0.01, help="Also: the longest context on a GPU of so many GB; repeatable."),
+        typer.Option(
+            min=0.01, help="Also: the longest context on a GPU of so many GB; repeatable."
+        ),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="DeltaConfig as JSON; default: the shape's.")

@@ -13,6 +13,7 @@ from benchmarks.e2e.shapes import find_shape
 from benchmarks.memory import run as bench
 from benchmarks.memory.__main__ import memory
 from benchmarks.memory.caches import DELTA, OURS, STOCK, STOCK_OFFLOADED, fill, held_bytes, kinds
+from benchmarks.memory.page import tables
 from benchmarks.memory.selections import Walk, load_record, record_row
 
 TINY = find_shape("tiny")
@@ -150,3 +151,32 @@ def test_a_large_shape_needs_a_gpu(call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = call("--shape", "qwen3-8b")
     assert (code, out) == (2, "") and "needs a CUDA GPU" in err
+
+
+def test_tables_of_the_page_have_every_cache_once():
+    step = {
+        "kind": "step", "batch": 1, "context": 131072, "ours": 40.04, "hit_rate": 0.9,
+        "gpu_bytes_ours": 3e9, "host_bytes_ours": 16e9, "gpu_bytes_theirs": 19e9,
+        "host_bytes_theirs": 0,
+    }  # fmt: skip
+    rows = [
+        {**step, "peer": peer, "selections": mode, "theirs": 30.0}
+        for peer in (DELTA, STOCK) for mode in ("measured", "random")
+    ]  # fmt: skip
+    long = {
+        "kind": "longest", "gpu_gb": 24.0, "ours": 226000, "theirs": 45000, "by_gpu_ours": 226000,
+        "by_gpu_theirs": 45000, "held_ours": True, "held_theirs": True, "peer": STOCK,
+    }  # fmt: skip
+    lines = list(tables([{"rows": [*rows, long]}]))
+    assert (
+        "| 1 | 131,072 | measured | `DeltaOffloadedCache` | 40.0 | 3.00 GB | 16.00 GB | 0.900 |"
+        in lines
+    )
+    assert (
+        lines.count("| 1 | 131,072 | any | `DynamicCache` | 30.0 | 19.00 GB | 0.00 GB | – |") == 1
+    )
+    assert sum("`DeltaCache`" in line for line in lines) == 2
+    assert lines[-2:] == [
+        "| 24 GB | `DeltaOffloadedCache` | 226,000 | 226,000 | yes |",
+        "| 24 GB | `DynamicCache` | 45,000 | 45,000 | yes |",
+    ]

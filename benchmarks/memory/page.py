@@ -1,0 +1,63 @@
+"""Tables of docs/memory.md: ``python -m benchmarks.memory.page RESULT.json ...`` prints them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory.caches import OURS
+
+_STEPS = "| batch | tokens | selections | cache | ms a step | on the GPU | on the host | hit rate |"
+_LONGEST = "| GPU | cache | tokens | the GPU alone would hold | held in a run |"
+
+
+def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of the table of steps and that of the longest contexts; a GB is 10^9 bytes."""
+    rows = [row for result in results for row in result["rows"]]
+    steps = [row for row in rows if row["kind"] == "step"]
+    longest = [row for row in rows if row["kind"] == "longest"]
+    yield from (_STEPS, "|---" * 8 + "|")
+    shown = None
+    for row in sorted(steps, key=_point):
+        if _point(row) != shown:
+            shown = _point(row)
+            yield _step_line(row, "ours")
+        # What stock caches read does not depend on what is selected: one line of them.
+        if row["peer"].startswith("Delta") or row["selections"] == "random":
+            yield _step_line(row, "theirs")
+    if longest:
+        yield from ("", _LONGEST, "|---" * 5 + "|")
+    seen = set()
+    for row in longest:
+        for side, name in (("ours", OURS), ("theirs", row["peer"])):
+            if (row["gpu_gb"], name) not in seen:
+                seen.add((row["gpu_gb"], name))
+                held = "yes" if row[f"held_{side}"] else "no"
+                cells = f"{row['gpu_gb']:g} GB", f"`{name}`", f"{int(row[side]):,}"
+                yield _line(*cells, f"{row[f'by_gpu_{side}']:,}", held)
+
+
+def _point(row: dict[str, Any]) -> tuple[int, int, str]:
+    return row["batch"], row["context"], row["selections"]
+
+
+def _step_line(row: dict[str, Any], side: str) -> str:
+    ours = side == "ours"
+    bytes_of = [f"{row[f'{place}_bytes_{side}'] / 1e9:.2f} GB" for place in ("gpu", "host")]
+    stock = not ours and not row["peer"].startswith("Delta")
+    return _line(
+        str(row["batch"]), f"{row['context']:,}", "any" if stock else row["selections"],
+        f"`{OURS if ours else row['peer']}`", f"{row[side]:.1f}", *bytes_of,
+        f"{row['hit_rate']:.3f}" if ours else "–",
+    )  # fmt: skip
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(*tables([json.loads(Path(name).read_text()) for name in sys.argv[1:]]), sep="\n")
