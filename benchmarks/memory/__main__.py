@@ -38,13 +38,17 @@ def memory(
         str | None,
         typer.Option(help="Instead: record the fetches of this model on real texts, on the CPU."),
     ] = None,
+    float8: Annotated[
+        str | None,
+        typer.Option(help="Instead: what float8 keys and values lose in this model, on the CPU."),
+    ] = None,
     budget: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="With --record: K, in pages; repeatable. Default: the shape's."),
+        typer.Option(min=1, help="With a model: K, in pages; repeatable. Default: the shape's."),
     ] = None,
-    texts: Annotated[int, typer.Option(min=1, help="With --record: pieces of a text.")] = 2,
+    texts: Annotated[int, typer.Option(min=1, help="With a model: pieces of a text.")] = 2,
     file: Annotated[
-        Path | None, typer.Option(help="With --record: a text; default: Python's topics of help.")
+        Path | None, typer.Option(help="With a model: a text; default: Python's topics of help.")
     ] = None,
     as_json: cli.Json = False,
     out: cli.Out = None,
@@ -64,8 +68,12 @@ def memory(
         known = find_shape(shape)
         cfg = known.plan if plan is None else DeltaConfig.load(plan)
         cfg.layer_plan(known.layers)
-    if record is not None:
-        _record(record, context, budget, texts, steps, file, cfg, as_json, out, tag)
+    if record is not None or float8 is not None:
+        given = {
+            "record": record, "float8": float8, "context": context, "budget": budget,
+            "texts": texts, "steps": steps, "file": file, "plan": plan,
+        }  # fmt: skip
+        _read_texts(given, cfg, as_json, out, tag)
         return
     with cli.checking(out, tag):
         import torch
@@ -92,13 +100,15 @@ def memory(
     cli.deliver(result, out, tag, as_json, memory_table)
 
 
-def _record(
-    model: str, contexts: list[int] | None, budgets: list[int] | None, texts: int, steps: int,
-    file: Path | None, cfg: Any, as_json: bool, out: Path | None, tag: str | None,
-) -> None:  # fmt: skip
+def _read_texts(
+    given: dict[str, Any], cfg: Any, as_json: bool, out: Path | None, tag: str | None
+) -> None:
+    """Lead a real model along texts: --record or --float8."""
+    model = given["record"] or given["float8"]
     with cli.checking(out, tag), cli.progress() as show:
         import torch
 
+        from benchmarks.memory.float8 import losses
         from benchmarks.memory.rows import memory_table
         from benchmarks.memory.selections import record
         from deltadecode.cli.loading import load_model, load_tokenizer, resolve_model
@@ -113,18 +123,17 @@ def _record(
                 cfg, budget_pages=pages, dense_layers=own.dense_layers,
                 delta_layers=own.delta_layers,
             )
-            for pages in budgets or [cfg.budget_pages]
+            for pages in given["budget"] or [cfg.budget_pages]
         ]  # fmt: skip
-        rows = record(
-            loaded, load_tokenizer(folder), plans, contexts or [4096], texts=texts, steps=steps,
-            file="" if file is None else str(file), progress=show,
+        rows = (record if given["record"] else losses)(
+            loaded, load_tokenizer(folder), plans, given["context"] or [4000],
+            texts=given["texts"], steps=given["steps"], file=str(given["file"] or ""),
+            progress=show,
         )  # fmt: skip
-    command = cli.command_line(
-        "memory", record=Path(model).name, context=contexts, budget=budgets, texts=texts,
-        steps=steps, file=file,
-    )  # fmt: skip
-    made = result("memory", command, rows) | {"model": Path(model).name}
-    cli.deliver(made, out, tag, as_json, memory_table)
+    # A path becomes its last part: results name no folder.
+    shown = {**given, "record" if given["record"] else "float8": Path(model).name}
+    made = result("memory", cli.command_line("memory", **shown), rows)
+    cli.deliver(made | {"model": Path(model).name}, out, tag, as_json, memory_table)
 
 
 if __name__ == "__main__":

@@ -118,4 +118,6 @@ def _notes(line: dict[str, Any]) -> str:
     if line.get("kind") == "longest":
         held = [name for name in ("theirs", "ours") if line[f"held_{name}"]]
         return f"held in a run: {' and '.join(held) or 'neither'}"
+    if "added" in line:
+        return f"adds {line['added']:.5f}"
     return f"hit rate {line['hit_rate']:.3f}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import deltadecode as dd
+from benchmarks.lossless.run import make_prompts
 from benchmarks.report import Progress
 from deltadecode.engines.transformers import attention
 from deltadecode.engines.transformers.offload_host import Transfer
@@ -67,14 +68,10 @@ def record(
     rows: list[dict[str, Any]] = []
     parts = len(contexts) * texts * len(plans)
     for context in contexts:
-        source = {"file": file} if file else {"source": "stdlib-docs"}
-        task = Text(**source, context=context, tokens=steps + 1)
-        for number, piece in enumerate(task.pieces(tokenizer, range(texts))):
-            ids = torch.tensor([piece])
+        for number, ids in enumerate(pieces_of(tokenizer, context + steps + 1, texts, file)):
             for cfg in plans:
-                progress(
-                    f"context {context}, text {number}: K {cfg.budget_pages}", len(rows) / parts
-                )
+                case = f"context {context}, text {number}: K {cfg.budget_pages}"
+                progress(case, len(rows) / parts)
                 dd.enable(model, cfg)
                 cache = RecordingCache(model.config, cfg)
                 for start in range(0, context, _CHUNK):
@@ -86,6 +83,14 @@ def record(
                 rows.append(record_row(context, number, cfg, missed, Path(file).stem or "text"))
     dd.disable(model)
     return rows
+
+
+def pieces_of(tokenizer: Any, tokens: int, texts: int, file: str) -> list[Tensor]:
+    """Token ids [1, tokens or more] of pieces of a file, or of the texts of lossless mode."""
+    if not file:
+        return make_prompts(tokenizer, tokens, texts, 1)
+    task = Text(file=file, context=tokens, tokens=1)
+    return [torch.tensor([piece]) for piece in task.pieces(tokenizer, range(texts))]
 
 
 def record_row(

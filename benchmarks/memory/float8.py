@@ -1,0 +1,197 @@
+"""What a cache of float8 numbers would lose: the reference of its rounding, and the measurement.
+
+Keys and values are rounded to float8 and back, in a cache of the model's type. So nothing here
+saves memory or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import deltadecode as dd
+from benchmarks.memory.selections import pieces_of
+from benchmarks.report import Progress
+from deltadecode.lab.results import row
+
+FLOAT8 = torch.float8_e4m3fn
+_MOST = torch.finfo(FLOAT8).max
+# Binades left above the largest number of a prompt, for tokens to come.
+_HEADROOM = 1
+
+UNIT = "KL to full attention, nats a token"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the keys and values of one row are rounded.
+
+    Attributes
+    ----------
+    scales : str
+        ``"bfloat16"``: no float8 at all; else what has a scale of its own: ``"none"`` (all are 1),
+        ``"head"`` (a KV head of a layer) or ``"page"`` (a page of a head).
+    protected : int
+        First pages that keep bfloat16.
+    """
+
+    scales: str
+    protected: int = 0
+
+    @property
+    def name(self) -> str:
+        """As rows have it."""
+        if self.scales == "bfloat16":
+            return "bfloat16"
+        kept = f", {self.protected} first pages in bfloat16" if self.protected else ""
+        return f"float8, scales: {self.scales}{kept}"
+
+
+ROUNDINGS = (
+    Rounding("bfloat16"),
+    *(Rounding(scales, protected) for protected in (0, 1) for scales in ("none", "head", "page")),
+)
+
+
+def round_float8(states: Tensor, scale: Tensor) -> Tensor:
+    """States as float8 holds them over a scale; what is beyond its largest number becomes that."""
+    over = (states.float() / scale).clamp(-_MOST, _MOST)
+    return (over.to(FLOAT8).float() * scale).to(states.dtype)
+
+
+def scale_of(states: Tensor) -> Tensor:
+    """Power of two for each head of states [..., T, D], [..., 1, 1] float32."""
+    most = states.float().abs().amax(dim=(-2, -1), keepdim=True).clamp(min=2.0**-100)
+    return torch.exp2((most / _MOST).log2().ceil() + _HEADROOM)
+
+
+def round_prompt(states: Tensor, rounding: Rounding, page_size: int) -> tuple[Tensor, Tensor]:
+    """States [Hkv, T, D] of a prompt, rounded; and the scale [Hkv, 1, 1] for tokens to come."""
+    half = states.bfloat16().to(states.dtype)
+    scale = scale_of(states)
+    if rounding.scales == "bfloat16":
+        return half, scale
+    if rounding.scales == "none":
+        scale = torch.ones_like(scale)
+    if rounding.scales == "page":
+        pages = [round_float8(page, scale_of(page)) for page in half.split(page_size, dim=1)]
+        rounded = torch.cat(pages, dim=1)
+    else:
+        rounded = round_float8(half, scale)
+    kept = rounding.protected * page_size
+    rounded[:, :kept] = half[:, :kept]
+    return rounded, scale
+
+
+class RoundedCache(dd.DeltaCache):
+    """A cache with the same prompt in every row, each row rounded in its own way.
+
+    A decoded token has the scale of its head.
+    """
+
+    def __init__(
+        self, config: Any, prompt: DynamicCache, roundings: Sequence[Rounding], page_size: int
+    ) -> None:
+        super().__init__(config)
+        self.roundings = roundings
+        self.scales: dict[int, list[Tensor]] = {}
+        stored: list[Any] = prompt.layers
+        for number, layer in enumerate(stored):
+            keys, values = (
+                [round_prompt(states[0], rounding, page_size) for rounding in roundings]
+                for states in (layer.keys, layer.values)
+            )
+            rows = (torch.stack([rounded for rounded, _ in side]) for side in (keys, values))
+            super().update(next(rows), next(rows), number)
+            self.scales[number] = [
+                torch.stack([scale for _, scale in side]) for side in (keys, values)
+            ]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append one token, rounded."""
+        if layer_idx in self.scales:
+            both = zip((key_states, value_states), self.scales[layer_idx], strict=True)
+            key_states, value_states = (self._rounded(*pair) for pair in both)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _rounded(self, states: Tensor, scale: Tensor) -> Tensor:
+        half = states.bfloat16().to(states.dtype)
+        rounded = round_float8(half, scale)
+        whole = [rounding.scales == "bfloat16" for rounding in self.roundings]
+        return torch.where(torch.tensor(whole)[:, None, None, None], half, rounded)
+
+
+@torch.inference_mode()
+def losses(
+    model: Any,
+    tokenizer: Any,
+    plans: Sequence[dd.DeltaConfig],
+    contexts: Sequence[int],
+    *,
+    texts: int,
+    steps: int,
+    file: str = "",
+    progress: Progress = lambda case, done: None,
+) -> list[dict[str, Any]]:
+    """A row for each context and rounding: KL(full attention ‖ DELTA), the mean over all steps.
+
+    Full attention has a cache of the model's type. A prompt's tokens attend to each other before
+    they are rounded. ``added`` is what a rounding adds to the KL of a bfloat16 cache; ``of_texts``
+    has that of each text.
+    """
+    rows: list[dict[str, Any]] = []
+    parts = len(plans) * len(contexts)
+    for at, (context, plan) in enumerate(product(contexts, plans)):
+        found = []
+        for number, ids in enumerate(pieces_of(tokenizer, context + steps + 1, texts, file)):
+            case = f"context {context}, text {number}: K {plan.budget_pages}"
+            progress(case, (at + number / texts) / parts)
+            found.append(_text_losses(model, plan, ids, context, steps))
+        rows += _rows(torch.stack(found), plan, context, steps)
+    dd.disable(model)
+    return rows
+
+
+def _rows(means: Tensor, plan: dd.DeltaConfig, context: int, steps: int) -> list[dict[str, Any]]:
+    """Rows of the mean KL [texts, roundings]."""
+    base = means[:, 0]
+    rows = []
+    for rounding, mean in list(zip(ROUNDINGS, means.T, strict=True))[1:]:
+        added = mean - base
+        rows.append(
+            row(
+                f"context {context}, K {plan.budget_pages}: {rounding.name}", "bfloat16", UNIT,
+                float(mean.mean()), float(base.mean()), context=context,
+                budget_pages=plan.budget_pages, page_size=plan.page_size, texts=len(means),
+                steps=steps, scales=rounding.scales, protected=rounding.protected,
+                added=round(float(added.mean()), 6),
+                of_texts=[round(one, 6) for one in added.tolist()],
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _text_losses(model: Any, plan: dd.DeltaConfig, ids: Tensor, context: int, steps: int) -> Tensor:
+    """Mean KL over the steps, of each rounding."""
+    dd.disable(model)
+    full = DynamicCache(config=model.config)
+    model(ids[:, :context], past_key_values=full, logits_to_keep=1)
+    cache = RoundedCache(model.config, full, ROUNDINGS, plan.page_size)
+    total = torch.zeros(len(ROUNDINGS))
+    for step in range(context, context + steps):
+        token = ids[:, step : step + 1]
+        dd.disable(model)
+        stock = model(token, past_key_values=full).logits[:, -1].float().log_softmax(-1)
+        dd.enable(model, plan)
+        logits = model(token.expand(len(ROUNDINGS), -1), past_key_values=cache).logits
+        ours = logits[:, -1].float().log_softmax(-1)
+        total += (stock.exp() * (stock - ours)).sum(dim=-1)
+    return total / steps
