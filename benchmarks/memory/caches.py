@@ -148,6 +148,10 @@ def free_all() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        empty: Callable[[], None] | None = getattr(torch.accelerator, "empty_host_cache", None)
-        if empty is not None:
-            empty()
+        # As PyTorch has it, by version.
+        places = (torch.accelerator, "empty_host_cache"), (torch._C, "_host_emptyCache")
+        for place, name in places:
+            empty: Callable[[], None] | None = getattr(place, name, None)
+            if empty is not None:
+                empty()
+                return
