@@ -28,7 +28,7 @@ def memory(
     longest: Annotated[
         list[float] | None,
         typer.Option(
-            min=0.01, help="Also: the longest context on a GPU of so many GB; repeatable."
+            min=0.001, help="Also: the longest context on a GPU of so many GB; repeatable."
         ),
     ] = None,
     plan: Annotated[
