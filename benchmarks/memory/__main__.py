@@ -38,9 +38,9 @@ def memory(
         str | None,
         typer.Option(help="Instead: record the fetches of this model on real texts, on the CPU."),
     ] = None,
-    float8: Annotated[
+    rounding: Annotated[
         str | None,
-        typer.Option(help="Instead: what float8 keys and values lose in this model, on the CPU."),
+        typer.Option(help="Instead: what 8-bit keys and values lose in this model, on the CPU."),
     ] = None,
     budget: Annotated[
         list[int] | None,
@@ -68,10 +68,10 @@ def memory(
         known = find_shape(shape)
         cfg = known.plan if plan is None else DeltaConfig.load(plan)
         cfg.layer_plan(known.layers)
-    if record is not None or float8 is not None:
+    if record is not None or rounding is not None:
         given = {
-            "record": record, "float8": float8, "context": context, "budget": budget,
-            "texts": texts, "steps": steps, "file": file, "plan": plan,
+            "shape": shape, "record": record, "rounding": rounding, "context": context,
+            "budget": budget, "texts": texts, "steps": steps, "file": file, "plan": plan,
         }  # fmt: skip
         _read_texts(given, cfg, as_json, out, tag)
         return
@@ -103,12 +103,12 @@ def memory(
 def _read_texts(
     given: dict[str, Any], cfg: Any, as_json: bool, out: Path | None, tag: str | None
 ) -> None:
-    """Lead a real model along texts: --record or --float8."""
-    model = given["record"] or given["float8"]
+    """Lead a real model along texts: --record or --rounding."""
+    model = given["record"] or given["rounding"]
     with cli.checking(out, tag), cli.progress() as show:
         import torch
 
-        from benchmarks.memory.float8 import losses
+        from benchmarks.memory.rounding import losses
         from benchmarks.memory.rows import memory_table
         from benchmarks.memory.selections import record
         from deltadecode.cli.loading import load_model, load_tokenizer, resolve_model
@@ -131,7 +131,7 @@ def _read_texts(
             progress=show,
         )  # fmt: skip
     # A path becomes its last part: results name no folder.
-    shown = {**given, "record" if given["record"] else "float8": Path(model).name}
+    shown = {**given, "record" if given["record"] else "rounding": Path(model).name}
     made = result("memory", cli.command_line("memory", **shown), rows)
     cli.deliver(made | {"model": Path(model).name}, out, tag, as_json, memory_table)
 

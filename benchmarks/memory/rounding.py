@@ -1,7 +1,7 @@
-"""What a cache of float8 numbers would lose: the reference of its rounding, and the measurement.
+"""What a cache of eight-bit numbers would lose: the reference of its rounding, and the measurement.
 
-Keys and values are rounded to float8 and back, in a cache of the model's type. So nothing here
-saves memory or time.
+Keys and values are rounded and written back in the model's type, so nothing here saves memory or
+time.
 """
 
 from __future__ import annotations
@@ -34,35 +34,61 @@ class Rounding:
 
     Attributes
     ----------
+    number : str
+        ``"bfloat16"``, ``"float8"`` (e4m3) or ``"int8"``.
     scales : str
-        ``"bfloat16"``: no float8 at all; else what has a scale of its own: ``"none"`` (all are 1),
-        ``"head"`` (a KV head of a layer) or ``"page"`` (a page of a head).
+        What has a scale of its own: ``"none"`` (all are 1), ``"head"`` (a KV head of a layer),
+        ``"page"`` (a page of a head) or ``"token"`` (a token of a head: always with int8).
     protected : int
         First pages that keep bfloat16.
+    of : str
+        ``"keys"`` or ``"values"`` alone, or ``"both"``; the others are bfloat16.
     """
 
-    scales: str
+    number: str
+    scales: str = ""
     protected: int = 0
+    of: str = "both"
 
     @property
     def name(self) -> str:
         """As rows have it."""
-        if self.scales == "bfloat16":
-            return "bfloat16"
-        kept = f", {self.protected} first pages in bfloat16" if self.protected else ""
-        return f"float8, scales: {self.scales}{kept}"
+        parts = [f"{self.number}, scales: {self.scales}"]
+        if self.of != "both":
+            parts.append(f"{self.of} alone")
+        if self.protected:
+            parts.append(f"{self.protected} first pages in bfloat16")
+        return ", ".join(parts)
+
+    def of_side(self, side: str) -> Rounding:
+        """That of the keys or of the values."""
+        return self if self.of in ("both", side) else ROUNDINGS[0]
 
 
 ROUNDINGS = (
     Rounding("bfloat16"),
-    *(Rounding(scales, protected) for protected in (0, 1) for scales in ("none", "head", "page")),
+    Rounding("float8", "none"),
+    Rounding("float8", "head"),
+    Rounding("float8", "page"),
+    Rounding("float8", "head", protected=1),
+    Rounding("float8", "head", protected=1, of="keys"),
+    Rounding("float8", "head", protected=1, of="values"),
+    Rounding("int8", "token"),
+    Rounding("int8", "token", protected=1),
 )
+_SIDES = ("keys", "values")
 
 
 def round_float8(states: Tensor, scale: Tensor) -> Tensor:
     """States as float8 holds them over a scale; what is beyond its largest number becomes that."""
     over = (states.float() / scale).clamp(-_MOST, _MOST)
     return (over.to(FLOAT8).float() * scale).to(states.dtype)
+
+
+def round_int8(states: Tensor) -> Tensor:
+    """States [..., D] as 127 steps to either side of zero hold them, each token by its largest."""
+    scale = states.float().abs().amax(dim=-1, keepdim=True).clamp(min=2.0**-100) / 127
+    return ((states.float() / scale).round() * scale).to(states.dtype)
 
 
 def scale_of(states: Tensor) -> Tensor:
@@ -73,60 +99,69 @@ def scale_of(states: Tensor) -> Tensor:
 
 def round_prompt(states: Tensor, rounding: Rounding, page_size: int) -> tuple[Tensor, Tensor]:
     """States [Hkv, T, D] of a prompt, rounded; and the scale [Hkv, 1, 1] for tokens to come."""
-    half = states.bfloat16().to(states.dtype)
     scale = scale_of(states)
-    if rounding.scales == "bfloat16":
-        return half, scale
     if rounding.scales == "none":
         scale = torch.ones_like(scale)
     if rounding.scales == "page":
-        pages = [round_float8(page, scale_of(page)) for page in half.split(page_size, dim=1)]
+        pages = [
+            round_token(page, rounding, scale_of(page)) for page in states.split(page_size, dim=1)
+        ]
         rounded = torch.cat(pages, dim=1)
     else:
-        rounded = round_float8(half, scale)
+        rounded = round_token(states, rounding, scale)
     kept = rounding.protected * page_size
-    rounded[:, :kept] = half[:, :kept]
+    rounded[:, :kept] = states[:, :kept].bfloat16().to(states.dtype)
     return rounded, scale
 
 
-class RoundedCache(dd.DeltaCache):
-    """A cache with the same prompt in every row, each row rounded in its own way.
+def round_token(states: Tensor, rounding: Rounding, scale: Tensor) -> Tensor:
+    """States of decoded tokens, which have the scale of their head where that has one."""
+    half = states.bfloat16().to(states.dtype)
+    if rounding.number == "bfloat16":
+        return half
+    return round_int8(half) if rounding.number == "int8" else round_float8(half, scale)
 
-    A decoded token has the scale of its head.
-    """
+
+class RoundedCache(dd.DeltaCache):
+    """A cache with the same prompt in every row, each row rounded in its own way."""
 
     def __init__(
         self, config: Any, prompt: DynamicCache, roundings: Sequence[Rounding], page_size: int
     ) -> None:
         super().__init__(config)
         self.roundings = roundings
-        self.scales: dict[int, list[Tensor]] = {}
+        # Layer -> scales of keys and of values, of each row.
+        self.scales: dict[int, list[list[Tensor]]] = {}
         stored: list[Any] = prompt.layers
         for number, layer in enumerate(stored):
-            keys, values = (
-                [round_prompt(states[0], rounding, page_size) for rounding in roundings]
-                for states in (layer.keys, layer.values)
-            )
-            rows = (torch.stack([rounded for rounded, _ in side]) for side in (keys, values))
-            super().update(next(rows), next(rows), number)
-            self.scales[number] = [
-                torch.stack([scale for _, scale in side]) for side in (keys, values)
+            rounded = [
+                [
+                    round_prompt(getattr(layer, side)[0], one.of_side(side), page_size)
+                    for one in roundings
+                ]
+                for side in _SIDES
             ]
+            keys, values = (torch.stack([states for states, _ in side]) for side in rounded)
+            super().update(keys, values, number)
+            self.scales[number] = [[scale for _, scale in side] for side in rounded]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append one token, rounded."""
         if layer_idx in self.scales:
-            both = zip((key_states, value_states), self.scales[layer_idx], strict=True)
-            key_states, value_states = (self._rounded(*pair) for pair in both)
+            key_states, value_states = (
+                torch.stack(
+                    [
+                        round_token(states[row], one.of_side(side), scales[row])
+                        for row, one in enumerate(self.roundings)
+                    ]
+                )
+                for side, states, scales in zip(
+                    _SIDES, (key_states, value_states), self.scales[layer_idx], strict=True
+                )
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _rounded(self, states: Tensor, scale: Tensor) -> Tensor:
-        half = states.bfloat16().to(states.dtype)
-        rounded = round_float8(half, scale)
-        whole = [rounding.scales == "bfloat16" for rounding in self.roundings]
-        return torch.where(torch.tensor(whole)[:, None, None, None], half, rounded)
 
 
 @torch.inference_mode()
@@ -171,7 +206,8 @@ def _rows(means: Tensor, plan: dd.DeltaConfig, context: int, steps: int) -> list
                 f"context {context}, K {plan.budget_pages}: {rounding.name}", "bfloat16", UNIT,
                 float(mean.mean()), float(base.mean()), context=context,
                 budget_pages=plan.budget_pages, page_size=plan.page_size, texts=len(means),
-                steps=steps, scales=rounding.scales, protected=rounding.protected,
+                steps=steps, number=rounding.number, scales=rounding.scales,
+                protected=rounding.protected, of=rounding.of,
                 added=round(float(added.mean()), 6),
                 of_texts=[round(one, 6) for one in added.tolist()],
             )

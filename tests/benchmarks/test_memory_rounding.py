@@ -1,4 +1,4 @@
-"""Float8 rounding of the memory benchmark, against every number that float8 has."""
+"""Rounding to eight bits in the memory benchmark, against every number that there is."""
 
 import json
 from functools import partial
@@ -9,12 +9,14 @@ from transformers import DynamicCache
 
 from benchmarks.command import launch
 from benchmarks.memory.__main__ import memory
-from benchmarks.memory.float8 import (
+from benchmarks.memory.rounding import (
     ROUNDINGS,
     RoundedCache,
     Rounding,
     round_float8,
+    round_int8,
     round_prompt,
+    round_token,
     scale_of,
 )
 
@@ -50,10 +52,10 @@ def test_scales_leave_room_and_protected_pages_stay():
     assert ((most > 448 / 4) & (most <= 448 / 2)).all()
     for rounding in ROUNDINGS:
         rounded, _ = round_prompt(states, rounding, page_size=16)
-        kept = 40 if rounding.scales == "bfloat16" else 16 * rounding.protected
+        kept = 40 if rounding.number == "bfloat16" else 16 * rounding.protected
         assert torch.equal(rounded[:, :kept], half[:, :kept])
         assert kept == 40 or not torch.equal(rounded[:, kept:], half[:, kept:])
-    by_page, _ = round_prompt(states, Rounding("page"), page_size=16)
+    by_page, _ = round_prompt(states, Rounding("float8", "page"), page_size=16)
     assert torch.equal(by_page[:, 16:32], round_float8(half[:, 16:32], scale_of(half[:, 16:32])))
 
 
@@ -65,26 +67,35 @@ def test_each_row_is_rounded_in_its_own_way(tiny_shape):
     new = torch.randn(2, 1, 2, 1, 16).expand(-1, len(ROUNDINGS), -1, -1, -1)
     keys, values = cache.update(*new, 3)
     for row, rounding in enumerate(ROUNDINGS):
-        for states, stored, one in zip(
-            (keys, values), (prompt.layers[3].keys, prompt.layers[3].values), new, strict=True
-        ):
-            rounded, scale = round_prompt(stored[0], rounding, page_size=16)
-            half = one[row].bfloat16().float()
-            token = half if rounding.scales == "bfloat16" else round_float8(half, scale)
+        for states, side, one in zip((keys, values), ("keys", "values"), new, strict=True):
+            stored = getattr(prompt.layers[3], side)[0]
+            mine = rounding if rounding.of in ("both", side) else Rounding("bfloat16")
+            rounded, scale = round_prompt(stored, mine, page_size=16)
+            token = round_token(one[row], mine, scale)
             assert torch.equal(states[row], torch.cat([rounded, token], dim=1))
+            assert (mine.number == "bfloat16") == torch.equal(token, one[row].bfloat16().float())
+
+
+def test_int8_has_127_steps_to_either_side_of_each_token():
+    states = torch.randn(3, 5, 8) * torch.logspace(-3, 3, 5)[:, None]
+    step = states.abs().amax(dim=-1, keepdim=True) / 127
+    steps = torch.arange(-127, 128) * step[..., None]
+    off = (states[..., None] - steps).abs().amin(dim=-1)
+    torch.testing.assert_close((states - round_int8(states)).abs(), off, atol=1e-5, rtol=1e-3)
+    assert torch.equal(round_int8(torch.zeros(1, 1, 8)), torch.zeros(1, 1, 8))
 
 
 def test_losses_of_a_model(outcome):
     pytest.importorskip("deltadecode_embedded")
     code, out, err = outcome(
         partial(launch, memory),
-        *("--float8", "embedded", "--context", 300, "--steps", 2, "--texts", 1, "--budget", 12),
+        *("--rounding", "embedded", "--context", 300, "--steps", 2, "--texts", 1, "--budget", 12),
         "--json",
     )
     assert code == 0, err
     rows = json.loads(out)["rows"]
-    assert [(row["scales"], row["protected"]) for row in rows] == [
-        (rounding.scales, rounding.protected) for rounding in ROUNDINGS[1:]
+    assert [(row["number"], row["scales"], row["protected"], row["of"]) for row in rows] == [
+        (one.number, one.scales, one.protected, one.of) for one in ROUNDINGS[1:]
     ]
     for row in rows:
         assert row["added"] == pytest.approx(row["ours"] - row["theirs"], abs=1e-4)
