@@ -373,6 +373,24 @@ def test_what_a_context_needs_is_worked_out():
         assert cells[1:] == [f"{size / 1e9:.2f} GB" for size in sizes]
 
 
+def test_hit_rates_and_losses_of_rounding_are_those_of_the_files():
+    rows = page("docs/memory.md").rows
+    start = rows.index(
+        ["context", "K", "pages in all", "hit rate, first text", "hit rate, second text"]
+    )
+    file = "memory-20261128-smollm2-selections.json"
+    for cells in rows[start + 1 : start + 5]:
+        context, budget = int(cells[0].replace(",", "")), int(cells[1])
+        found = rows_of(file, context=context, budget_pages=budget)
+        assert cells[2] == str(-(-context // found[0]["page_size"]))
+        assert cells[3:] == [rounded(row["hit_rate"], 3) for row in found]
+    start = rows.index(["keys and values", "opticks", "shakespeare"])
+    columns = [rows_of(f"memory-20261128-smollm2-rounding-{name}.json") for name in rows[start][1:]]
+    for cells, *both in zip(rows[start + 1 :], *columns, strict=False):
+        assert cells[0] == both[0]["case"].partition(": ")[2]
+        assert cells[1:] == [rounded(row["added"], 4) for row in both]
+
+
 def test_what_caches_measured_is_on_their_page():
     text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     for file in RESULTS.glob("memory-*-h200-*.json"):

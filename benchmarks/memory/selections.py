@@ -144,8 +144,8 @@ class Walk:
     Parameters
     ----------
     missed : sequence of sequence of int
-        Pages to change, for each Δ-layer and step; read in circles, row by row of a batch from
-        another place.
+        Pages to change, for each Δ-layer and step: of more layers than there are the last ones,
+        which fetch most. Read in circles, row by row of a batch from another place.
     first : int
         Tokens in the cache at the first step, the new one included.
     """
@@ -166,7 +166,7 @@ class Walk:
         ids = np.empty(shape, dtype=np.int32)
         for layer in range(layers):
             for member in range(batch):
-                changes = np.roll(missed[layer % len(missed)], -_SHIFT * member)
+                changes = np.roll(missed[(layer - layers) % len(missed)], -_SHIFT * member)
                 random = np.random.default_rng((layer, member))
                 ids[layer, :, member] = _walk(changes, cfg, first, steps, random)
         self._ids = torch.from_numpy(ids).to(device)
