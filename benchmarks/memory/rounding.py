@@ -7,7 +7,7 @@ time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -43,12 +43,17 @@ class Rounding:
         First pages that keep bfloat16.
     of : str
         ``"keys"`` or ``"values"`` alone, or ``"both"``; the others are bfloat16.
+    centred : bool
+        Keys are rounded less the mean key of their head in the prompt. What all keys have in common
+        adds the same to all logits of a query, so a softmax without sinks or soft-cap does not
+        need it.
     """
 
     number: str
     scales: str = ""
     protected: int = 0
     of: str = "both"
+    centred: bool = False
 
     @property
     def name(self) -> str:
@@ -56,13 +61,17 @@ class Rounding:
         parts = [f"{self.number}, scales: {self.scales}"]
         if self.of != "both":
             parts.append(f"{self.of} alone")
+        if self.centred:
+            parts.append("keys less their mean")
         if self.protected:
             parts.append(f"{self.protected} first pages in bfloat16")
         return ", ".join(parts)
 
     def of_side(self, side: str) -> Rounding:
         """That of the keys or of the values."""
-        return self if self.of in ("both", side) else ROUNDINGS[0]
+        if self.of not in ("both", side):
+            return ROUNDINGS[0]
+        return self if side == "keys" else replace(self, centred=False)
 
 
 ROUNDINGS = (
@@ -73,8 +82,11 @@ ROUNDINGS = (
     Rounding("float8", "head", protected=1),
     Rounding("float8", "head", protected=1, of="keys"),
     Rounding("float8", "head", protected=1, of="values"),
+    Rounding("float8", "head", centred=True),
+    Rounding("float8", "head", protected=1, centred=True),
     Rounding("int8", "token"),
     Rounding("int8", "token", protected=1),
+    Rounding("int8", "token", centred=True),
 )
 _SIDES = ("keys", "values")
 
@@ -97,29 +109,48 @@ def scale_of(states: Tensor) -> Tensor:
     return torch.exp2((most / _MOST).log2().ceil() + _HEADROOM)
 
 
-def round_prompt(states: Tensor, rounding: Rounding, page_size: int) -> tuple[Tensor, Tensor]:
-    """States [Hkv, T, D] of a prompt, rounded; and the scale [Hkv, 1, 1] for tokens to come."""
-    scale = scale_of(states)
-    if rounding.scales == "none":
-        scale = torch.ones_like(scale)
+@dataclass(frozen=True)
+class Frame:
+    """What tokens of one head are rounded by: ``scale`` [Hkv, 1, 1] and ``mean`` [Hkv, 1, D]."""
+
+    scale: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor, rounding: Rounding) -> Frame:
+        """That of a prompt's states [Hkv, T, D]."""
+        mean = states.mean(dim=1, keepdim=True).bfloat16().to(states.dtype)
+        mean = mean if rounding.centred else torch.zeros_like(mean)
+        scale = scale_of(states - mean)
+        return cls(torch.ones_like(scale) if rounding.scales == "none" else scale, mean)
+
+
+def round_prompt(states: Tensor, rounding: Rounding, page_size: int) -> tuple[Tensor, Frame]:
+    """States [Hkv, T, D] of a prompt, rounded; and by what tokens to come are."""
+    frame = Frame.of(states, rounding)
+    pages = [states]
     if rounding.scales == "page":
-        pages = [
-            round_token(page, rounding, scale_of(page)) for page in states.split(page_size, dim=1)
-        ]
-        rounded = torch.cat(pages, dim=1)
-    else:
-        rounded = round_token(states, rounding, scale)
+        pages = list(states.split(page_size, dim=1))
+    rounded = torch.cat(
+        [
+            round_token(page, rounding, frame if len(pages) == 1 else Frame.of(page, rounding))
+            for page in pages
+        ],
+        dim=1,
+    )
     kept = rounding.protected * page_size
     rounded[:, :kept] = states[:, :kept].bfloat16().to(states.dtype)
-    return rounded, scale
+    return rounded, frame
 
 
-def round_token(states: Tensor, rounding: Rounding, scale: Tensor) -> Tensor:
-    """States of decoded tokens, which have the scale of their head where that has one."""
+def round_token(states: Tensor, rounding: Rounding, frame: Frame) -> Tensor:
+    """States [Hkv, T, D] as they are read back."""
     half = states.bfloat16().to(states.dtype)
     if rounding.number == "bfloat16":
         return half
-    return round_int8(half) if rounding.number == "int8" else round_float8(half, scale)
+    apart = half - frame.mean
+    rounded = round_int8(apart) if rounding.number == "int8" else round_float8(apart, frame.scale)
+    return rounded + frame.mean
 
 
 class RoundedCache(dd.DeltaCache):
@@ -130,8 +161,8 @@ class RoundedCache(dd.DeltaCache):
     ) -> None:
         super().__init__(config)
         self.roundings = roundings
-        # Layer -> scales of keys and of values, of each row.
-        self.scales: dict[int, list[list[Tensor]]] = {}
+        # Layer -> frames of keys and of values, of each row.
+        self.frames: dict[int, list[list[Frame]]] = {}
         stored: list[Any] = prompt.layers
         for number, layer in enumerate(stored):
             rounded = [
@@ -143,22 +174,22 @@ class RoundedCache(dd.DeltaCache):
             ]
             keys, values = (torch.stack([states for states, _ in side]) for side in rounded)
             super().update(keys, values, number)
-            self.scales[number] = [[scale for _, scale in side] for side in rounded]
+            self.frames[number] = [[frame for _, frame in side] for side in rounded]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append one token, rounded."""
-        if layer_idx in self.scales:
+        if layer_idx in self.frames:
             key_states, value_states = (
                 torch.stack(
                     [
-                        round_token(states[row], one.of_side(side), scales[row])
+                        round_token(states[row], one.of_side(side), frames[row])
                         for row, one in enumerate(self.roundings)
                     ]
                 )
-                for side, states, scales in zip(
-                    _SIDES, (key_states, value_states), self.scales[layer_idx], strict=True
+                for side, states, frames in zip(
+                    _SIDES, (key_states, value_states), self.frames[layer_idx], strict=True
                 )
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -207,7 +238,7 @@ def _rows(means: Tensor, plan: dd.DeltaConfig, context: int, steps: int) -> list
                 float(mean.mean()), float(base.mean()), context=context,
                 budget_pages=plan.budget_pages, page_size=plan.page_size, texts=len(means),
                 steps=steps, number=rounding.number, scales=rounding.scales,
-                protected=rounding.protected, of=rounding.of,
+                protected=rounding.protected, of=rounding.of, centred=rounding.centred,
                 added=round(float(added.mean()), 6),
                 of_texts=[round(one, 6) for one in added.tolist()],
             )

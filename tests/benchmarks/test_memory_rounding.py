@@ -69,11 +69,22 @@ def test_each_row_is_rounded_in_its_own_way(tiny_shape):
     for row, rounding in enumerate(ROUNDINGS):
         for states, side, one in zip((keys, values), ("keys", "values"), new, strict=True):
             stored = getattr(prompt.layers[3], side)[0]
-            mine = rounding if rounding.of in ("both", side) else Rounding("bfloat16")
-            rounded, scale = round_prompt(stored, mine, page_size=16)
-            token = round_token(one[row], mine, scale)
+            mine = rounding.of_side(side)
+            rounded, frame = round_prompt(stored, mine, page_size=16)
+            token = round_token(one[row], mine, frame)
             assert torch.equal(states[row], torch.cat([rounded, token], dim=1))
-            assert (mine.number == "bfloat16") == torch.equal(token, one[row].bfloat16().float())
+            whole = row == 0 or rounding.of not in ("both", side)
+            assert whole == torch.equal(token, one[row].bfloat16().float())
+
+
+def test_keys_less_their_mean_lose_less_where_all_have_much_in_common():
+    states = (torch.randn(3, 40, 8) + 100 * torch.randn(3, 1, 8)).bfloat16().float()
+    plain, centred = Rounding("float8", "head"), Rounding("float8", "head", centred=True)
+    lost = [
+        (round_prompt(states, one, page_size=16)[0] - states).abs().mean()
+        for one in (plain, centred, centred.of_side("values"))
+    ]
+    assert 10 * lost[1] < lost[0] == lost[2]
 
 
 def test_int8_has_127_steps_to_either_side_of_each_token():
