@@ -385,7 +385,7 @@ def test_hit_rates_and_losses_of_rounding_are_those_of_the_files():
         assert cells[2] == str(-(-context // found[0]["page_size"]))
         assert cells[3:] == [rounded(row["hit_rate"], 3) for row in found]
     start = rows.index(["keys and values", "opticks", "shakespeare"])
-    columns = [rows_of(f"memory-20261128-smollm2-rounding-{name}.json") for name in rows[start][1:]]
+    columns = [rows_of(f"memory-20261129-smollm2-rounding-{name}.json") for name in rows[start][1:]]
     for cells, *both in zip(rows[start + 1 :], *columns, strict=False):
         assert cells[0] == both[0]["case"].partition(": ")[2]
         assert cells[1:] == [rounded(row["added"], 4) for row in both]
