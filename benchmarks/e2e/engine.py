@@ -33,7 +33,7 @@ class Engine:
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        _set_environment()
+        set_environment()
         if spec["plan"] is not None:
             # Registered here, since in a source tree there is no entry point for vLLM to find.
             deltadecode_vllm.register()
@@ -238,8 +238,9 @@ def _draft_always(count: int) -> None:
     NgramProposer.propose = propose
 
 
-def _set_environment() -> None:
-    # Read when vLLM is imported. In one process, so that the plugin is registered where the
+def set_environment() -> None:
+    """Have an engine run in this process, and quietly; before vLLM is imported."""
+    # In one process, so that the plugin is registered where the
     # engine runs, its scheduler can be asked, and the profiler sees its kernels.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ |= {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}

@@ -1,7 +1,7 @@
 """Command line of the benchmark of lossless mode."""
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,6 +28,9 @@ def lossless(
         int | None,
         typer.Option(min=1, help="Instead: count equal tokens, in ragged batches of so many."),
     ] = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="That decodes; vllm with --batch only.")
+    ] = "transformers",
     as_json: cli.Json = False,
     out: cli.Out = None,
     tag: cli.Tag = None,
@@ -35,21 +38,24 @@ def lossless(
     """Decode greedily in lossless mode and with full attention, float32 on the CPU."""
     with cli.checking(out, tag):
         from benchmarks.lossless import batches, run
+        from benchmarks.lossless.asked import Asked
         from benchmarks.report import table
         from deltadecode.cli.loading import resolve_model
 
-        contexts, budgets = context or [4000], budget or [64]
-        folder, drafts = resolve_model(model), draft_tokens or [4]
-    command = cli.command_line(
-        "lossless", model=model, context=contexts, budget=budgets, draft_tokens=drafts,
-        page_size=page_size, texts=texts, tokens=tokens, batch=batch,
-    )  # fmt: skip
-    measure = run.run if batch is None else partial(batches.run, batch=batch)
-    with cli.checking(out, tag), cli.progress() as show:
-        result = measure(
-            folder, contexts, budgets, drafts, page_size=page_size, texts=texts, tokens=tokens,
-            command=command, progress=show,
+        asked = Asked(
+            resolve_model(model), context or [4000], budget or [64], draft_tokens or [4],
+            page_size, texts, tokens,
         )  # fmt: skip
+        if engine == "vllm" and (batch is None or 0 in asked.drafts):
+            raise ValueError("--engine vllm needs --batch, and --draft-tokens of at least 1")
+    command = cli.command_line(
+        "lossless", model=model, context=asked.contexts, budget=asked.budgets,
+        draft_tokens=asked.drafts, page_size=page_size, texts=texts, tokens=tokens, batch=batch,
+        engine=None if engine == "transformers" else engine,
+    )  # fmt: skip
+    measure = run.run if batch is None else partial(batches.run, batch=batch, engine=engine)
+    with cli.checking(out, tag), cli.progress() as show:
+        result = measure(asked, command=command, progress=show)
     cli.deliver(result, out, tag, as_json, table)
 
 

@@ -1,12 +1,11 @@
 """Prompts of a real text, decoded in lossless mode and with full attention."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import torch
 
+from benchmarks.lossless.asked import Asked, Case
 from benchmarks.report import Progress
 from deltadecode.cli.decoding import Decoded, decode
 from deltadecode.cli.loading import load_model, load_tokenizer
@@ -22,39 +21,28 @@ _STEPS = 300
 
 
 def run(
-    folder: str,
-    contexts: Sequence[int],
-    budgets: Sequence[int],
-    drafts: Sequence[int],
-    *,
-    page_size: int,
-    texts: int,
-    tokens: int,
-    command: str,
-    progress: Progress = lambda case, done: None,
+    asked: Asked, *, command: str, progress: Progress = lambda case, done: None
 ) -> dict[str, Any]:
-    """A row for each context, budget and number of drafts, in milliseconds a decoded token.
+    """A row for each case, in milliseconds a decoded token.
 
-    ``acceptance`` is the share of verified drafts that stayed, ``per_verification`` the tokens that
-    a verification gave in the mean, ``same`` the texts whose every token is that of full attention.
-    0 drafts: as many as decoding finds to pay.
+    ``acceptance`` is the share of verified drafts that stayed, ``same`` the texts whose every token
+    is that of full attention.
     """
-    model, tokenizer = load_model(folder, "float32", torch.device("cpu")), load_tokenizer(folder)
+    model = load_model(asked.folder, "float32", torch.device("cpu"))
+    tokenizer, tokens = load_tokenizer(asked.folder), asked.tokens
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-    cases = list(product(contexts, budgets, drafts))
-    parts = len(contexts) * texts * (1 + len(budgets) * len(drafts))
-    decoded: dict[tuple[int, int, int], list[Decoded]] = {case: [] for case in cases}
-    stock: dict[int, list[Decoded]] = {context: [] for context in contexts}
-    done = 0
-    for context in contexts:
-        for prompt in make_prompts(tokenizer, context, texts, tokens):
+    decoded: dict[Case, list[Decoded]] = {case: [] for case in asked.cases}
+    stock: dict[int, list[Decoded]] = {context: [] for context in asked.contexts}
+    done, parts = 0, asked.parts * asked.texts
+    for context in asked.contexts:
+        for prompt in make_prompts(tokenizer, context, asked.texts, tokens):
             progress(f"context {context}: full attention", done / parts)
             stock[context].append(decode(model, tokenizer, prompt, None, settings=settings))
             done += 1
-            for case in (case for case in cases if case[0] == context):
+            for case in (case for case in asked.cases if case[0] == context):
                 _, budget, count = case
                 progress(f"context {context}: K {budget}, {count} drafts", done / parts)
-                cfg = make_plan(model, page_size, budget)
+                cfg = make_plan(model, asked.page_size, budget)
                 decoded[case].append(
                     decode(
                         model,
@@ -70,7 +58,7 @@ def run(
     return result(
         "lossless",
         command,
-        [_row(case, decoded[case], stock[case[0]], page_size) for case in cases],
+        [_row(case, decoded[case], stock[case[0]], asked.page_size) for case in asked.cases],
     )
 
 
@@ -99,9 +87,7 @@ def make_prompts(tokenizer: Any, context: int, texts: int, tokens: int) -> list[
     return [torch.tensor([piece[:context]]) for piece in pieces]
 
 
-def _row(
-    case: tuple[int, int, int], ours: list[Decoded], theirs: list[Decoded], page_size: int
-) -> dict[str, Any]:
+def _row(case: Case, ours: list[Decoded], theirs: list[Decoded], page_size: int) -> dict[str, Any]:
     context, budget, count = case
     drafts = {
         name: sum((each.drafts or {})[name] for each in ours)
