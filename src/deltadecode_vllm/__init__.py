@@ -84,7 +84,8 @@ def _check_new_configurations(create: Callable[..., Any]) -> Any:
         additional = vllm_config.additional_config
         # Without our attention our proposer is refused there.
         if is_chosen(vllm_config) or is_lossless(vllm_config):
-            if not import_module(_PLUGIN).prepare_engine(vllm_config, usage_context):
+            ahead = getattr(self, "async_scheduling", None)
+            if not import_module(_PLUGIN).prepare_engine(vllm_config, usage_context, ahead):
                 # Whatever vLLM chooses by the backend is then as without this package.
                 self.attention_backend = self.attention_config.backend = None
                 vllm_config = create(self, usage_context, *args, **kwargs)

@@ -3,7 +3,6 @@
 import contextlib
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -47,7 +46,7 @@ def proposer(monkeypatch):
         scheduler_config=SimpleNamespace(max_num_seqs=20),
     )
     monkeypatch.setattr(versions, "check_backend", lambda config: None)
-    monkeypatch.setattr(versions, "pass_runners", lambda: None)
+    monkeypatch.setattr(lossless, "wrap_runner", lambda: None)
     monkeypatch.setattr(versions, "settings_of", lambda config: SETTINGS)
     one = lossless.Proposer(config)
     one.passes = []
@@ -66,13 +65,22 @@ def proposer(monkeypatch):
     return one
 
 
-def propose(proposer, sampled, tokens):
-    return proposer.propose(sampled, np.array(tokens), None, slot_mappings={})
+def propose(proposer, sampled, lengths, verified=None, drafts=DRAFTS):
+    """Sampled tokens of each row, -1 for none, behind a pass that saw ``lengths`` tokens."""
+    sampled = torch.tensor(sampled, dtype=torch.int32)
+    # A chunk of a prompt samples a token as well, which is not to be used.
+    discarded = torch.tensor([row[0] < 0 for row in sampled.tolist()])
+    proposer.sampled = sampled.where(sampled >= 0, -1), discarded
+    lengths = torch.tensor([*lengths, 0, 0], dtype=torch.int32)  # with padding rows
+    ends = None if verified is None else torch.tensor(verified, dtype=torch.int32).cumsum(0)
+    return proposer.propose(drafts, lengths, ends)
 
 
 def test_rule12_each_draft_follows_the_one_before_in_slots_of_its_own(proposer):
-    # The second row is in its prompt still; the first has kept two tokens of its verification.
-    drafted = propose(proposer, [[5, 9], [], [7]], [47, 300, 40])
+    # The first row has kept one of three drafts, the second is in its prompt, the last has just
+    # left its own.
+    sampled = [[5, 9, -1, -1], [-2, -1, -1, -1], [7, -1, -1, -1]]
+    drafted = propose(proposer, sampled, [48, 300, 39], [3, 0, 0])
     assert drafted[[0, 2]].tolist() == [[10, 11, 12], [8, 9, 10]]
     assert len(proposer.passes) == DRAFTS
     for place, (ids, positions, slots, lengths) in enumerate(proposer.passes):
@@ -85,10 +93,29 @@ def test_rule12_each_draft_follows_the_one_before_in_slots_of_its_own(proposer):
         assert slots == [first, -1, last]
 
 
-def test_nothing_is_drafted_within_the_budget_or_in_prompts(proposer):
-    assert propose(proposer, [[5], [6]], [32, 20]) == [[], []]
-    assert propose(proposer, [[], []], [99, 99]) == [[], []]
-    assert proposer.passes == []
+def test_newest_tokens_and_how_many_a_step_has_kept(proposer):
+    newest, kept = lossless.newest_tokens(
+        torch.tensor([[5, 9, -1], [4, 3, 2], [8, 7, 6]], dtype=torch.int32),
+        torch.tensor([False, False, True]),
+    )
+    assert kept.tolist() == [2, 3, 0] and newest[:2].tolist() == [9, 2]
+
+
+def test_fewer_drafts_or_none(proposer):
+    assert propose(proposer, [[5], [6]], [40, 50], drafts=2).tolist() == [[6, 7], [7, 8]]
+    assert len(proposer.passes) == 2
+    assert propose(proposer, [[5], [6]], [40, 50], drafts=0) == [[], []]
+    assert len(proposer.passes) == 2
+
+
+def test_rule12_what_was_selected_before_plain_steps_is_forgotten(proposer):
+    pages = proposer._pages
+    propose(proposer, [[5]], [40])
+    pages.layer(0).keep(torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([44]))
+    propose(proposer, [[5]], [44], drafts=0)
+    pages.begin(torch.full((pages.rows,), 48))
+    # The sink page and the newest ones, as of a row that has selected nothing.
+    assert pages.ids[0, 0, :4].tolist() == [0, 3, 4, 5]
 
 
 def test_drafts_are_captured_for_a_few_sizes_and_run_from_the_next_one(proposer, monkeypatch):

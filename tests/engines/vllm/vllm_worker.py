@@ -1,20 +1,42 @@
 """One engine's work in one process: ``python vllm_worker.py JOB OUT``, both files of JSON.
 
 A job has ``side`` ("vllm" or "transformers"), ``engine`` (arguments of ``vllm.LLM``), ``config``
-(of DELTA), ``sleep`` (whether the engine sleeps after each round), and ``rounds``: lists of
-requests, each with a ``prompt``, in text or token ids, and sampling ``params``.
+(of DELTA), ``sleep`` (whether the engine sleeps after each round), ``async_scheduling``, and
+``rounds``: lists of requests, each with a ``prompt``, in text or token ids, and sampling
+``params``.
 """
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 MODEL = (
     Path(__file__).parents[3] / "packages" / "embedded" / "src" / "deltadecode_embedded" / "model"
 )
 
 
+def schedule_ahead():
+    """Have vLLM schedule asynchronously on a CPU, where nothing needs to be waited for."""
+    # In one process: what is patched here must be so where the model runs.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch
+
+    from deltadecode.engines.vllm import versions
+
+    def ahead(vllm_config):
+        vllm_config.scheduler_config.async_scheduling = True
+
+    versions.schedule_ahead = ahead
+    torch.cuda.Event = torch.cuda.current_stream = MagicMock()
+    torch.cuda.stream = contextlib.nullcontext
+
+
 def run_vllm(job):
+    if job.get("async_scheduling"):
+        schedule_ahead()
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 

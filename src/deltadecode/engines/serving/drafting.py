@@ -116,6 +116,10 @@ class DraftPages:
         self._first.copy_(first)
         self._lengths.zero_()
 
+    def forget(self) -> None:
+        """Let rows select anew before drafts read what they select."""
+        self._lengths.zero_()
+
     def count(self, seq_lens: Tensor) -> None:
         """Set the counts of one draft of rows [rows] int32; 0 tokens: a row that drafts nothing."""
         pages = -(-seq_lens // self._cfg.page_size)
@@ -144,23 +148,20 @@ class Worth:
         self._least = settings.min_tokens if told else None
         self._weights, self._token, self._drafts = weights, token, drafts
         self._first = self.kept = 1 + _ACCEPTED * drafts
-        self._drafted = False
 
     def measure(self, kept: Sequence[int]) -> None:
-        """Take in the tokens that the last verification gave, of each row that it gave any."""
+        """Take in the tokens that a step gave, of each row that had drafts; none without drafts."""
         # Without drafts nothing is known, and in time they get another try.
-        seen = sum(kept) / len(kept) if self._drafted else self._first
+        seen = sum(kept) / len(kept) if kept else self._first
         self.kept += _SMOOTHING * (seen - self.kept)
 
     def pays(self, lengths: NDArray[np.int64]) -> bool:
-        """Whether rows of so many tokens draft; the same on every rank."""
+        """Whether rows of so many tokens draft."""
         longest = int(lengths.max())
         if longest <= self._budget:
-            self._drafted = False
-        elif self._least is not None:
-            self._drafted = longest >= self._least
-        else:
-            full = self._weights + self._token * int(lengths.sum())
-            draft = self._weights + self._token * int(lengths.clip(max=self._budget).sum())
-            self._drafted = self.kept * full >= _GAIN * (self._drafts * draft + full)
-        return self._drafted
+            return False
+        if self._least is not None:
+            return longest >= self._least
+        full = self._weights + self._token * int(lengths.sum())
+        draft = self._weights + self._token * int(lengths.clip(max=self._budget).sum())
+        return self.kept * full >= _GAIN * (self._drafts * draft + full)

@@ -151,7 +151,11 @@ class DeltaImpl:
         vLLM's ``max_seq_len`` is on the CPU, and never less than the longest row. A graph being
         captured is replayed for longer rows too, so it has no such branch.
         """
-        short: bool = self.stock_reads and attn_metadata.max_seq_len < self.settings.min_tokens
+        if not self.stock_reads:
+            return False
+        if self._lossless and attn_metadata.delta.tokens == 1:
+            return True  # nothing to verify, and first drafts take the newest pages
+        short: bool = attn_metadata.max_seq_len < self.settings.min_tokens
         return short and not is_captured(query)
 
     def attend_decode_rows(

@@ -7,7 +7,7 @@ soon (docs/semantics.md, R12 to R14).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltadecode.engines.serving.drafting import DraftPages, Worth
+from deltadecode.engines.serving.drafting import DraftPages
 from deltadecode.engines.vllm import versions
 from deltadecode.engines.vllm.builder import most_rows
 from deltadecode.engines.vllm.implementation import DeltaImpl
 from deltadecode.engines.vllm.metadata import DraftPass
+from deltadecode.engines.vllm.runner import PlainSteps, wrap_runner
 from deltadecode.ops import Scratch
 
 # From this size on, batches are captured at one and a half times a power of two as well.
@@ -61,12 +62,17 @@ class Proposer:
 
     def __init__(self, vllm_config: Any) -> None:
         versions.check_backend(vllm_config)
-        versions.pass_runners()
+        wrap_runner()
         self._config = vllm_config
         self._drafts = int(vllm_config.speculative_config.num_speculative_tokens)
         self._graphs: dict[int, Callable[[], None]] = {}
         self._start: Callable[[], None] = self._begin
         self._runner: Any = None
+        # Graphs of batches without drafts, once the runner has captured its own.
+        self.plain: PlainSteps | None = None
+        # Tokens and mask of the step that has just run, as :func:`newest_tokens` takes them.
+        self.sampled: tuple[Tensor, Tensor]
+        self._selected = False
 
     def load_model(self, model: Any) -> None:
         """Load nothing: the model drafts for itself."""
@@ -105,46 +111,41 @@ class Proposer:
             torch.zeros(1, dtype=torch.int64, device=device),
             torch.zeros(rows, dtype=torch.int32, device=device),
         )
-        token = sum(
-            2 * impl.num_kv_heads * impl.head_size * impl.cache_bytes for impl in ours.values()
-        )
-        weights = sum(
-            each.numel() * each.element_size() for each in runner.get_model().parameters()
-        )
-        self._worth = Worth(settings, weights, token, self._drafts)
-        pinned = device.type == "cuda"
-        self._staged = torch.zeros(3, rows, dtype=torch.int64, pin_memory=pinned)
+
+    def newest(self) -> tuple[Tensor, Tensor]:
+        """Newest token of each row of the step that has just run, and how many it got."""
+        return newest_tokens(*self.sampled)
 
     def propose(
-        self,
-        sampled_token_ids: Sequence[Sequence[int]],
-        num_tokens_no_spec: Any,
-        token_ids_cpu: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, drafts: int, seq_lens: Tensor, ends: Tensor | None
     ) -> Tensor | list[list[int]]:
-        """Drafts [rows, drafts] int64 of each row of the batch that has just been verified.
+        """Drafts [rows, drafts] int64 behind the tokens ``sampled``.
 
-        ``sampled_token_ids`` are the new tokens of each row, none for a part of a prompt;
-        ``num_tokens_no_spec`` counts each row's tokens with them. Waits for nothing on the device.
+        ``seq_lens`` are those of the pass that sampled these, ``ends`` where each row's drafts end
+        among all that it verified, None for no drafts. Waits for nothing on the device.
         """
-        count = len(sampled_token_ids)
-        staged = self._staged.numpy()
-        staged[:] = 0
-        for row, tokens in enumerate(sampled_token_ids):
-            if tokens:
-                staged[:, row] = tokens[-1], num_tokens_no_spec[row] - 1, 1
-        active = staged[2] > 0
-        if active.any():
-            self._worth.measure([len(tokens) for tokens in sampled_token_ids if tokens])
-        if not active.any() or not self._worth.pays(staged[1][active] + 1):
-            return [[] for _ in sampled_token_ids]
-        self._rows.inputs.copy_(self._staged, non_blocking=True)
+        count = len(self.sampled[0])
+        if not drafts:
+            # A plain step selects nothing, and rows move: what was selected is of no more use.
+            if self._selected:
+                self._pages.forget()
+            self._selected = False
+            return [[] for _ in range(count)]
+        self._selected = True
+        newest, kept = self.newest()
+        active = kept > 0
+        positions = seq_lens[:count]
+        if ends is not None:
+            verified = ends.diff(prepend=ends.new_zeros(1))
+            positions = positions - (verified + 1 - kept)
+        self._rows.inputs.zero_()
+        for row, values in zip(self._rows.inputs, (newest, positions, active), strict=True):
+            row[:count] = values * active
         self._start()
         draft = self._graphs.get(self._size(count)) or partial(self._draft, count)
-        for _ in range(self._drafts):
+        for _ in range(drafts):
             draft()
-        return self._rows.drafted[:count]
+        return self._rows.drafted[:count, :drafts]
 
     def capture(self, runner: Any) -> None:
         """Capture a draft of each size that a batch may have; after vLLM has captured its steps."""
@@ -219,3 +220,13 @@ class Proposer:
                 inputs_embeds=None,
             )  # fmt: skip
         return model.compute_logits(hidden).argmax(dim=-1)  # type: ignore[no-any-return]
+
+
+def newest_tokens(tokens: Tensor, discarded: Tensor) -> tuple[Tensor, Tensor]:
+    """Newest token of each row, and how many it got, [rows] int32 both.
+
+    ``tokens`` are what a step sampled, [rows, at most 1 + drafts] int32, -1 for none; ``discarded``
+    [rows] is true of parts of prompts, which get none.
+    """
+    kept = (tokens >= 0).sum(1, dtype=torch.int32).masked_fill_(discarded, 0)
+    return tokens.gather(1, (kept - 1).clamp_(min=0)[:, None].long())[:, 0], kept

@@ -7,16 +7,19 @@ from typing import Any
 
 from deltadecode.engines.serving.counts import describe
 from deltadecode.engines.serving.settings import KEY, own_settings
-from deltadecode.engines.vllm import metrics, versions
+from deltadecode.engines.vllm import metrics, pacing, versions
 from deltadecode.engines.vllm.checks import check_engine, find_settings
 from deltadecode.errors import DeltaConfigError, DeltaDecodeError, UnsupportedModelError
 from deltadecode_vllm import is_lossless
 
 
-def prepare_engine(vllm_config: Any, usage_context: Any = None) -> bool:
+def prepare_engine(
+    vllm_config: Any, usage_context: Any = None, async_scheduling: bool | None = None
+) -> bool:
     """Check a new engine's configuration, and write the plan into it for the workers.
 
-    Returns whether the engine runs DELTA, and not stock attention as ``on_unsupported`` has it.
+    ``async_scheduling`` is what the user says of it, None for nothing. Returns whether the engine
+    runs DELTA, and not stock attention as ``on_unsupported`` has it.
 
     ``vllm serve`` and ``vllm run-batch`` print one line and exit with code 2; a program that embeds
     vLLM gets the exception: DeltaConfigError, UnsupportedModelError or UnsupportedCacheError.
@@ -25,7 +28,10 @@ def prepare_engine(vllm_config: Any, usage_context: Any = None) -> bool:
 
     try:
         versions.check_backend(vllm_config)
-        return _prepare(vllm_config)
+        prepared = _prepare(vllm_config)
+        if is_lossless(vllm_config) and async_scheduling is not False:
+            versions.schedule_ahead(vllm_config)
+        return prepared
     except DeltaDecodeError as error:
         if usage_context in (UsageContext.OPENAI_API_SERVER, UsageContext.OPENAI_BATCH_RUNNER):
             print(f"deltadecode: error: {error}", file=sys.stderr, flush=True)
@@ -38,7 +44,7 @@ def prepare_scheduler(scheduler: Any) -> None:
     settings = versions.settings_of(scheduler.vllm_config)
     if is_lossless(scheduler.vllm_config):
         # Its blocks hold full attention's keys and values only, so they need no salt.
-        versions.look_ahead(scheduler)
+        pacing.pace_drafts(scheduler, settings)
     else:
         versions.salt_requests(scheduler, settings.cache_salt)
     if scheduler.log_stats:

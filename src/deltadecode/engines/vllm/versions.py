@@ -65,34 +65,18 @@ def check_backend(vllm_config: Any) -> None:
         )
 
 
-def look_ahead(scheduler: Any) -> None:
-    """Have a scheduler reserve slots for drafts behind the tokens that a step verifies.
+def schedule_ahead(vllm_config: Any) -> None:
+    """Schedule asynchronously beside our proposer, as vLLM does beside those that it knows.
 
-    vLLM does so for the proposers that it knows to write into a cache.
+    It asks of a proposer that tokens stay on the device, which ours does (runner.py).
     """
-    scheduler.num_lookahead_tokens = scheduler.num_spec_tokens
+    from vllm.platforms import current_platform
+    from vllm.v1.executor.abstract import Executor
 
-
-def pass_runners() -> None:
-    """Let our proposer know the model runner, which vLLM does not hand to proposers of others.
-
-    It learns of it when the runner has a cache, and again when it has captured its graphs.
-    """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    wrap_once(GPUModelRunner, "initialize_kv_cache", partial(_then, method="bind"))
-    wrap_once(GPUModelRunner, "capture_model", partial(_then, method="capture"))
-
-
-def _then(original: Callable[..., Any], method: str) -> Any:
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        call = getattr(getattr(self, "drafter", None), method, None)
-        if call is not None and is_lossless(self.vllm_config):
-            call(self)
-        return result
-
-    return wrapped
+    scheduler = vllm_config.scheduler_config
+    supports = Executor.get_class(vllm_config).supports_async_scheduling()
+    if supports and scheduler.scheduler_cls is None and not current_platform.is_cpu():
+        scheduler.async_scheduling = True
 
 
 def key_value_views(
