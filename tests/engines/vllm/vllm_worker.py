@@ -88,6 +88,7 @@ def run_vllm(job):
             llm.wake_up()
     return {
         "rounds": rounds,
+        "async_scheduling": llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
         "preempted": counted(llm, "vllm:num_preemptions"),
         "accepted": counted(llm, "vllm:spec_decode_num_accepted_tokens"),
         "drafted": counted(llm, "vllm:spec_decode_num_draft_tokens"),

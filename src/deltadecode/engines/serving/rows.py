@@ -118,10 +118,9 @@ class PromptRows:
             return self._flags
         any_flagged = bool(flagged.any())
         if any_flagged or self.any:
-            # The memory is not pinned, so the copy has read it before the call returns.
             flags = torch.zeros(self._flags.shape, dtype=torch.bool)
             flags[: len(flagged)] = flagged
-            self._flags.copy_(flags)
+            self._flags.copy_(flags, non_blocking=True)
         self.any = any_flagged
         return self._flags
 
@@ -163,8 +162,9 @@ def divide(
     return rows
 
 
+# Memory that is not pinned has been read when a copy returns; it need not wait for what runs, too.
 def _to(device: torch.device, values: NDArray[Any], dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(values).to(device, dtype)
+    return torch.from_numpy(values).to(device, dtype, non_blocking=True)
 
 
 def narrow_table(block_table: Tensor, block_size: int, longest: int) -> Tensor:

@@ -13,6 +13,7 @@ from deltadecode.engines.serving.rows import PromptRows, divide
 from deltadecode.engines.vllm import BACKEND, versions
 from deltadecode.engines.vllm.checks import CACHE_DTYPES
 from deltadecode.errors import DeltaDecodeError
+from deltadecode_vllm import is_lossless
 
 
 class DeltaBackend:
@@ -78,7 +79,7 @@ class DeltaBuilder:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.vllm_config  # type: ignore[attr-defined]
-        self._most_tokens = versions.most_tokens(config)
+        self._most_tokens, self._lossless = versions.most_tokens(config), is_lossless(config)
         # vLLM then puts the rows of no more new tokens first.
         self._init_reorder_batch_threshold(self._most_tokens)  # type: ignore[attr-defined]
         self._prompts = PromptRows(most_rows(config), self.device)  # type: ignore[attr-defined]
@@ -126,7 +127,9 @@ class DeltaBuilder:
         rows.prompts = self._prompts.update(prefilling, rows.decode)
         rows.flagged = self._prompts.any
         rows.others = rows.decode < common.num_reqs
-        if self.splits and 0 < rows.decode < common.num_reqs:
+        # In lossless mode rows of one token are the stock backend's, like the others.
+        alone = self._lossless and rows.tokens == 1
+        if self.splits and not alone and 0 < rows.decode < common.num_reqs:
             # The builder may keep its schedule in one buffer, which the second build overwrites.
             schedule = getattr(metadata, "scheduler_metadata", None)
             if isinstance(schedule, Tensor):
