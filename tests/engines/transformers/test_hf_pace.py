@@ -6,8 +6,9 @@ from hf_tiny import generate, make_prompt
 from test_hf_lossless import models, same
 
 import deltadecode as dd
+from deltadecode.engines.times import Times
 from deltadecode.engines.transformers import pace
-from deltadecode.engines.transformers.pace import Pace, Times
+from deltadecode.engines.transformers.pace import Pace
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from deltadecode.engines.serving.settings import ServingSettings, budget_tokens
 
 # What drafts have to gain by the bytes that are read, for all that those leave out.
 _GAIN = 1.1
-# Share of drafts that hold until it is measured, and weight of one verification in the measure.
-_ACCEPTED, _SMOOTHING = 0.7, 0.05
+# Share of drafts that hold until it is measured, weight of one verification in the measure, and of
+# a step without, by which it goes back.
+_ACCEPTED, _NEWEST, _FADING = 0.7, 0.1, 0.001
 # Rows and columns are multiples of it, so that what a layer reads is aligned as kernels want it.
 _STEP = 4
 
@@ -144,23 +145,25 @@ class Worth:
 
     def __init__(self, settings: ServingSettings, weights: int, token: int, drafts: int) -> None:
         self._budget = budget_tokens(settings.config)
-        told = settings.min_tokens != self._budget
-        self._least = settings.min_tokens if told else None
+        self.told = settings.min_tokens != self._budget
+        self._least = settings.min_tokens
         self._weights, self._token, self._drafts = weights, token, drafts
         self._first = self.kept = 1 + _ACCEPTED * drafts
 
     def measure(self, kept: Sequence[int]) -> None:
         """Take in the tokens that a step gave, of each row that had drafts; none without drafts."""
         # Without drafts nothing is known, and in time they get another try.
-        seen = sum(kept) / len(kept) if kept else self._first
-        self.kept += _SMOOTHING * (seen - self.kept)
+        if kept:
+            self.kept += _NEWEST * (sum(kept) / len(kept) - self.kept)
+        else:
+            self.kept += _FADING * (self._first - self.kept)
 
     def pays(self, lengths: NDArray[np.int64]) -> bool:
         """Whether rows of so many tokens draft."""
         longest = int(lengths.max())
         if longest <= self._budget:
             return False
-        if self._least is not None:
+        if self.told:
             return longest >= self._least
         full = self._weights + self._token * int(lengths.sum())
         draft = self._weights + self._token * int(lengths.clip(max=self._budget).sum())

@@ -9,7 +9,7 @@ import torch
 
 from deltadecode.architecture import attention_layers, longest_prompt, num_layers, text_config
 from deltadecode.config import DeltaConfig
-from deltadecode.engines.transformers.pace import Times
+from deltadecode.engines.times import Times
 from deltadecode.engines.transformers.stats import DecodeStats
 from deltadecode.engines.transformers.step import LocalPass, StaticPass
 

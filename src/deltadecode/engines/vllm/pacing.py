@@ -9,9 +9,14 @@ import numpy as np
 
 from deltadecode.engines.serving.drafting import Worth
 from deltadecode.engines.serving.settings import ServingSettings
+from deltadecode.engines.times import Times
 from deltadecode.engines.vllm.checks import FLOAT8_DTYPES
 
 clock = time.perf_counter
+
+# Rounds that pay are compared with plain steps so often, and with so many: the first two of them
+# verify what was drafted, or come behind the one that does.
+_REFRESH, _COMPARED = 256, 4
 
 
 def pace_drafts(scheduler: Any, settings: ServingSettings) -> None:
@@ -27,30 +32,75 @@ def pace_drafts(scheduler: Any, settings: ServingSettings) -> None:
 
     def update_from_output(scheduler_output: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         pacing.measure(scheduler_output, output)
-        return update(scheduler_output, output, *args, **kwargs)
+        outputs = update(scheduler_output, output, *args, **kwargs)
+        if not scheduler.running:
+            pacing.pause()
+        return outputs
 
     scheduler.update_from_output = update_from_output
 
 
 class Pacing:
-    """Drafts of a batch, by what is known of it before it runs; indexed by its number of rows."""
+    """Drafts of a batch, by what is known of it before it runs; indexed by its number of rows.
+
+    A batch drafts where bytes say that it may pay, and ends where steps have taken longer for each
+    token than without drafts. Times are kept by the size of a batch and of its cache.
+    """
 
     def __init__(self, scheduler: Any, settings: ServingSettings) -> None:
-        self._scheduler, self._drafts = scheduler, scheduler.num_spec_tokens
+        self._scheduler, self._drafts = scheduler, int(scheduler.num_spec_tokens)
         self._worth = Worth(settings, *step_bytes(scheduler.vllm_config), self._drafts)
-        self._ended = 0.0
+        self._shapes: dict[tuple[int, int], Times] = {}
+        self._times: Times | None = None
+        self._ended, self._before, self._rounds = 0.0, "", 0
 
     def __getitem__(self, rows: int) -> int:
         """Drafts of each row behind the step that is being scheduled; 0 for none."""
         lengths = np.array([request.num_tokens for request in self._scheduler.running])
-        return self._drafts if len(lengths) and self._worth.pays(lengths) else 0
+        self._times = None
+        if not len(lengths) or not self._worth.pays(lengths):
+            return 0
+        if self._worth.told:
+            return self._drafts
+        shape = len(lengths).bit_length(), int(lengths.sum()).bit_length()
+        self._times = times = self._shapes.setdefault(shape, Times())
+        if times.rest > 0:
+            times.rest -= 1
+            return 0
+        return self._drafts
 
     def measure(self, step: Any, output: Any) -> None:
-        """Take in what a step has given, and how long it took."""
-        rows = output.req_id_to_index
-        verified = step.scheduled_spec_decode_tokens
+        """Take in what a step has given, and when it ended."""
+        rows, verified = output.req_id_to_index, step.scheduled_spec_decode_tokens
         kept = [len(output.sampled_token_ids[rows[name]]) for name in verified]
         self._worth.measure([tokens for tokens in kept if tokens])
+        before, ended = self._before, self._ended
+        self._before, self._ended = self._kind(step), clock()
+        # The end of a step is that of its drafts, too. One behind a step of another kind, or
+        # beside prompts, says nothing.
+        times = self._times if self._before == before else None
+        if times is None:
+            return
+        if self._before == "plain":
+            times.add_plain(self._ended - ended)
+        elif self._before == "drafts":
+            times.add_round(self._ended - ended, self._worth.kept)
+            self._rounds += 1
+            if times.rest == 0 and self._rounds % _REFRESH == 0:
+                times.rest = _COMPARED
+
+    def pause(self) -> None:
+        """Forget when the last step ended: nothing runs."""
+        self._before = ""
+
+    def _kind(self, step: Any) -> str:
+        verified = step.scheduled_spec_decode_tokens
+        tokens = len(step.num_scheduled_tokens) + sum(map(len, verified.values()))
+        if tokens != step.total_num_scheduled_tokens:
+            return ""
+        if not verified:
+            return "" if step.num_spec_tokens_to_schedule else "plain"
+        return "drafts" if step.num_spec_tokens_to_schedule else ""
 
 
 def step_bytes(vllm_config: Any) -> tuple[int, int]:

@@ -25,13 +25,14 @@ def wrap_runner() -> None:
     """Let our proposer take part in what the model runner does."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    for name, instead in {
+    wraps: dict[str, Callable[..., Any]] = {
         "initialize_kv_cache": _bind,
         "capture_model": _capture,
         "_bookkeeping_sync": _hand_over,
         "propose_draft_token_ids": _propose,
         "_determine_batch_execution_and_padding": _dispatch,
-    }.items():
+    }
+    for name, instead in wraps.items():
         wrap_once(GPUModelRunner, name, partial(_ours, instead=instead))
 
 
