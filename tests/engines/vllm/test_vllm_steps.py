@@ -156,3 +156,14 @@ def test_a_batch_below_min_tokens_is_stock_attention_outside_of_graphs(
     layer.stock_reads = False
     layer.forward(None, batch.q, None, None, batch.caches[0], batch, output)
     torch.testing.assert_close(output, batch.expected()[0], rtol=1e-4, atol=1e-5)
+
+
+def test_in_lossless_mode_steps_without_drafts_are_stock_attention(monkeypatch):
+    monkeypatch.setattr(implementation, "get_forward_context", SimpleNamespace)
+    layer = Impl(0, False)
+    layer._lossless = True
+    for new, stock in (([1, 1], True), ([1, 5], True), ([3, 3], False), ([1, 3], False)):
+        batch = Batch(new, [40, 33], most=3)
+        output = torch.zeros_like(batch.q)
+        layer.forward(None, batch.q, None, None, batch.caches[0], batch, output)
+        assert (output == STOCK).all() == stock

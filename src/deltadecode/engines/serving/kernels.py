@@ -49,12 +49,8 @@ class LayerKernels:
         Most decode rows of a batch; kernels for all numbers of them are compiled at the first step.
     tokens : int
         Most new tokens of a row.
-    over_all_ranks : callable, optional
+    over_all_ranks, score_last, source
         As in :func:`deltadecode.engines.serving.step.attend`.
-    own_pages : bool
-        Whether a sparse layer reads a selection under its own number: a draft's.
-    score_last : bool
-        Whether a Δ-layer selects by the last of a row's new tokens only: lossless mode.
     """
 
     def __init__(
@@ -73,13 +69,13 @@ class LayerKernels:
         rows: int = 0,
         tokens: int = 1,
         over_all_ranks: Callable[[Tensor], Tensor] | None = None,
-        own_pages: bool = False,
         score_last: bool = False,
+        source: int | None = None,
     ) -> None:
         self._settings, self._layer, self._views = settings, layer, views
-        self._source = settings.plan.source(layer) if role == "sparse" else None
-        if own_pages:
-            self._source = layer
+        if source is None and role == "sparse":
+            source = settings.plan.source(layer)
+        self._source = source
         self._scale, self._softcap, self._sinks, self._rows = scale, softcap, sinks, rows
         self._tokens = tokens
         self._q_scale, self._cache_scales = q_scale, (k_scale, v_scale)

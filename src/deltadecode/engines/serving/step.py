@@ -58,13 +58,14 @@ def attend(
     idle: Tensor | None = None,
     over_all_ranks: Callable[[Tensor], Tensor] | None = None,
     score_last: bool = False,
+    source: int | None = None,
 ) -> Tensor:
     """Attention of the decode rows in one layer: q [B, Hq, D] or [B, Q, Hq, D] to the same.
 
     ``layer`` is the model's own number. A Δ-layer adds to the selections of ``forward``. A sparse
-    layer reads its source's, and raises DeltaConfigError if there are none. Other layers read every
-    page. ``scale``, ``sinks``, ``softcap``, ``k_scale`` and ``v_scale`` are those of
-    :func:`deltadecode.ops.decode_attention`, ``prompts`` those of
+    layer reads those of ``source``, by default its Δ-layer's, and raises DeltaConfigError if there
+    are none. Other layers read every page. ``scale``, ``sinks``, ``softcap``, ``k_scale`` and
+    ``v_scale`` are those of :func:`deltadecode.ops.decode_attention`, ``prompts`` those of
     :class:`deltadecode.engines.serving.rows.Rows`, ``idle`` [B, Q] marks queries that count for
     nothing. ``over_all_ranks`` gives the maximum of s_t over tensor-parallel ranks, for
     ``sync_heads``. With ``score_last`` a Δ-layer selects by the last of a row's tokens only.
@@ -76,7 +77,8 @@ def attend(
     )  # fmt: skip
     out: Tensor
     if role == "sparse":
-        ids, counts = find_selection(forward, layer, settings.plan.source(layer))
+        source = settings.plan.source(layer) if source is None else source
+        ids, counts = find_selection(forward, layer, source)
         out = operation(page_size=page_size, page_ids=ids, page_counts=counts)
         return out
     if role != "delta":

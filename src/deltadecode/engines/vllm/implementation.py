@@ -21,7 +21,7 @@ from deltadecode.engines.vllm.checks import FLOAT8_DTYPES
 from deltadecode.engines.vllm.metadata import DraftPass
 from deltadecode.engines.vllm.ranks import over_all_ranks
 from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
-from deltadecode.ops import decode_attention, is_captured
+from deltadecode.ops import is_captured
 from deltadecode_vllm import is_lossless
 
 # Where a forward pass's own things are kept, in vLLM's context of it.
@@ -146,15 +146,16 @@ class DeltaImpl:
         return output
 
     def _all_short(self, query: Tensor, attn_metadata: Any) -> bool:
-        """Whether every row reads everything by ``min_tokens``, which stock attention does cheaper.
+        """Whether every row reads everything, which stock attention does cheaper.
 
-        vLLM's ``max_seq_len`` is on the CPU, and never less than the longest row. A graph being
-        captured is replayed for longer rows too, so it has no such branch.
+        By ``min_tokens``; or in lossless mode, with no drafts to verify: the first ones behind it
+        take the newest pages. vLLM's ``max_seq_len`` is on the CPU, and never less than the longest
+        row. A graph being captured is replayed for longer rows too, so it has no such branch.
         """
         if not self.stock_reads:
             return False
         if self._lossless and attn_metadata.delta.tokens == 1:
-            return True  # nothing to verify, and first drafts take the newest pages
+            return True
         short: bool = attn_metadata.max_seq_len < self.settings.min_tokens
         return short and not is_captured(query)
 
@@ -181,32 +182,7 @@ class DeltaImpl:
         prompts = rows.prompts
         if not rows.flagged and not is_captured(q):
             prompts = None
-        done = self.plans and self._layer_kernels(layer).attend(
-            q, kv_cache, table, lengths, forward, prompts, idle, out
-        )
-        if not done:
-            k_cache, v_cache = self.views(kv_cache)
-            q_scale, k_scale, v_scale = self._scales
-            if q.dtype == out.dtype:
-                q_scale = 1.0
-            attended = attend(
-                self.settings,
-                self._number,
-                self.role(layer),
-                q.to(out.dtype),
-                Cache(k_cache, v_cache, table, lengths),
-                forward,
-                scale=self.scale * q_scale,
-                sinks=self.sinks,
-                softcap=self.logits_soft_cap or None,
-                k_scale=k_scale,
-                v_scale=v_scale,
-                prompts=prompts,
-                idle=idle,
-                over_all_ranks=over_all_ranks(),
-                score_last=self._lossless,
-            )
-            out.copy_(attended)
+        self._attend(layer, q, kv_cache, table, lengths, forward, prompts, idle, out)
         if self._pages is not None:
             self._pages.keep(forward.selections[self._number][0], lengths)
         if drafts is not None:
@@ -230,21 +206,50 @@ class DeltaImpl:
         pages, q, out = draft.pages, query[:count], output[:count]
         ids, counts = pages.ids[self._place, :count], pages.counts[self._place, :count]
         forward = ForwardPass({self._number: (ids, counts)}, draft.scratch)
-        if self.plans and self._layer_kernels(layer, drafts=True).attend(
-            q, kv_cache, draft.block_table, draft.seq_lens, forward, None, None, out
+        self._attend(
+            layer, q, kv_cache, draft.block_table, draft.seq_lens, forward, None, None, out, True
+        )
+
+    def _attend(
+        self,
+        layer: Any,
+        q: Tensor,
+        kv_cache: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        forward: ForwardPass,
+        prompts: Tensor | None,
+        idle: Tensor | None,
+        out: Tensor,
+        drafts: bool = False,
+    ) -> None:
+        """Write ``out``, shaped like q; ``drafts`` read pages under the layer's own number."""
+        if self.plans and self._layer_kernels(layer, drafts).attend(
+            q, kv_cache, table, lengths, forward, prompts, idle, out
         ):
             return
         q_scale, k_scale, v_scale = self._scales
         if q.dtype == out.dtype:
             q_scale = 1.0
-        out.copy_(
-            decode_attention(
-                q.to(out.dtype), *self.views(kv_cache), draft.block_table, draft.seq_lens,
-                scale=self.scale * q_scale, page_size=self.settings.config.page_size, page_ids=ids,
-                page_counts=counts, sinks=self.sinks, softcap=self.logits_soft_cap or None,
-                k_scale=k_scale, v_scale=v_scale,
-            )
-        )  # fmt: skip
+        attended = attend(
+            self.settings,
+            self._number,
+            "sparse" if drafts else self.role(layer),
+            q.to(out.dtype),
+            Cache(*self.views(kv_cache), table, lengths),
+            forward,
+            scale=self.scale * q_scale,
+            sinks=self.sinks,
+            softcap=self.logits_soft_cap or None,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            prompts=prompts,
+            idle=idle,
+            over_all_ranks=over_all_ranks(),
+            score_last=self._lossless,
+            source=self._number if drafts else None,
+        )
+        out.copy_(attended)
 
     def _layer_kernels(self, layer: Any, drafts: bool = False) -> LayerKernels:
         if drafts not in self._kernels:
@@ -263,8 +268,8 @@ class DeltaImpl:
                 rows=self._most_rows,
                 tokens=self._most_tokens,
                 over_all_ranks=over_all_ranks(),
-                own_pages=drafts,
                 score_last=self._lossless,
+                source=self._number if drafts else None,
             )
         return self._kernels[drafts]
 

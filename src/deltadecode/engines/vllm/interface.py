@@ -42,6 +42,7 @@ _EVERYWHERE = {
         "num_scheduled_tokens",
         "scheduled_cached_reqs",
         "scheduled_spec_decode_tokens",
+        "num_spec_tokens_to_schedule",
     ),
     "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": ("scheduler_output",),
     "vllm.v1.core.sched.scheduler:Scheduler.make_stats": (),
@@ -49,6 +50,30 @@ _EVERYWHERE = {
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": ("request",),
     "vllm.v1.engine.output_processor:OutputProcessor.update_scheduler_stats": (),
     "vllm.v1.metrics.stats:SchedulerStats": ("kv_connector_stats",),
+    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.initialize_cudagraph_keys": (
+        "cudagraph_mode",
+        "uniform_decode_query_len",
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
+        "initialize_kv_cache",
+        "capture_model",
+        "_copy_valid_sampled_token_count",
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": (
+        "scheduler_output",
+        "sampler_output",
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._determine_batch_execution_and_padding": (
+        "num_tokens",
+        "num_reqs",
+        "max_num_scheduled_tokens",
+        "force_uniform_decode",
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids": (
+        "scheduler_output",
+        "spec_decode_metadata",
+        "common_attn_metadata",
+    ),
     "vllm.v1.worker.ubatch_utils:UBatchSlice": ("request_slice", "token_slice"),
     "vllm.v1.worker.ubatch_utils:split_attn_metadata": (
         "ubatch_slices",
