@@ -98,6 +98,15 @@ def test_rule12_drafts_begin_when_they_pay(monkeypatch):
     assert engine.run(2000)[2] > 1200
 
 
+def test_a_batch_that_grows_goes_on_drafting(monkeypatch):
+    engine = Engine(monkeypatch, 8000)
+    engine.run(100)
+    for request in engine.running:
+        request.num_tokens = 8200  # 2 ** 16 in all are passed
+    assert engine.run(20)[2] == 20
+    assert len(engine.dynamic_sd_lookup._shapes) == 2
+
+
 def test_a_pause_and_a_prompt_say_nothing_of_steps(monkeypatch):
     engine = Engine(monkeypatch, 6000)
     engine.run(40)

@@ -63,7 +63,11 @@ class Pacing:
         if self._worth.told:
             return self._drafts
         shape = len(lengths).bit_length(), int(lengths.sum()).bit_length()
-        self._times = times = self._shapes.setdefault(shape, Times())
+        if shape not in self._shapes:
+            self._shapes[shape] = Times()
+            if self._before == "drafts":
+                self._shapes[shape].rest = 0  # a batch that grows goes on
+        self._times = times = self._shapes[shape]
         if times.rest > 0:
             times.rest -= 1
             return 0
