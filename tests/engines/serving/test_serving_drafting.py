@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from deltadecode.config import DeltaConfig
-from deltadecode.engines.serving.drafting import DraftPages, Worth
+from deltadecode.engines.serving.drafting import (
+    Acceptance,
+    DraftPages,
+    Worth,
+    draft_choices,
+    kept_tokens,
+)
 from deltadecode.engines.serving.settings import ServingSettings
 
 CPU = torch.device("cpu")
@@ -87,31 +93,46 @@ def worth(min_tokens=1024, weights=1000, drafts=4):
     return Worth(ServingSettings(cfg, cfg.layer_plan(4), min_tokens=min_tokens), weights, 1, drafts)
 
 
+def drafts(one, lengths, chance=0.9):
+    lengths = np.array(lengths)
+    return one.drafts(lengths, np.full(len(lengths), chance)) if one.may_pay(lengths) else 0
+
+
 def test_long_rows_draft_and_short_ones_do_not():
-    assert worth().pays(np.array([60_000, 90]))
-    assert not worth().pays(np.array([1024, 90]))
+    assert drafts(worth(), [60_000, 90]) == 4
+    assert drafts(worth(), [1024, 90]) == 0
     # Little more than the budget, and more weights than cache: drafts cost what they save.
-    assert not worth().pays(np.array([1500]))
-    assert not worth(weights=10**6).pays(np.array([20_000]))
+    assert drafts(worth(), [1500]) == 0
+    assert drafts(worth(weights=10**6), [20_000]) == 0
 
 
 def test_a_user_may_say_from_where_on():
-    assert worth(min_tokens=0).pays(np.array([1030]))
-    assert not worth(min_tokens=0).pays(np.array([1000]))
-    assert not worth(min_tokens=4000).pays(np.array([3999, 3999]))
-    assert worth(min_tokens=4000).pays(np.array([4000, 10]))
+    assert drafts(worth(min_tokens=0), [1030]) > 0
+    assert drafts(worth(min_tokens=0), [1000]) == 0
+    assert drafts(worth(min_tokens=4000), [3999, 3999]) == 0
+    assert drafts(worth(min_tokens=4000), [4000, 10]) > 0
 
 
-def test_drafts_that_do_not_hold_end_and_get_another_try():
-    one, rows = worth(), np.array([8000])
-    assert one.pays(rows)
-    steps = 0
-    while one.pays(rows):
-        one.measure([1])
-        steps += 1
-    assert 5 < steps < 200
-    off = 0
-    while not one.pays(rows):
-        one.measure([])
-        off += 1
-    assert 0 < off < 1000
+def test_rule12_drafts_that_hold_less_often_are_fewer():
+    assert [draft_choices(most) for most in (1, 2, 4, 16)] == [[1], [1, 2], [1, 2, 4], [4, 8, 16]]
+    # A draft reads an eighth of what a verification does.
+    found = [drafts(worth(), [8000], chance) for chance in (0.95, 0.7, 0.4, 0.05)]
+    assert found == [4, 2, 1, 0]
+    # Rows count alike.
+    assert kept_tokens(2, np.array([0.5, 0.0])) == (1.75 + 1) / 2
+
+
+def test_the_chance_is_a_request_s_own_and_fades():
+    known = Acceptance()
+    for _ in range(100):
+        known.measure("good", 4, 5)
+        known.measure("bad", 4, 1)
+        known.measure("middle", 4, 3)  # two of three hold that were looked at
+    good, bad, middle, new = known.of(["good", "bad", "middle", "new"])
+    assert good > 0.99 and bad < 0.02 and 0.55 < middle < 0.75
+    assert bad < new < good
+    for _ in range(3000):
+        known.rest()
+    assert known.of(["good", "bad", "new"]) == pytest.approx(0.9, abs=0.05)
+    known.forget(["good", "gone"])
+    assert known.of(["good"]) == known.of(["new"])

@@ -57,6 +57,17 @@ def test_rows_of_unlike_numbers_of_drafts_end_with_their_new_tokens(query_lens):
     assert found.drafts.queries.min() >= 0
 
 
+def test_fewer_drafts_have_queries_of_their_own_where_kernels_are_made_for_them():
+    def found(*starts, tokens):
+        rows = divide(torch.tensor(starts), len(starts) - 1, tokens, 4, 5, CPU, uniform=(3, 5))
+        return rows.tokens, rows.decode_tokens, rows.drafts is None
+
+    assert found(0, 3, 6, 6, tokens=9) == (3, 9, True)
+    assert found(0, 5, 10, 10, tokens=15) == (5, 15, True)
+    assert found(0, 2, 4, tokens=4) == (5, 4, False)
+    assert found(0, 3, 5, tokens=5) == (5, 5, False)
+
+
 def test_padding_rows_of_a_graph_are_decode_rows():
     found = divide(torch.tensor([0, 1, 2, 2, 2]), 4, 4, 1, 1, CPU)
     assert (found.decode, found.decode_tokens) == (4, 4)

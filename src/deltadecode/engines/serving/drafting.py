@@ -5,7 +5,7 @@ All of it stays on the device: a captured graph of a draft works out its pages f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,10 @@ from deltadecode.engines.serving.settings import ServingSettings, budget_tokens
 
 # What drafts have to gain by the bytes that are read, for all that those leave out.
 _GAIN = 1.1
-# Share of drafts that hold until it is measured, weight of one verification in the measure, and of
-# a step without, by which it goes back.
-_ACCEPTED, _NEWEST, _FADING = 0.7, 0.1, 0.001
+# Chance of a draft to hold until it is measured, and the largest; weight of a draft in a request's
+# measure and in that of all, and by how much a step without drafts takes them back.
+_ACCEPTED, _MOST_CHANCE = 0.9, 0.999
+_NEWEST, _NEWEST_OF_ALL, _FADING = 0.05, 0.005, 0.001
 # Rows and columns are multiples of it, so that what a layer reads is aligned as kernels want it.
 _STEP = 4
 
@@ -127,8 +128,46 @@ class DraftPages:
         self.counts.copy_((self._older + pages - self._first) * (seq_lens > 0))
 
 
+class Acceptance:
+    """Chance of a draft to hold, of each request; a new one begins with that of all lately."""
+
+    def __init__(self) -> None:
+        self._all = _ACCEPTED
+        self._own: dict[str, tuple[float, int]] = {}
+        self._plain = 0
+
+    def measure(self, name: str, drafts: int, kept: int) -> None:
+        """Take in how many tokens a request kept of a step that verified its drafts."""
+        chance = self._faded(name)
+        # Behind a rejected one nothing is known.
+        for held in [1.0] * min(kept - 1, drafts) + [0.0] * (kept <= drafts):
+            chance += _NEWEST * (held - chance)
+            self._all += _NEWEST_OF_ALL * (held - self._all)
+        self._own[name] = chance, self._plain
+
+    def rest(self) -> None:
+        """Take in a step without drafts: what was known fades, and in time drafts are tried."""
+        self._plain += 1
+        self._all += _FADING * (_ACCEPTED - self._all)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop requests that have ended."""
+        for name in names:
+            self._own.pop(name, None)
+
+    def of(self, names: Iterable[str]) -> NDArray[np.float64]:
+        """Chances of requests, [rows]."""
+        return np.array([self._faded(name) for name in names]).clip(max=_MOST_CHANCE)
+
+    def _faded(self, name: str) -> float:
+        if name not in self._own:
+            return self._all
+        chance, since = self._own[name]
+        return _ACCEPTED + (chance - _ACCEPTED) * (1 - _FADING) ** (self._plain - since)
+
+
 class Worth:
-    """Whether a batch drafts, by what passes read and by how many drafts have held lately.
+    """How many drafts a batch makes, by what passes read and by how many drafts hold.
 
     A step that gives one token of each row reads all weights and every row's cache. Lossless mode
     reads the weights once for each draft, too, and gives what the verification keeps.
@@ -136,35 +175,40 @@ class Worth:
     Parameters
     ----------
     settings : ServingSettings
-        With a ``min_tokens`` other than the budget, the longest row alone decides.
+        With a ``min_tokens`` other than the budget, the longest row alone decides whether.
     weights, token : int
         Bytes of all weights, and of a token's keys and values in all layers.
     drafts : int
-        Of a row, where a batch drafts.
+        Most drafts of a row.
     """
 
     def __init__(self, settings: ServingSettings, weights: int, token: int, drafts: int) -> None:
         self._budget = budget_tokens(settings.config)
         self.told = settings.min_tokens != self._budget
         self._least = settings.min_tokens
-        self._weights, self._token, self._drafts = weights, token, drafts
-        self._first = self.kept = 1 + _ACCEPTED * drafts
+        self._weights, self._token = weights, token
+        self._choices = draft_choices(drafts)
 
-    def measure(self, kept: Sequence[int]) -> None:
-        """Take in the tokens that a step gave, of each row that had drafts; none without drafts."""
-        # Without drafts nothing is known, and in time they get another try.
-        if kept:
-            self.kept += _NEWEST * (sum(kept) / len(kept) - self.kept)
-        else:
-            self.kept += _FADING * (self._first - self.kept)
-
-    def pays(self, lengths: NDArray[np.int64]) -> bool:
-        """Whether rows of so many tokens draft."""
+    def may_pay(self, lengths: NDArray[np.int64]) -> bool:
+        """Whether rows of so many tokens leave out anything."""
         longest = int(lengths.max())
-        if longest <= self._budget:
-            return False
-        if self.told:
-            return longest >= self._least
+        return longest > self._budget and (not self.told or longest >= self._least)
+
+    def drafts(self, lengths: NDArray[np.int64], chances: NDArray[np.float64]) -> int:
+        """Drafts that give most tokens for the bytes that are read; 0 where none do."""
         full = self._weights + self._token * int(lengths.sum())
         draft = self._weights + self._token * int(lengths.clip(max=self._budget).sum())
-        return self.kept * full >= _GAIN * (self._drafts * draft + full)
+        rates = [kept_tokens(n, chances) / (n * draft + full) for n in self._choices]
+        best = int(np.argmax(rates))
+        pays = self.told or rates[best] * full >= _GAIN
+        return self._choices[best] if pays else 0
+
+
+def draft_choices(most: int) -> list[int]:
+    """Numbers of drafts that a batch may make, ascending; few, as each has graphs of its own."""
+    return sorted({most, most // 2, most // 4} - {0})
+
+
+def kept_tokens(drafts: int, chances: NDArray[np.float64]) -> float:
+    """Tokens that a verification gives in the mean over rows."""
+    return float(((1 - chances ** (drafts + 1)) / (1 - chances)).mean())

@@ -7,6 +7,7 @@ first in a batch.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -126,12 +127,19 @@ class PromptRows:
 
 
 def divide(
-    starts: Tensor, requests: int, tokens: int, longest: int, most: int, device: torch.device
+    starts: Tensor,
+    requests: int,
+    tokens: int,
+    longest: int,
+    most: int,
+    device: torch.device,
+    uniform: Collection[int] = (),
 ) -> Rows:
     """Decode rows: those before the first one with more than ``most`` new tokens.
 
     ``starts`` has each request's first token and the end of the last one, on the CPU. ``requests``
-    and ``tokens`` may include padding. ``longest`` is the most new tokens of a row.
+    and ``tokens`` may include padding. ``longest`` is the most new tokens of a row. Rows that have
+    the same number of them, one of ``uniform``, have so many queries, and all others ``most``.
     """
     if longest <= 1:
         count = min(requests, tokens)
@@ -145,10 +153,10 @@ def divide(
     if (new == 1).all():
         return Rows(count, decode_tokens=count)
     # Padding rows of a graph have no tokens, nor have any rows while it is captured.
-    full = int(np.count_nonzero(new == most))
-    uniform = (new[:full] == most).all() and not new[full:].any() and count * most <= tokens
-    if uniform:
-        return Rows(count, most, count * most)
+    full = int(np.count_nonzero(new))
+    each = int(new[0]) if full and new[0] in uniform else most
+    if (new[:full] == each).all() and count * each <= tokens:
+        return Rows(count, each, count * each)
     rows = Rows(count, most, int(ends[-1]))
     back = np.arange(most - 1, -1, -1, dtype=np.int32)
     queries = (ends[:, None] - 1 - back).clip(min=0)

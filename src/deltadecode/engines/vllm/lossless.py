@@ -21,7 +21,7 @@ from deltadecode.engines.vllm import versions
 from deltadecode.engines.vllm.builder import most_rows
 from deltadecode.engines.vllm.implementation import DeltaImpl
 from deltadecode.engines.vllm.metadata import DraftPass
-from deltadecode.engines.vllm.runner import PlainSteps, wrap_runner
+from deltadecode.engines.vllm.runner import UniformSteps, wrap_runner
 from deltadecode.ops import Scratch
 
 # From this size on, batches are captured at one and a half times a power of two as well.
@@ -68,8 +68,8 @@ class Proposer:
         self._graphs: dict[int, Callable[[], None]] = {}
         self._start: Callable[[], None] = self._begin
         self._runner: Any = None
-        # Graphs of batches without drafts, once the runner has captured its own.
-        self.plain: PlainSteps | None = None
+        # Graphs of batches of so many tokens a row, once the runner has captured its own.
+        self.steps: dict[int, UniformSteps] = {}
         # Tokens and mask of the step that has just run, as :func:`newest_tokens` takes them.
         self.sampled: tuple[Tensor, Tensor]
         self._selected = False

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deltadecode.engines.serving.drafting import Worth
+from deltadecode.engines.serving.drafting import Acceptance, Worth, kept_tokens
 from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.times import Times
 from deltadecode.engines.vllm.checks import FLOAT8_DTYPES
@@ -43,25 +43,32 @@ def pace_drafts(scheduler: Any, settings: ServingSettings) -> None:
 class Pacing:
     """Drafts of a batch, by what is known of it before it runs; indexed by its number of rows.
 
-    A batch drafts where bytes say that it may pay, and ends where steps have taken longer for each
-    token than without drafts. Times are kept by the size of a batch and of its cache.
+    A batch drafts where bytes and acceptance say that it may pay, and ends where steps have taken
+    longer for each token than without drafts. Times are kept by the size of a batch and of its
+    cache.
     """
 
     def __init__(self, scheduler: Any, settings: ServingSettings) -> None:
-        self._scheduler, self._drafts = scheduler, int(scheduler.num_spec_tokens)
-        self._worth = Worth(settings, *step_bytes(scheduler.vllm_config), self._drafts)
+        self._scheduler = scheduler
+        self._worth = Worth(
+            settings, *step_bytes(scheduler.vllm_config), int(scheduler.num_spec_tokens)
+        )
+        self._acceptance = Acceptance()
         self._shapes: dict[tuple[int, int], Times] = {}
         self._times: Times | None = None
         self._ended, self._before, self._rounds = 0.0, "", 0
 
     def __getitem__(self, rows: int) -> int:
         """Drafts of each row behind the step that is being scheduled; 0 for none."""
-        lengths = np.array([request.num_tokens for request in self._scheduler.running])
+        running = self._scheduler.running
+        lengths = np.array([request.num_tokens for request in running])
         self._times = None
-        if not len(lengths) or not self._worth.pays(lengths):
+        if not len(lengths) or not self._worth.may_pay(lengths):
             return 0
-        if self._worth.told:
-            return self._drafts
+        chances = self._acceptance.of(request.request_id for request in running)
+        drafts = self._worth.drafts(lengths, chances)
+        if not drafts or self._worth.told:
+            return drafts
         shape = len(lengths).bit_length(), int(lengths.sum()).bit_length()
         if shape not in self._shapes:
             self._shapes[shape] = Times()
@@ -71,13 +78,18 @@ class Pacing:
         if times.rest > 0:
             times.rest -= 1
             return 0
-        return self._drafts
+        return drafts
 
     def measure(self, step: Any, output: Any) -> None:
         """Take in what a step has given, and when it ended."""
         rows, verified = output.req_id_to_index, step.scheduled_spec_decode_tokens
-        kept = [len(output.sampled_token_ids[rows[name]]) for name in verified]
-        self._worth.measure([tokens for tokens in kept if tokens])
+        for name, drafts in verified.items():
+            kept = len(output.sampled_token_ids[rows[name]])
+            if kept:
+                self._acceptance.measure(name, len(drafts), kept)
+        if not verified:
+            self._acceptance.rest()
+        self._acceptance.forget(step.finished_req_ids)
         before, ended = self._before, self._ended
         self._before, self._ended = self._kind(step), clock()
         # The end of a step is that of its drafts, too. One behind a step of another kind, or
@@ -88,7 +100,10 @@ class Pacing:
         if self._before == "plain":
             times.add_plain(self._ended - ended)
         elif self._before == "drafts":
-            times.add_round(self._ended - ended, self._worth.kept)
+            # One round may be lucky: what it gives by the chances.
+            most = max(map(len, verified.values()))
+            tokens = kept_tokens(most, self._acceptance.of(verified))
+            times.add_round(self._ended - ended, tokens)
             self._rounds += 1
             if times.rest == 0 and self._rounds % _REFRESH == 0:
                 times.rest = _COMPARED

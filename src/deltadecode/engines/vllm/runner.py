@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deltadecode.engines.serving.drafting import draft_choices
 from deltadecode_vllm import is_lossless, wrap_once
 
 # Rows of captured batches: steps as vLLM has them without drafts.
@@ -54,10 +55,14 @@ def _bind(proposer: Any, runner: Any, original: Any, *args: Any, **kwargs: Any) 
 
 def _capture(proposer: Any, runner: Any, original: Any) -> Any:
     taken = original()
-    proposer.plain = PlainSteps.of(runner)
-    if proposer.plain is not None:
-        with proposer.plain.used(runner):
-            taken += original()
+    # Batches without drafts, and with fewer than most of them.
+    most = runner.uniform_decode_query_len
+    for tokens in (1, *(1 + drafts for drafts in draft_choices(most - 1))):
+        steps = UniformSteps.of(runner, tokens) if tokens < most else None
+        if steps is not None:
+            with steps.used(runner):
+                taken += original()
+            proposer.steps[tokens] = steps
     proposer.capture(runner)
     return taken
 
@@ -85,14 +90,15 @@ def _propose(
 
 
 def _dispatch(proposer: Any, runner: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-    plain: PlainSteps | None = proposer.plain
-    single = plain is not None and plain.is_for(kwargs)
-    with plain.used(runner) if plain is not None and single else nullcontext():
+    # While vLLM captures a graph, it says itself what its batch is.
+    captures = kwargs.get("force_uniform_decode") is not None
+    steps = None if captures else proposer.steps.get(kwargs["max_num_scheduled_tokens"])
+    with steps.used(runner) if steps and steps.are(kwargs) else nullcontext():
         return original(*args, **kwargs)
 
 
-class PlainSteps:
-    """Full CUDA graphs of batches of one token a row: those without drafts.
+class UniformSteps:
+    """Full CUDA graphs of batches of so many tokens a row: those without drafts, or with few.
 
     Beside a proposer vLLM has full graphs for rows of one token and all drafts only. These have a
     dispatcher of their own, and the same graphs' memory.
@@ -102,49 +108,54 @@ class PlainSteps:
         self._dispatcher, self._most = dispatcher, most
 
     @classmethod
-    def of(cls, runner: Any) -> PlainSteps | None:
+    def of(cls, runner: Any, tokens: int) -> UniformSteps | None:
         """For a runner that has captured its graphs; None where it has no full ones."""
         from vllm.config import CUDAGraphMode
         from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
         config, mode = runner.vllm_config, runner.cudagraph_dispatcher.cudagraph_mode
+        compilation = copy.copy(config.compilation_config)
+        most = compilation.max_cudagraph_capture_size // tokens
+        most = min(config.scheduler_config.max_num_seqs, most)
         if (
             mode.decode_mode() != CUDAGraphMode.FULL
             or not mode.separate_routine()
             or config.parallel_config.data_parallel_size > 1
+            or most < 1
         ):
             return None
-        compilation = copy.copy(config.compilation_config)
-        most = config.scheduler_config.max_num_seqs
-        most = min(most, compilation.max_cudagraph_capture_size)
-        compilation.cudagraph_capture_sizes = plain_sizes(most)
-        compilation.max_cudagraph_capture_size = most
+        compilation.cudagraph_capture_sizes = [tokens * rows for rows in row_sizes(most)]
+        compilation.max_cudagraph_capture_size = tokens * most
         compilation.compile_sizes = []
         dispatcher = CudagraphDispatcher(config)
-        dispatcher.compilation_config, dispatcher.uniform_decode_query_len = compilation, 1
-        dispatcher.initialize_cudagraph_keys(mode, 1)
+        dispatcher.compilation_config = compilation
+        dispatcher.uniform_decode_query_len = tokens
+        dispatcher.initialize_cudagraph_keys(mode, tokens)
         dispatcher.cudagraph_keys[CUDAGraphMode.PIECEWISE].clear()
-        return cls(dispatcher, most)
+        return cls(dispatcher, tokens * most)
 
-    def is_for(self, batch: dict[str, Any]) -> bool:
-        """Whether a batch is one of these; arguments that the runner asks for a graph with."""
-        rows = batch["num_reqs"]
-        forced = batch.get("force_uniform_decode")
-        single = batch["max_num_scheduled_tokens"] == 1 and batch["num_tokens"] == rows
-        return bool(single and rows <= self._most and forced is None)
+    def are(self, batch: dict[str, Any]) -> bool:
+        """Whether a batch is one of these; arguments that the runner looks for a graph with."""
+        tokens: int = batch["num_tokens"]
+        return tokens == batch["num_reqs"] * self._tokens and tokens <= self._most
+
+    @property
+    def _tokens(self) -> int:
+        return int(self._dispatcher.uniform_decode_query_len)
 
     @contextmanager
     def used(self, runner: Any) -> Iterator[None]:
         """Have the runner take its graphs, and capture them, here."""
         before = runner.cudagraph_dispatcher, runner.uniform_decode_query_len
-        runner.cudagraph_dispatcher, runner.uniform_decode_query_len = self._dispatcher, 1
+        runner.cudagraph_dispatcher = self._dispatcher
+        runner.uniform_decode_query_len = self._tokens
         try:
             yield
         finally:
             runner.cudagraph_dispatcher, runner.uniform_decode_query_len = before
 
 
-def plain_sizes(most: int) -> list[int]:
-    """Sizes of captured batches of up to ``most`` rows, ascending."""
+def row_sizes(most: int) -> list[int]:
+    """Rows of captured batches of up to ``most``, ascending."""
     fine = range(_FINE, min(most, _COARSE_FROM), _FINE)
     return sorted({1, 2, 4, *fine, *range(_COARSE_FROM, most, _COARSE), most} & {*range(most + 1)})

@@ -39,7 +39,7 @@ def runner():
         model_config=SimpleNamespace(is_encoder_decoder=False),
         input_batch=SimpleNamespace(lora_id_to_lora_request={}), drafter=SimpleNamespace(),
     )  # fmt: skip
-    made.drafter.plain = own.PlainSteps.of(made)
+    made.drafter.steps = {tokens: own.UniformSteps.of(made, tokens) for tokens in (1, 3)}
     return made
 
 
@@ -64,28 +64,50 @@ def test_rows_of_one_token_have_full_graphs_of_their_own(runner):
     assert runner.uniform_decode_query_len == 1 + DRAFTS
     # While vLLM captures, it says itself what a batch is.
     assert graph(runner, [1] * 20, force_uniform_decode=False)[0] == "PIECEWISE"
-    runner.drafter.plain = None
+    runner.drafter.steps.clear()
     assert graph(runner, [1] * 20)[0] == "PIECEWISE"
 
 
-def test_they_are_captured_and_nothing_else_is(runner):
-    with runner.drafter.plain.used(runner):
+def test_rows_with_few_drafts_have_full_graphs_of_their_own(runner):
+    assert graph(runner, [3] * 3) == ("FULL", 12, 4)
+    assert graph(runner, [3] * 20) == ("FULL", 60, 20)
+    assert graph(runner, [3, 3, 2])[0] == graph(runner, [2] * 3)[0] == "PIECEWISE"
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_they_are_captured_and_nothing_else_is(runner, tokens):
+    with runner.drafter.steps[tokens].used(runner):
         ((mode, batches),) = runner.cudagraph_dispatcher.get_capture_descs()
         # As vLLM has it while it captures one.
-        assert graph(runner, [1] * 16, force_uniform_decode=True) == ("FULL", 16, 16)
+        found = graph(runner, [tokens] * 16, force_uniform_decode=True)
+        assert found == ("FULL", 16 * tokens, 16)
     assert mode == CUDAGraphMode.FULL
-    assert [batch.num_tokens for batch in batches] == [20, 16, 8, 4, 2, 1]
-    assert all(batch.uniform and batch.num_reqs == batch.num_tokens for batch in batches)
+    assert [batch.num_tokens for batch in batches] == [tokens * n for n in (20, 16, 8, 4, 2, 1)]
+    assert all(batch.uniform and batch.num_reqs * tokens == batch.num_tokens for batch in batches)
     known = runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.FULL]
     assert not known & set(batches) and len(known) == 5
 
 
-def test_sizes_are_those_of_vllm_without_drafts():
-    assert own.plain_sizes(3) == [1, 2, 3]
-    assert own.plain_sizes(64) == [1, 2, 4, *range(8, 65, 8)]
-    assert own.plain_sizes(300) == [1, 2, 4, *range(8, 257, 8), 272, 288, 300]
+def test_rows_of_captured_batches_are_those_of_vllm_without_drafts():
+    assert own.row_sizes(3) == [1, 2, 3]
+    assert own.row_sizes(64) == [1, 2, 4, *range(8, 65, 8)]
+    assert own.row_sizes(300) == [1, 2, 4, *range(8, 257, 8), 272, 288, 300]
+
+
+def test_the_runner_captures_them_behind_its_own(runner):
+    lengths, bound = [], []
+    runner.drafter.steps = {}
+    runner.drafter.capture = bound.append
+
+    def capture():
+        lengths.append(runner.uniform_decode_query_len)
+        return 10
+
+    assert own._capture(runner.drafter, runner, capture) == 40
+    assert lengths == [5, 1, 2, 3] and bound == [runner]
+    assert list(runner.drafter.steps) == [1, 2, 3]
 
 
 def test_a_runner_without_full_graphs_has_none(runner):
     runner.cudagraph_dispatcher.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    assert own.PlainSteps.of(runner) is None
+    assert own.UniformSteps.of(runner, 1) is None
