@@ -48,6 +48,15 @@ def test_rule14_greedy_output_is_that_of_stock_vllm(stock, graphs):
     # Sums of bfloat16 in another order may turn a few near-ties.
     assert agreeing(stock, graphs["rounds"][0]) >= 18
     assert graphs["accepted"] > 0.8 * graphs["drafted"] > 0
+    assert graphs["async_scheduling"]
+
+
+def test_steps_without_drafts_come_from_graphs_before_those_with_some(work, stock):
+    # Rows of 350 to 370 tokens decode, and draft from 400 on.
+    found = work(config={**CONFIG, "min_tokens": 400}, engine={"async_scheduling": False})
+    assert agreeing(stock, found["rounds"][0]) >= 18
+    assert found["accepted"] > 0.8 * found["drafted"] > 0
+    assert not found["async_scheduling"]
 
 
 def test_graphs_draft_what_eager_steps_draft(work, graphs):

@@ -221,7 +221,7 @@ def test_what_is_compiled_ahead_is_planned_like_a_step(planned, layer):
     """Once, for rows of one new token and of drafts; longer tables than that make other plans."""
     step = Step([40, 9], tokens=3)
     kernels = LayerKernels(
-        SETTINGS, layer, SETTINGS.plan.role(layer), views, scale=SCALE, rows=5, tokens=3
+        SETTINGS, layer, SETTINGS.plan.role(layer), views, scale=SCALE, rows=5, tokens=(1, 3)
     )
     for _ in range(2):
         kernels.compile_ahead(

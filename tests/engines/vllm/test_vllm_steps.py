@@ -33,7 +33,7 @@ class Impl(DeltaImpl, Stock):
 
     def __init__(self, number, plans):
         self.settings, self.plans, self._longest = SETTINGS, plans, 4096
-        self._most_rows, self._most_tokens = 0, 1
+        self._most_rows, self._numbers = 0, [1]
         self._number, self._role, self._kernels = number, SETTINGS.plan.role(number), {}
 
 

@@ -6,7 +6,7 @@ look-up a layer, and the launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +47,8 @@ class LayerKernels:
         As in :func:`deltadecode.ops.decode_attention`; a float8 q is of numbers over ``q_scale``.
     rows : int
         Most decode rows of a batch; kernels for all numbers of them are compiled at the first step.
-    tokens : int
-        Most new tokens of a row.
+    tokens : collection of int
+        Numbers of new tokens of a row that have kernels of their own.
     over_all_ranks, score_last, source
         As in :func:`deltadecode.engines.serving.step.attend`.
     """
@@ -67,7 +67,7 @@ class LayerKernels:
         k_scale: float = 1.0,
         v_scale: float = 1.0,
         rows: int = 0,
-        tokens: int = 1,
+        tokens: Collection[int] = (1,),
         over_all_ranks: Callable[[Tensor], Tensor] | None = None,
         score_last: bool = False,
         source: int | None = None,
@@ -137,8 +137,8 @@ class LayerKernels:
     def compile_ahead(self, q: Tensor, cache: Tensor, longest: int, dtype: torch.dtype) -> None:
         """Compile what steps of sequences of up to ``longest`` tokens will launch; once.
 
-        ``q`` is [at least ``tokens``, Hq, D], ``cache`` the engine's tensor, and ``dtype`` that of
-        the output.
+        ``q`` is [at least the most ``tokens``, Hq, D], ``cache`` the engine's tensor, and ``dtype``
+        that of the output.
         """
         if self._ahead or is_captured(q):
             return
@@ -149,7 +149,8 @@ class LayerKernels:
         config = self._settings.config
         columns = config.table_width(table.shape[1] * block_size // config.page_size)
         # Rows of one new token, and rows of drafts.
-        for queries in {(1,), (1, self._tokens)} if self._tokens > 1 else {(1,)}:
+        for new in self._tokens:
+            queries = (1, new) if new > 1 else (1,)
             selection = None
             if self._source is not None:
                 selection = table.new_zeros((*queries, columns)), table.new_zeros(queries)

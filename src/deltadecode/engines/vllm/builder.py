@@ -9,7 +9,6 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 
-from deltadecode.engines.serving.drafting import draft_choices
 from deltadecode.engines.serving.rows import PromptRows, divide
 from deltadecode.engines.vllm import BACKEND, versions
 from deltadecode.engines.vllm.checks import CACHE_DTYPES
@@ -81,9 +80,7 @@ class DeltaBuilder:
         super().__init__(*args, **kwargs)
         config = self.vllm_config  # type: ignore[attr-defined]
         self._most_tokens, self._lossless = versions.most_tokens(config), is_lossless(config)
-        # Each number of queries has kernels and graphs of its own.
-        drafts = draft_choices(self._most_tokens - 1) if self._lossless else []
-        self._uniform = [1 + each for each in drafts]
+        self._numbers = versions.numbers_of_tokens(config)
         # vLLM then puts the rows of no more new tokens first.
         self._init_reorder_batch_threshold(self._most_tokens)  # type: ignore[attr-defined]
         self._prompts = PromptRows(most_rows(config), self.device)  # type: ignore[attr-defined]
@@ -124,7 +121,7 @@ class DeltaBuilder:
             common.max_query_len,
             self._most_tokens,
             self.device,  # type: ignore[attr-defined]
-            self._uniform,
+            self._numbers,
         )
         prefilling, self.prefilling = self.prefilling, None
         if prefilling is None:

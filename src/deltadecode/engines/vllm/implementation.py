@@ -51,7 +51,7 @@ class DeltaImpl:
         config = get_current_vllm_config()
         self.settings = versions.settings_of(config)
         self._longest = config.model_config.max_model_len
-        self._most_rows, self._most_tokens = most_rows(config), versions.most_tokens(config)
+        self._most_rows, self._numbers = most_rows(config), versions.numbers_of_tokens(config)
         self._dtype_bytes = config.model_config.dtype.itemsize
         self._float8 = self.kv_cache_dtype in FLOAT8_DTYPES
         self._lossless = is_lossless(config)
@@ -266,7 +266,7 @@ class DeltaImpl:
                 k_scale=k_scale,
                 v_scale=v_scale,
                 rows=self._most_rows,
-                tokens=self._most_tokens,
+                tokens=self._numbers,
                 over_all_ranks=over_all_ranks(),
                 score_last=self._lossless,
                 source=self._number if drafts else None,
@@ -277,7 +277,7 @@ class DeltaImpl:
         self, layer: Any, query: Tensor, kv_cache: Tensor, dtype: torch.dtype
     ) -> None:
         """Compile in a run without a batch, of which vLLM has one before the first request."""
-        if self.is_ours(layer) and query.shape[0] >= self._most_tokens:
+        if self.is_ours(layer) and query.shape[0] >= self._numbers[-1]:
             self._layer_kernels(layer).compile_ahead(query, kv_cache, self._longest, dtype)
 
     def attend_others(

@@ -114,16 +114,15 @@ class UniformSteps:
         from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
         config, mode = runner.vllm_config, runner.cudagraph_dispatcher.cudagraph_mode
-        compilation = copy.copy(config.compilation_config)
-        most = compilation.max_cudagraph_capture_size // tokens
-        most = min(config.scheduler_config.max_num_seqs, most)
         if (
             mode.decode_mode() != CUDAGraphMode.FULL
             or not mode.separate_routine()
             or config.parallel_config.data_parallel_size > 1
-            or most < 1
         ):
             return None
+        compilation = copy.copy(config.compilation_config)
+        most = compilation.max_cudagraph_capture_size // tokens
+        most = min(config.scheduler_config.max_num_seqs, most)
         compilation.cudagraph_capture_sizes = [tokens * rows for rows in row_sizes(most)]
         compilation.max_cudagraph_capture_size = tokens * most
         compilation.compile_sizes = []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltadecode.engines.serving.drafting import draft_choices
 from deltadecode.engines.serving.settings import KEY, ServingSettings, resolve
 from deltadecode.engines.vllm import BACKEND, interface
 from deltadecode.errors import DeltaConfigError
@@ -53,6 +54,15 @@ def most_tokens(vllm_config: Any) -> int:
     """Most new tokens of a decode row: one, and drafts."""
     speculative = getattr(vllm_config, "speculative_config", None)
     return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
+
+
+def numbers_of_tokens(vllm_config: Any) -> list[int]:
+    """Numbers of new tokens of a decode row that have kernels of their own, ascending."""
+    most = most_tokens(vllm_config)
+    if is_lossless(vllm_config):
+        # Rows of one token are the stock backend's then.
+        return [1 + drafts for drafts in draft_choices(most - 1)]
+    return sorted({1, most})
 
 
 def check_backend(vllm_config: Any) -> None:
