@@ -14,9 +14,9 @@ from deltadecode.engines.vllm.checks import FLOAT8_DTYPES
 
 clock = time.perf_counter
 
-# Rounds that pay are compared with plain steps so often, and with so many: the first two of them
-# verify what was drafted, or come behind the one that does.
-_REFRESH, _COMPARED = 256, 4
+# Rounds that pay are compared with plain steps so often, at first sooner, and with so many: the
+# first two of them verify what was drafted, or come behind the one that does.
+_REFRESH, _SOON, _COMPARED = 256, 16, 4
 
 
 def pace_drafts(scheduler: Any, settings: ServingSettings) -> None:
@@ -71,7 +71,7 @@ class Pacing:
             return drafts
         shape = len(lengths).bit_length(), int(lengths.sum()).bit_length()
         if shape not in self._shapes:
-            self._shapes[shape] = Times()
+            self._shapes[shape], self._rounds = Times(), 0
             if self._before == "drafts":
                 self._shapes[shape].rest = 0  # a batch that grows goes on
         self._times = times = self._shapes[shape]
@@ -105,8 +105,8 @@ class Pacing:
             tokens = kept_tokens(most, self._acceptance.of(verified))
             times.add_round(self._ended - ended, tokens)
             self._rounds += 1
-            if times.rest == 0 and self._rounds % _REFRESH == 0:
-                times.rest = _COMPARED
+            if times.rest == 0 and self._rounds >= (_REFRESH if times.plain else _SOON):
+                times.rest, self._rounds = _COMPARED, 0
 
     def pause(self) -> None:
         """Forget when the last step ended: nothing runs."""
