@@ -84,7 +84,7 @@ class Pacing:
         """Take in what a step has given, and when it ended."""
         rows, verified = output.req_id_to_index, step.scheduled_spec_decode_tokens
         for name, drafts in verified.items():
-            kept = len(output.sampled_token_ids[rows[name]])
+            kept = len(output.sampled_token_ids[rows[name]]) if name in rows else 0
             if kept:
                 self._acceptance.measure(name, len(drafts), kept)
         if not verified:
@@ -130,7 +130,8 @@ def step_bytes(vllm_config: Any) -> tuple[int, int]:
     heads, kv_heads = text.num_attention_heads, model.get_total_num_kv_heads()
     size = model.get_head_size()
     experts = getattr(text, "num_experts_per_tok", None)
-    inner = (experts and getattr(text, "moe_intermediate_size", None)) or text.intermediate_size
+    inner = experts and getattr(text, "moe_intermediate_size", None)
+    inner = inner or getattr(text, "intermediate_size", None) or 4 * hidden
     layer = 2 * hidden * size * (heads + kv_heads) + 3 * hidden * inner * (experts or 1)
     weights = number * (layers * layer + hidden * model.get_vocab_size())
     number = 1 if cache.cache_dtype in FLOAT8_DTYPES else number
