@@ -17,7 +17,7 @@ from vllm.v1.worker import ubatch_utils
 
 import deltadecode_vllm
 from deltadecode.engines.serving import settings
-from deltadecode.engines.vllm import backend, interface, versions
+from deltadecode.engines.vllm import backend, interface, plugin, versions
 from deltadecode.engines.vllm.versions import check_version, key_value_views
 from deltadecode.errors import DeltaConfigError
 
@@ -154,3 +154,33 @@ def test_a_function_is_wrapped_once_and_keeps_its_kind():
             deltadecode_vllm.wrap_once(Owner, name, lambda f: lambda *args: f(*args) + 1)
     assert Owner().plain(1) == 2
     assert Owner.bound(1) == Owner().bound(1) == 2
+
+
+@pytest.mark.parametrize(
+    ("cpu", "supports", "own", "ahead"),
+    [(False, True, None, True), (True, True, None, False), (False, False, None, False),
+     (False, True, "a.Scheduler", False)],
+)  # fmt: skip
+def test_scheduling_is_asynchronous_where_vllm_can(monkeypatch, cpu, supports, own, ahead):
+    from vllm.platforms import current_platform
+    from vllm.v1.executor.abstract import Executor
+
+    executor = SimpleNamespace(supports_async_scheduling=lambda: supports)
+    monkeypatch.setattr(Executor, "get_class", lambda config: executor)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: cpu)
+    scheduler = SimpleNamespace(async_scheduling=False, scheduler_cls=own)
+    versions.schedule_ahead(SimpleNamespace(scheduler_config=scheduler))
+    assert scheduler.async_scheduling == ahead
+
+
+@pytest.mark.parametrize(("asked", "ahead"), [(None, 1), (True, 1), (False, 0)])
+def test_a_user_may_have_it_off(monkeypatch, asked, ahead):
+    calls = []
+    monkeypatch.setattr(versions, "check_backend", lambda config: None)
+    monkeypatch.setattr(versions, "schedule_ahead", calls.append)
+    monkeypatch.setattr(plugin, "_prepare", lambda config: True)
+    config = SimpleNamespace(speculative_config=SimpleNamespace(model=deltadecode_vllm.PROPOSER))
+    assert plugin.prepare_engine(config, None, asked)
+    assert len(calls) == ahead
+    calls.clear()
+    assert plugin.prepare_engine(SimpleNamespace(), None, asked) and not calls
