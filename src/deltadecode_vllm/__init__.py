@@ -15,6 +15,7 @@ from typing import Any
 BACKEND_CLASS = "deltadecode.engines.vllm.backend.DeltaBackend"
 KEY = "deltadecode"  # in --additional-config
 PROPOSER = "deltadecode.engines.vllm.lossless.Proposer"  # in --speculative-config
+AHEAD = "deltadecode_ahead"  # attribute of a SchedulerConfig
 _PLUGIN = "deltadecode.engines.vllm.plugin"
 _WRAPPED = "_deltadecode"
 
@@ -31,6 +32,7 @@ def register() -> None:
 
 
 def _register() -> None:
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -43,6 +45,7 @@ def _register() -> None:
     register_backend(custom, BACKEND_CLASS)
     wrap_once(EngineArgs, "create_engine_config", _check_new_configurations)
     wrap_once(Scheduler, "__init__", _count_steps)
+    wrap_once(VllmConfig, "__post_init__", _stay_ahead)
     if current_platform.is_cpu():
         wrap_once(type(current_platform), "get_attn_backend_cls", _let_cpu_choose)
 
@@ -103,6 +106,26 @@ def _count_steps(init: Callable[..., None]) -> Any:
             import_module(_PLUGIN).prepare_scheduler(self)
 
     return __init__
+
+
+def _stay_ahead(check: Callable[..., None]) -> Any:
+    """Keep asynchronous scheduling where a configuration is marked for it.
+
+    vLLM checks configurations again in an engine's own process, and would refuse it there.
+    """
+
+    def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        scheduler = self.scheduler_config
+        ahead = getattr(scheduler, AHEAD, False)
+        if ahead:
+            scheduler.async_scheduling = False
+        try:
+            check(self, *args, **kwargs)
+        finally:
+            if ahead:
+                scheduler.async_scheduling = True
+
+    return __post_init__
 
 
 def _let_cpu_choose(choose: Callable[..., str]) -> Any:

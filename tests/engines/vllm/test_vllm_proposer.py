@@ -58,7 +58,7 @@ def proposer(monkeypatch):
 
     monkeypatch.setattr(one, "_forward", forward)
     one.runner = SimpleNamespace(
-        device=torch.device("cpu"), max_num_reqs=20, get_model=lambda: torch.nn.Linear(2, 2),
+        device=torch.device("cpu"), max_num_reqs=20, use_async_scheduling=False,
         input_batch=SimpleNamespace(block_table=[Table(20)]),
     )  # fmt: skip
     one.bind(one.runner)
@@ -70,7 +70,7 @@ def propose(proposer, sampled, lengths, verified=None, drafts=DRAFTS):
     sampled = torch.tensor(sampled, dtype=torch.int32)
     # A chunk of a prompt samples a token as well, which is not to be used.
     discarded = torch.tensor([row[0] < 0 for row in sampled.tolist()])
-    proposer.sampled = sampled.where(sampled >= 0, -1), discarded
+    proposer.take(sampled.where(sampled >= 0, -1), discarded)
     lengths = torch.tensor([*lengths, 0, 0], dtype=torch.int32)  # with padding rows
     ends = None if verified is None else torch.tensor(verified, dtype=torch.int32).cumsum(0)
     return proposer.propose(drafts, lengths, ends)
@@ -104,8 +104,13 @@ def test_newest_tokens_and_how_many_a_step_has_kept(proposer):
 def test_fewer_drafts_or_none(proposer):
     assert propose(proposer, [[5], [6]], [40, 50], drafts=2).tolist() == [[6, 7], [7, 8]]
     assert len(proposer.passes) == 2
+    # vLLM takes the first two.
+    proposer.runner.use_async_scheduling = True
+    drafted = propose(proposer, [[5], [6]], [40, 50], drafts=2)
+    assert drafted.shape == (2, DRAFTS) and drafted[:, :2].tolist() == [[6, 7], [7, 8]]
+    proposer.passes.clear()
     assert propose(proposer, [[5], [6]], [40, 50], drafts=0) == [[], []]
-    assert len(proposer.passes) == 2
+    assert not proposer.passes
 
 
 def test_rule12_what_was_selected_before_plain_steps_is_forgotten(proposer):

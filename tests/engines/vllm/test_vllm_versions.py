@@ -1,5 +1,6 @@
 """What differs between versions of vLLM."""
 
+import pickle
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import numpy
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.config import SchedulerConfig
 from vllm.utils.hashing import sha256
 from vllm.v1.attention.backends import registry
 from vllm.v1.core import kv_cache_utils
@@ -169,8 +171,20 @@ def test_scheduling_is_asynchronous_where_vllm_can(monkeypatch, cpu, supports, o
     monkeypatch.setattr(Executor, "get_class", lambda config: executor)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: cpu)
     scheduler = SimpleNamespace(async_scheduling=False, scheduler_cls=own)
-    versions.schedule_ahead(SimpleNamespace(scheduler_config=scheduler))
+    config = SimpleNamespace(scheduler_config=scheduler)
+    versions.schedule_ahead(config)
     assert scheduler.async_scheduling == ahead
+    # vLLM would refuse it, and checks again in another process.
+    seen = []
+    again = deltadecode_vllm._stay_ahead(lambda one: seen.append(scheduler.async_scheduling))
+    again(config)
+    assert seen == [False] and scheduler.async_scheduling == ahead
+
+
+def test_a_mark_goes_along_to_an_engine_s_own_process():
+    config = SchedulerConfig(max_model_len=100, is_encoder_decoder=False)
+    setattr(config, deltadecode_vllm.AHEAD, True)
+    assert getattr(pickle.loads(pickle.dumps(config)), deltadecode_vllm.AHEAD)
 
 
 @pytest.mark.parametrize(("asked", "ahead"), [(None, 1), (True, 1), (False, 0)])

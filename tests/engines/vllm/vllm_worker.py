@@ -16,27 +16,40 @@ from unittest.mock import MagicMock
 MODEL = (
     Path(__file__).parents[3] / "packages" / "embedded" / "src" / "deltadecode_embedded" / "model"
 )
+STAND_INS = "DELTADECODE_TEST_STAND_INS"
 
 
 def schedule_ahead():
-    """Have vLLM schedule asynchronously on a CPU, where nothing needs to be waited for."""
-    # In one process: what is patched here must be so where the model runs.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import torch
-
+    """Have vLLM schedule asynchronously on a CPU, in whatever processes it starts."""
+    import deltadecode_vllm
     from deltadecode.engines.vllm import versions
 
     def ahead(vllm_config):
         vllm_config.scheduler_config.async_scheduling = True
+        setattr(vllm_config.scheduler_config, deltadecode_vllm.AHEAD, True)
 
     versions.schedule_ahead = ahead
+    os.environ[STAND_INS] = "1"
+    stand_in()
+
+
+def stand_in():
+    """Put something in the place of a GPU's streams and events: nothing has to be waited for."""
+    import torch
+
     torch.cuda.Event = torch.cuda.current_stream = MagicMock()
     torch.cuda.stream = contextlib.nullcontext
+
+
+# A process that is not forked imports this file first.
+if STAND_INS in os.environ:
+    stand_in()
 
 
 def run_vllm(job):
     if job.get("async_scheduling"):
         schedule_ahead()
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions that workers are asked for
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -88,11 +101,16 @@ def run_vllm(job):
             llm.wake_up()
     return {
         "rounds": rounds,
-        "async_scheduling": llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
+        "async_scheduling": llm.collective_rpc(is_ahead)[0],
         "preempted": counted(llm, "vllm:num_preemptions"),
         "accepted": counted(llm, "vllm:spec_decode_num_accepted_tokens"),
         "drafted": counted(llm, "vllm:spec_decode_num_draft_tokens"),
     }
+
+
+def is_ahead(worker):
+    """Whether it schedules asynchronously, by the configuration of the engine's own process."""
+    return worker.vllm_config.scheduler_config.async_scheduling
 
 
 def prompt(given):

@@ -150,6 +150,8 @@ def check_lossless(vllm_config: Any, settings: ServingSettings) -> None:
         "--enable-prompt-embeds must be off": getattr(model, "enable_prompt_embeds", False),
         "--kv-transfer-config must not be given": vllm_config.kv_transfer_config is not None,
         "--enable-dbo must be off": getattr(parallel, "use_ubatching", False),
+        # It would discard what drafts keep beside the cache.
+        "--enable-sleep-mode must be off": getattr(model, "enable_sleep_mode", False),
     }
     for rule, broken in options.items():
         if broken:

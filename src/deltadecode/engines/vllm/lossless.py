@@ -70,8 +70,8 @@ class Proposer:
         self._runner: Any = None
         # Graphs of batches of so many tokens a row, once the runner has captured its own.
         self.steps: dict[int, UniformSteps] = {}
-        # Tokens and mask of the step that has just run, as :func:`newest_tokens` takes them.
-        self.sampled: tuple[Tensor, Tensor]
+        self._sampled: tuple[Tensor, Tensor]
+        self._newest: tuple[Tensor, Tensor] | None = None
         self._selected = False
 
     def load_model(self, model: Any) -> None:
@@ -112,19 +112,25 @@ class Proposer:
             torch.zeros(rows, dtype=torch.int32, device=device),
         )
 
+    def take(self, tokens: Tensor, discarded: Tensor) -> None:
+        """Take what a step has sampled; as :func:`newest_tokens`."""
+        self._sampled, self._newest = (tokens, discarded), None
+
     def newest(self) -> tuple[Tensor, Tensor]:
         """Newest token of each row of the step that has just run, and how many it got."""
-        return newest_tokens(*self.sampled)
+        if self._newest is None:
+            self._newest = newest_tokens(*self._sampled)
+        return self._newest
 
     def propose(
         self, drafts: int, seq_lens: Tensor, ends: Tensor | None
     ) -> Tensor | list[list[int]]:
-        """Drafts [rows, drafts] int64 behind the tokens ``sampled``.
+        """Drafts [rows, at least ``drafts``] int64 behind the :meth:`newest` tokens.
 
         ``seq_lens`` are those of the pass that sampled these, ``ends`` where each row's drafts end
         among all that it verified, None for no drafts. Waits for nothing on the device.
         """
-        count = len(self.sampled[0])
+        count = len(self._sampled[0])
         if not drafts:
             # A plain step selects nothing, and rows move: what was selected is of no more use.
             if self._selected:
@@ -145,7 +151,10 @@ class Proposer:
         draft = self._graphs.get(self._size(count)) or partial(self._draft, count)
         for _ in range(drafts):
             draft()
-        return self._rows.drafted[:count, :drafts]
+        # With asynchronous scheduling vLLM takes as many as it scheduled, and copies whole rows
+        # without waiting.
+        columns = self._drafts if self._runner.use_async_scheduling else drafts
+        return self._rows.drafted[:count, :columns]
 
     def capture(self, runner: Any) -> None:
         """Capture a draft of each size that a batch may have; after vLLM has captured its steps."""

@@ -72,7 +72,7 @@ def _hand_over(
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     tokens: Tensor = sampler_output.sampled_token_ids
-    proposer.sampled = tokens, runner.discard_request_mask.gpu[: len(tokens)]
+    proposer.take(tokens, runner.discard_request_mask.gpu[: len(tokens)])
     if runner.use_async_scheduling and tokens.shape[1] > 1:
         # What the next step begins with, and how many drafts this one has kept.
         runner._copy_valid_sampled_token_count(*proposer.newest())

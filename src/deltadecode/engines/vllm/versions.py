@@ -16,7 +16,7 @@ from deltadecode.engines.serving.drafting import draft_choices
 from deltadecode.engines.serving.settings import KEY, ServingSettings, resolve
 from deltadecode.engines.vllm import BACKEND, interface
 from deltadecode.errors import DeltaConfigError
-from deltadecode_vllm import PROPOSER, is_chosen, is_lossless, wrap_once
+from deltadecode_vllm import AHEAD, PROPOSER, is_chosen, is_lossless, wrap_once
 
 FIRST, LAST = (0, 24), (0, 32)
 SUPPORTED = f"{FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}"
@@ -76,7 +76,7 @@ def check_backend(vllm_config: Any) -> None:
 
 
 def schedule_ahead(vllm_config: Any) -> None:
-    """Schedule asynchronously beside our proposer, as vLLM does beside those that it knows.
+    """Have the engine schedule asynchronously, as vLLM does beside proposers that it knows.
 
     It asks of a proposer that tokens stay on the device, which ours does (runner.py).
     """
@@ -87,6 +87,7 @@ def schedule_ahead(vllm_config: Any) -> None:
     supports = Executor.get_class(vllm_config).supports_async_scheduling()
     if supports and scheduler.scheduler_cls is None and not current_platform.is_cpu():
         scheduler.async_scheduling = True
+        setattr(scheduler, AHEAD, True)
 
 
 def key_value_views(
