@@ -109,5 +109,8 @@ def test_the_runner_captures_them_behind_its_own(runner):
 
 
 def test_a_runner_without_full_graphs_has_none(runner):
+    runner.compilation_config.pass_config.enable_sp = True
+    assert own.UniformSteps.of(runner, 1) is None
+    runner.compilation_config.pass_config.enable_sp = False
     runner.cudagraph_dispatcher.cudagraph_mode = CUDAGraphMode.PIECEWISE
     assert own.UniformSteps.of(runner, 1) is None

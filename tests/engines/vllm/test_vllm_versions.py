@@ -18,8 +18,9 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import ubatch_utils
 
 import deltadecode_vllm
+from deltadecode.config import DeltaConfig
 from deltadecode.engines.serving import settings
-from deltadecode.engines.vllm import backend, interface, plugin, versions
+from deltadecode.engines.vllm import backend, checks, interface, plugin, versions
 from deltadecode.engines.vllm.versions import check_version, key_value_views
 from deltadecode.errors import DeltaConfigError
 
@@ -198,3 +199,19 @@ def test_a_user_may_have_it_off(monkeypatch, asked, ahead):
     assert len(calls) == ahead
     calls.clear()
     assert plugin.prepare_engine(SimpleNamespace(), None, asked) and not calls
+
+
+def test_an_engine_that_sleeps_does_not_draft():
+    """CPUs have no such mode, so no engine's configuration can have it here."""
+    cfg = DeltaConfig(8, 4, 1, 1, (), (0,))
+    parallel = SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(enable_sleep_mode=True, hf_config=None), lora_config=None,
+        parallel_config=parallel, kv_transfer_config=None,
+        speculative_config=SimpleNamespace(num_speculative_tokens=4),
+    )  # fmt: skip
+    given = settings.ServingSettings(cfg, cfg.layer_plan(2))
+    with pytest.raises(DeltaConfigError, match="--enable-sleep-mode must be off in lossless mode"):
+        checks.check_lossless(config, given)
+    config.model_config.enable_sleep_mode = False
+    checks.check_lossless(config, given)

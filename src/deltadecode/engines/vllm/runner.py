@@ -109,7 +109,10 @@ class UniformSteps:
 
     @classmethod
     def of(cls, runner: Any, tokens: int) -> UniformSteps | None:
-        """For a runner that has captured its graphs; None where it has no full ones."""
+        """For a runner that has captured its graphs; None where it has no full ones.
+
+        Nor where ranks agree on a size that not all of these have.
+        """
         from vllm.config import CUDAGraphMode
         from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
@@ -118,6 +121,7 @@ class UniformSteps:
             mode.decode_mode() != CUDAGraphMode.FULL
             or not mode.separate_routine()
             or config.parallel_config.data_parallel_size > 1
+            or config.compilation_config.pass_config.enable_sp
         ):
             return None
         compilation = copy.copy(config.compilation_config)
