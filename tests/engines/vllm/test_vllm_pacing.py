@@ -21,7 +21,7 @@ def settings(min_tokens=BUDGET):
 class Engine:
     """A scheduler whose steps take what they are told to, one decided before the last ended."""
 
-    def __init__(self, monkeypatch, tokens, min_tokens=BUDGET):
+    def __init__(self, monkeypatch, tokens, min_tokens=BUDGET, launcher="mp"):
         self.now, self.running = (
             0.0,
             [SimpleNamespace(num_tokens=tokens, request_id=str(row)) for row in range(ROWS)],
@@ -36,6 +36,8 @@ class Engine:
                 get_head_size=lambda: 16, get_vocab_size=lambda: 1000,
             ),
             cache_config=SimpleNamespace(cache_dtype="auto"),
+            scheduler_config=SimpleNamespace(async_scheduling=True),
+            parallel_config=SimpleNamespace(distributed_executor_backend=launcher),
         )  # fmt: skip
         monkeypatch.setattr(pacing, "clock", lambda: self.now)
         pacing.pace_drafts(self, settings(min_tokens))
@@ -100,6 +102,18 @@ def test_rule12_drafts_begin_when_they_pay(monkeypatch):
     engine = Engine(monkeypatch, 6000)
     engine.run(1000, draft=1.0)
     assert engine.run(2000)[2] > 1200
+
+
+def test_ranks_that_decide_alone_leave_the_clock_out(monkeypatch):
+    engine = Engine(monkeypatch, 6000, launcher="external_launcher")
+    assert engine.run(200, draft=9.0)[2] == 200
+
+
+def test_placeholders_of_a_request_that_waits_go(monkeypatch):
+    engine = Engine(monkeypatch, 1000)
+    engine.running[3].spec_token_ids = [-1] * DRAFTS
+    engine.run(1)
+    assert engine.running[3].spec_token_ids == []
 
 
 def test_a_batch_that_grows_goes_on_drafting(monkeypatch):

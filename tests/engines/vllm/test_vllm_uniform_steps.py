@@ -108,6 +108,20 @@ def test_the_runner_captures_them_behind_its_own(runner):
     assert list(runner.drafter.steps) == [1, 2, 3]
 
 
+def test_nothing_is_drafted_behind_parts_of_prompts(runner):
+    step, common = SimpleNamespace(num_spec_tokens_to_schedule=DRAFTS), SimpleNamespace(seq_lens=7)
+    runner.drafter.propose = lambda drafts, lengths, ends: (drafts, lengths, ends)
+    verified = SimpleNamespace(cu_num_draft_tokens=9)
+    for alone, drafts in ((True, 0), (False, DRAFTS)):
+        runner._is_all_reqs_chunked_prefill = lambda alone=alone: alone
+        rest = (None,) * 5
+        assert own._propose(runner.drafter, runner, None, step, *rest, None, common, None) == (
+            drafts, 7, None,
+        )  # fmt: skip
+        found = own._propose(runner.drafter, runner, None, step, *rest, verified, common, None)
+        assert found == (drafts, 7, 9)
+
+
 def test_a_runner_without_full_graphs_has_none(runner):
     runner.compilation_config.pass_config.enable_sp = True
     assert own.UniformSteps.of(runner, 1) is None

@@ -58,6 +58,7 @@ _EVERYWHERE = {
         "initialize_kv_cache",
         "capture_model",
         "_copy_valid_sampled_token_count",
+        "_is_all_reqs_chunked_prefill",
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": (
         "scheduler_output",

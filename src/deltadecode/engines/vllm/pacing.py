@@ -54,6 +54,11 @@ class Pacing:
             settings, *step_bytes(scheduler.vllm_config), int(scheduler.num_spec_tokens)
         )
         self._acceptance = Acceptance()
+        config = scheduler.vllm_config
+        self._ahead = bool(config.scheduler_config.async_scheduling)
+        # Where each rank has a scheduler of its own, all have to decide alike.
+        launcher = config.parallel_config.distributed_executor_backend
+        self._timed = not self._worth.told and launcher != "external_launcher"
         self._shapes: dict[tuple[int, int], Times] = {}
         self._times: Times | None = None
         self._ended, self._before, self._rounds = 0.0, "", 0
@@ -63,11 +68,15 @@ class Pacing:
         running = self._scheduler.running
         lengths = np.array([request.num_tokens for request in running])
         self._times = None
+        if self._ahead:
+            for request in running:
+                # Of one that this step leaves out: its drafts will not be there any more.
+                request.spec_token_ids = []
         if not len(lengths) or not self._worth.may_pay(lengths):
             return 0
         chances = self._acceptance.of(request.request_id for request in running)
         drafts = self._worth.drafts(lengths, chances)
-        if not drafts or self._worth.told:
+        if not drafts or not self._timed:
             return drafts
         shape = len(lengths).bit_length(), int(lengths.sum()).bit_length()
         if shape not in self._shapes:

@@ -86,6 +86,8 @@ def _propose(
 ) -> Any:  # fmt: skip
     ends = None if verified is None else verified.cu_num_draft_tokens
     drafts = scheduler_output.num_spec_tokens_to_schedule
+    if runner._is_all_reqs_chunked_prefill():
+        drafts = 0  # no row has a token to draft behind
     return proposer.propose(drafts, common.seq_lens, ends)
 
 
@@ -125,7 +127,9 @@ class UniformSteps:
         ):
             return None
         compilation = copy.copy(config.compilation_config)
-        most = compilation.max_cudagraph_capture_size // tokens
+        # With drafts no more rows than vLLM captures with all of them.
+        widest = runner.uniform_decode_query_len if tokens > 1 else 1
+        most = compilation.max_cudagraph_capture_size // widest
         most = min(config.scheduler_config.max_num_seqs, most)
         compilation.cudagraph_capture_sizes = [tokens * rows for rows in row_sizes(most)]
         compilation.max_cudagraph_capture_size = tokens * most
