@@ -107,10 +107,10 @@ def test_long_rows_draft_and_short_ones_do_not():
 
 
 def test_a_user_may_say_from_where_on():
-    assert drafts(worth(min_tokens=0), [1030]) > 0
+    assert drafts(worth(min_tokens=0), [1030]) == drafts(worth(min_tokens=0), [8000], 0.1) == 4
     assert drafts(worth(min_tokens=0), [1000]) == 0
     assert drafts(worth(min_tokens=4000), [3999, 3999]) == 0
-    assert drafts(worth(min_tokens=4000), [4000, 10]) > 0
+    assert drafts(worth(min_tokens=4000), [4000, 10]) == 4
 
 
 def test_rule12_drafts_that_hold_less_often_are_fewer():

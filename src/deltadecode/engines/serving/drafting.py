@@ -175,7 +175,7 @@ class Worth:
     Parameters
     ----------
     settings : ServingSettings
-        With a ``min_tokens`` other than the budget, the longest row alone decides whether.
+        With a ``min_tokens`` other than the budget, the longest row alone decides.
     weights, token : int
         Bytes of all weights, and of a token's keys and values in all layers.
     drafts : int
@@ -196,12 +196,13 @@ class Worth:
 
     def drafts(self, lengths: NDArray[np.int64], chances: NDArray[np.float64]) -> int:
         """Drafts that give most tokens for the bytes that are read; 0 where none do."""
+        if self.told:
+            return self._choices[-1]
         full = self._weights + self._token * int(lengths.sum())
         draft = self._weights + self._token * int(lengths.clip(max=self._budget).sum())
         rates = [kept_tokens(n, chances) / (n * draft + full) for n in self._choices]
         best = int(np.argmax(rates))
-        pays = self.told or rates[best] * full >= _GAIN
-        return self._choices[best] if pays else 0
+        return self._choices[best] if rates[best] * full >= _GAIN else 0
 
 
 def draft_choices(most: int) -> list[int]:
