@@ -5,8 +5,8 @@ import pytest
 from deltadecode.lab.tasks import make_problem
 from deltadecode_vllm import PROPOSER
 
-# Prompts of 340 to 380 tokens; drafts read 16 of their 43 pages and more. Batches are without drafts
-# and with them, as the longest row has it.
+# Prompts of 340 to 380 tokens; drafts read 16 of their 43 pages and more. Some batches are without
+# drafts, as the longest row has it.
 CONFIG = {"page_size": 8, "budget_pages": 16, "recent_pages": 3, "min_tokens": 380}
 PROBLEMS = [make_problem(seed, steps=14 + seed % 6, distractors=28) for seed in range(14)]
 REQUESTS = [{"prompt": each.prompt, "params": {"max_tokens": 48}} for each in PROBLEMS]
