@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.command import launch
 from benchmarks.lossless.__main__ import lossless
-from benchmarks.lossless.batches import left_padded
+from benchmarks.lossless.batches import left_padded, ragged
 from deltadecode.engines.transformers import speculation
 
 SMALL = ("--context", 320, "--budget", 12, "--texts", 3, "--tokens", 12, "--json")
@@ -28,7 +28,11 @@ def rows(outcome):
 
 
 def test_batches_are_ragged_and_padded_on_the_left():
-    tokens, mask = left_padded([torch.arange(1, 9), torch.arange(11, 19), torch.arange(21, 29)])
+    prompts = [torch.arange(first, first + 8)[None] for first in (1, 11, 21, 31, 41)]
+    beginnings = ragged(prompts, 3)
+    assert list(map(len, beginnings)) == [8, 6, 4, 8, 6]
+    assert beginnings[4].tolist() == [41, 42, 43, 44, 45, 46]
+    tokens, mask = left_padded(beginnings[:3])
     assert mask.sum(dim=1).tolist() == [8, 6, 4]
     assert tokens.tolist()[2] == [0, 0, 0, 0, 21, 22, 23, 24]
     assert torch.equal(mask.bool(), tokens > 0)
@@ -45,6 +49,12 @@ def test_equal_tokens_of_ragged_batches(rows, monkeypatch):
     (row,) = rows("--budget", 10, "--batch", 3)[1:]
     assert row["ours"] < row["theirs"] and row["ratio"] < 1
     assert row["same"] < 3 and row["first_unlike"] is not None
+
+
+def test_vllm_counts_equal_tokens_only(outcome):
+    for words in (("--batch", 2, "--draft-tokens", 0), ()):
+        code, _, err = outcome(partial(launch, lossless), "--engine", "vllm", *words)
+        assert code == 2 and "--engine vllm needs --batch, and --draft-tokens of at least 1" in err
 
 
 def test_times_and_acceptance_of_single_texts(rows):
