@@ -363,6 +363,21 @@ def test_what_lossless_mode_measured_is_on_its_page():
         assert row["ours"] == row["theirs"]
 
 
+def test_times_of_lossless_mode_in_vllm_are_those_of_the_files():
+    lossless = page("docs/lossless.md")
+    shown = 0
+    for cells, links in zip(lossless.rows, lossless.row_links, strict=True):
+        if not links or "/results/e2e-" not in links[0]:
+            continue
+        batch, context = cells[0].partition(" without")[0].rstrip(",").split(" × ")
+        where = {"batch": int(batch), "context": int(context.replace(",", ""))}
+        (row,) = rows_of(links[0].rpartition("/")[2], **where)
+        both = [f"{rounded(row[side], 2)} ms" for side in ("theirs", "ours")]
+        assert cells[1:4] == [*both, rounded(row["theirs"] / row["ours"], 2)]
+        shown += 1
+    assert shown == 4
+
+
 def test_what_a_context_needs_is_worked_out():
     config = AutoConfig.for_model(**find_shape("qwen3-8b").config())
     cfg = dd.DeltaConfig.for_model(config)
