@@ -1,0 +1,227 @@
+"""The figures of pages are those of the files that they name, and of the shapes."""
+
+import itertools
+import json
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
+
+from docs_pages import ROOT, read
+from transformers import AutoConfig
+
+import deltadecode as dd
+from benchmarks.e2e.shapes import SHAPES, find_shape
+from benchmarks.memory.page import tables
+from deltadecode.engines.transformers.offload_size import cache_bytes
+
+RESULTS = ROOT / "benchmarks" / "results"
+page = cache(read)
+
+
+def rows_of(file, **keys):
+    """Rows of a result file in which these keys have these values."""
+    rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if all(row.get(key) == value for key, value in keys.items())]
+
+
+def rounded(number, places):
+    """As on paper: a half goes up."""
+    return f"{Decimal(str(number)).quantize(Decimal(10) ** -places, ROUND_HALF_UP):,}"
+
+
+def sides(file, places, unit, **keys):
+    """Theirs, ours and ratio of the only such row, as a table writes them."""
+    (row,) = rows_of(file, **keys)
+    both = [f"{rounded(row[side], places)} {unit}" for side in ("theirs", "ours")]
+    return [*both, rounded(row["theirs"] / row["ours"], 2)]
+
+
+def served(file, workload, what, places, unit):
+    """What two servers did when all requests of a workload came at once."""
+    (row,) = rows_of(file, workload=workload, rate="inf")
+    stock, ours = row[f"{what}_theirs"], row[f"{what}_ours"]
+    ratio = ours / stock if what == "tok_s" else stock / ours
+    return [*(f"{rounded(side, places)} {unit}" for side in (stock, ours)), rounded(ratio, 2)]
+
+
+def kernel_sides():
+    file = "kernels-20261125-h100.json"
+    case = {"heads": "12/2", "batch": 64, "context": 32768, "peer": "FlashAttention-3"}
+    (full,), (sparse,) = rows_of(file, op="dense", **case), rows_of(file, op="sparse", **case)
+    return [f"{rounded(full['theirs'], 1)} µs", f"{rounded(sparse['ours'], 1)} µs", "–"]
+
+
+def right_answers():
+    found = [rows_of("eval-20261124-chain.json", policy=policy)[0] for policy in ("full", "delta")]
+    assert f"{found[1]['attended_fraction']:.1%}" == "24.9%"
+    return [str(round(row["score"] * row["samples"])) for row in found] + ["–"]
+
+
+def test_numbers_of_the_readme_are_those_of_the_files():
+    r1, short = "e2e-20261124-r1-1.5b.json", "e2e-20261125-r1-short.json"
+    headline, shape_8b = "e2e-20261128-r1-headline.json", "e2e-20261124-qwen3-8b.json"
+    served_r1, served_8b = "serve-20261128-r1-1.5b.json", "serve-20261128-qwen3-8b.json"
+    step = "decode step, bfloat16, context 16384"
+    expected = [
+        (headline, sides(headline, 1, "s", kind="headline")),
+        (r1, sides(r1, 2, "ms", kind="step", context=18000)),
+        (r1, sides(r1, 2, "ms", kind="step", context=2048)),
+        (shape_8b, sides(shape_8b, 2, "ms", kind="step", batch=16)),
+        (served_r1, served(served_r1, "reasoning", "tok_s", 0, "tok/s")),
+        (served_8b, served(served_8b, "long-context", "tpot_p50", 1, "ms")),
+        (served_8b, served(served_8b, "chat", "tok_s", 0, "tok/s")),
+        (short, sides(short, 3, "s", kind="prefill")),
+        ("kernels-20261125-h100.json", kernel_sides()),
+        *(
+            (file, sides(file, 0, "ms", case=step))
+            for file in ("cpu-20261124.json", "cpu-20261124-xeon.json")
+        ),
+        ("eval-20261124-chain.json", right_answers()),
+    ]
+    readme = page("README.md")
+    shown = [
+        (links[0].rpartition("/")[2], cells[1:4])
+        for cells, links in zip(readme.rows, readme.row_links, strict=True)
+        if len(links) == 1 and links[0].startswith("benchmarks/results/")
+    ]
+    assert shown == expected
+
+
+def test_gains_of_steps_are_those_of_bytes_and_files():
+    shapes = {"R1-Distill-Qwen-1.5B": "r1-1.5b", "Qwen3-8B": "qwen3-8b", "SmolLM2-135M": "smollm2"}
+    operating = page("docs/operating.md")
+    shown, model = 0, ""
+    for cells, links in zip(operating.rows, operating.row_links, strict=True):
+        if len(cells) != 5 or not links:
+            continue
+        model = cells[0].removesuffix(" shape") or model
+        batch, context = (int(part.replace(",", "")) for part in cells[1].split(" × "))
+        (row,) = (
+            row
+            for row in rows_of(links[0].rpartition("/")[2], batch=batch, context=context)
+            if row["kind"] in ("step", "short")
+        )
+        bytes_ = SHAPES[shapes[model]].gain_by_bytes(batch, context)
+        assert cells[2:4] == [rounded(bytes_, 2), rounded(row["theirs"] / row["ours"], 2)]
+        shown += 1
+    assert shown == 8
+
+
+def test_what_lossless_mode_measured_is_on_its_page():
+    def measured(*kinds):
+        return [
+            row
+            for kind in kinds
+            for tag in ("embedded", "smollm2")
+            for row in rows_of(f"lossless-20261128-{kind}{tag}.json")
+        ]
+
+    def table(header):
+        rows = page("docs/lossless.md").rows
+        (start,) = (place for place, cells in enumerate(rows) if ", ".join(cells) == header)
+        return itertools.takewhile(lambda cells: len(cells) == len(rows[start]), rows[start + 1 :])
+
+    head, counted = "model, context, K, d, ", "drafted, verified, accepted"
+    counts = table(f"{head}texts × tokens, {counted}, acceptance, attended fraction")
+    times = table(f"{head}full attention, lossless, full ÷ lossless")
+    for row, count, taken in zip(measured(""), counts, times, strict=True):
+        assert row["same"] == row["texts"]
+        where = [
+            f"{row['context']:,}",
+            str(row["budget_pages"]),
+            str(row["draft_tokens"] or "chosen"),
+        ]
+        assert count[1:4] == taken[1:4] == where
+        assert count[5:8] == [str(row[name]) for name in counted.split(", ")]
+        assert count[8:] == [rounded(row[n], 3) for n in ("acceptance", "attended_fraction")]
+        both = [f"{rounded(row[side], 1)} ms" for side in ("theirs", "ours")]
+        assert taken[4:] == [*both, rounded(row["theirs"] / row["ours"], 2)]
+    equal = table("model, contexts, K, texts × tokens, equal tokens, acceptance")
+    for row, cells in zip(measured("batches-", "batches-vllm-"), equal, strict=True):
+        assert row["ours"] == row["theirs"] == row["tokens"] and row["first_unlike"] is None
+        assert cells[2:4] == [
+            str(row["budget_pages"]), f"{row['texts']} × {row['tokens'] // row['texts']}"
+        ]  # fmt: skip
+        assert cells[4:] == [
+            f"{row['tokens']:,} of {row['tokens']:,}", rounded(row["acceptance"], 3)
+        ]  # fmt: skip
+    for row in measured("acceptance-"):
+        assert row["ours"] == row["theirs"]
+
+
+def test_times_of_lossless_mode_in_vllm_are_those_of_the_files():
+    lossless = page("docs/lossless.md")
+    shown = 0
+    for cells, links in zip(lossless.rows, lossless.row_links, strict=True):
+        if not links or "/results/e2e-" not in links[0]:
+            continue
+        batch, context = cells[0].partition(" without")[0].rstrip(",").split(" × ")
+        where = {"batch": int(batch), "context": int(context.replace(",", ""))}
+        (row,) = rows_of(links[0].rpartition("/")[2], **where)
+        both = [f"{rounded(row[side], 2)} ms" for side in ("theirs", "ours")]
+        assert cells[1:4] == [*both, rounded(row["theirs"] / row["ours"], 2)]
+        shown += 1
+    assert shown == 4
+
+
+def test_what_a_context_needs_is_worked_out():
+    config = AutoConfig.for_model(**find_shape("qwen3-8b").config())
+    cfg = dd.DeltaConfig.for_model(config)
+    rows = page("docs/memory.md").rows
+    start = rows.index(["tokens", "GPU, default cache", "GPU, offloaded cache", "host"]) + 1
+    for cells in rows[start : start + 4]:
+        needs = cache_bytes(config, cfg, cfg.layer_plan(36), int(cells[0].replace(",", "")))
+        sizes = needs.device, needs.offloaded_device, needs.offloaded_host
+        assert cells[1:] == [f"{size / 1e9:.2f} GB" for size in sizes]
+
+
+def test_hit_rates_and_losses_of_rounding_are_those_of_the_files():
+    rows = page("docs/memory.md").rows
+    start = rows.index(
+        ["context", "K", "pages in all", "hit rate, first text", "hit rate, second text"]
+    )
+    file = "memory-20261128-smollm2-selections.json"
+    for cells in rows[start + 1 : start + 5]:
+        context, budget = int(cells[0].replace(",", "")), int(cells[1])
+        found = rows_of(file, context=context, budget_pages=budget)
+        assert cells[2] == str(-(-context // found[0]["page_size"]))
+        assert cells[3:] == [rounded(row["hit_rate"], 3) for row in found]
+    start = rows.index(["keys and values", "opticks", "shakespeare"])
+    columns = [rows_of(f"memory-20261129-smollm2-rounding-{name}.json") for name in rows[start][1:]]
+    for cells, *both in zip(rows[start + 1 :], *columns, strict=False):
+        assert cells[0] == both[0]["case"].partition(": ")[2]
+        assert cells[1:] == [rounded(row["added"], 4) for row in both]
+
+
+def test_what_caches_measured_is_on_their_page():
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    for file in RESULTS.glob("memory-*-h200-*.json"):
+        for line in tables([json.loads(file.read_text(encoding="utf-8"))]):
+            assert line in text, f"{file.name}: {line}"
+
+
+def test_the_demo_of_the_readme_is_the_one_on_file():
+    (block,) = (block for block in page("README.md").blocks if block.language == "text")
+    output = json.loads((RESULTS / "demo-20261124.json").read_text(encoding="utf-8"))["output"]
+    assert block.text.splitlines() == output[:7]
+
+
+def test_times_on_cpus_are_those_of_the_files():
+    shown = [cells for cells in page("docs/speed.md").rows if len(cells) == 7]
+    assert len(shown) == 13
+    for case, *cells in shown[1:]:
+        unit = "MiB" if case.startswith("peak memory") else "ms"
+        files = ("cpu-20261124.json", "cpu-20261124-xeon.json")
+        assert cells == [cell for file in files for cell in sides(file, 0, unit, case=case)], case
+
+
+def test_times_of_kernels_are_those_of_the_file():
+    shown = [cells for cells in page("docs/speed.md").rows if len(cells) == 5]
+    assert len(shown) == 5
+    for context, full, *ours in shown[1:]:
+        case = {"heads": "12/2", "batch": 64, "context": int(context.replace(",", ""))}
+        found = {
+            op: rows_of("kernels-20261125-h100.json", op=op, peer="FlashAttention-3", **case)[0]
+            for op in ("dense", "delta", "sparse")
+        }
+        assert full == f"{rounded(found['dense']['theirs'], 1)} µs"
+        assert ours == [f"{rounded(row['ours'], 1)} µs" for row in found.values()]
