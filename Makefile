@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --no-build-isolation: the build backend is pinned like everything else.
 INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
-# Two workers share two cores, so each gets one thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two workers share two cores, so each gets one thread. Files keep their order, see tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-real test test-browser test-vllm smoke-vllm sweep wheel lm-eval lint format types contracts pytest bench-cpu clean
