@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.timing import Call, GraphTimer
 from deltadecode import ops
 from deltadecode.errors import ArgumentError
 from deltadecode.lab.results import result, rounded, row
@@ -30,7 +31,6 @@ _SMALL: dict[str, Any] = {
 _REPEATS = 3
 # Share of the free memory that a cache may take; a step needs some, too.
 _FULL = 0.8
-Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -193,28 +193,32 @@ def _layer(model: ClsaForCausalLM, task: Task, context: int, batch: int) -> dict
     layer: Any = model.model.layers[-1]
     given: dict[str, Any] = {"scale": config.head_dim**-0.5, "page_size": 1}
     sparse = {**given, "page_ids": ids, "page_counts": counts}
-    parts: dict[str, Call] = {
-        "ffn": lambda: layer.mlp(layer.post_attention_layernorm(x)),
-        "attention_sparse": lambda: ops.decode_attention(q, k, v, table, lengths, **sparse),
-        "attention_dense": lambda: ops.decode_attention(q, k, v, table, lengths, **given),
-        "index_scores": lambda: ops.index_scores(query, keys, table, lengths),
-        "top_k": lambda: ops.select_pages(scores, lengths, selection(config.index_topk)),
-        "top_k_of_torch": lambda: scores.topk(min(config.index_topk, context)),
-    }
-    return {name: rounded(1000 * _graphed(call, task)) for name, call in parts.items()}
-
-
-def _graphed(call: Call, task: Task) -> float:
-    """Seconds of a call inside a CUDA graph of many."""
+    weights = sum(weight.nbytes for weight in layer.mlp.parameters())
+    read = ids.shape[1] * (k.nbytes + v.nbytes) // context
+    # Each with the bytes that it reads, about.
+    parts: dict[str, tuple[Call, int]] = {
+        "ffn": (lambda: layer.mlp(layer.post_attention_layernorm(x)), weights),
+        "attention_sparse": (
+            lambda: ops.decode_attention(q, k, v, table, lengths, **sparse), read,
+        ),
+        "attention_dense": (
+            lambda: ops.decode_attention(q, k, v, table, lengths, **given), k.nbytes + v.nbytes,
+        ),
+        "index_scores": (lambda: ops.index_scores(query, keys, table, lengths), keys.nbytes),
+        "top_k": (
+            lambda: ops.select_pages(scores, lengths, selection(config.index_topk)), scores.nbytes,
+        ),
+        "top_k_of_torch": (
+            lambda: scores.topk(min(config.index_topk, context)), scores.nbytes,
+        ),
+    }  # fmt: skip
     if not task.device.startswith("cuda"):
-        return _seconds(call, task)
-    call()
-    torch.cuda.synchronize()
-    graph, calls = torch.cuda.CUDAGraph(), 20
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    return _seconds(graph.replay, task) / calls
+        return {name: rounded(1000 * _seconds(call, task)) for name, (call, _) in parts.items()}
+    timer = GraphTimer()
+    times = timer.measure(
+        {name: timer.prepare([call], size) for name, (call, size) in parts.items()}
+    )
+    return {name: rounded(timing.us / 1000) for name, timing in times.items()}
 
 
 def _seconds(call: Call, task: Task) -> float:
