@@ -33,6 +33,7 @@ from optimizer import build_optimizers
 from clsa.data import VOCABULARY, Batches, Rows, build_tokenizer, loader
 from clsa.measure import measure
 from deltadecode.models.clsa import ClsaConfig, ClsaForCausalLM
+from deltadecode.models.clsa.configuration import MODES
 
 PHASES = (
     ("transformer", "dense"), ("transformer", "long"), ("yoco", "dense"), ("yoco", "long"),
@@ -112,7 +113,7 @@ class Phase:
         self.part = args.workdir / f"{run}-{name}.part.pt"
         tokens = {"dense": args.dense_tokens, "index": args.index_tokens}
         self.steps = max(1, round(tokens.get(name, args.long_tokens) / args.batch_tokens))
-        self.length = args.dense_length if name in ("dense",) else args.length
+        self.length = args.dense_length if name == "dense" else args.length
         torch.manual_seed(args.seed)
         self.model = ClsaForCausalLM(make_config(args, run))
         before = {"long": f"{run}-dense", "index": "yoco-dense", "joint": f"{run}-index"}.get(name)
@@ -249,7 +250,7 @@ def main() -> None:
                 Phase(args, run, name, rows, until).train()
     except OutOfTime:
         sys.exit("out of time; the same command goes on from here")
-    measure(args, {mode: make_config(args, mode) for mode in ("clsa", "yoco", "transformer")})
+    measure(args, {mode: make_config(args, mode) for mode in MODES})
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class DraftPages:
         torch.where(columns < older[..., None], listed, newer, out=self.ids)
         self._older.copy_(older)
         self._first.copy_(first)
-        self._lengths.zero_()
+        self.forget()
 
     def forget(self) -> None:
         """Let rows select anew before drafts read what they select."""
