@@ -28,7 +28,8 @@ def scaled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = 
     groups = heads // k.shape[1]
     if queries == 1:
         packed = q.view(rows, k.shape[1], groups, dim)
-        return F.scaled_dot_product_attention(packed, k, v, mask).view(q.shape)
+        # With a mask, the result may lie in memory in another order.
+        return F.scaled_dot_product_attention(packed, k, v, mask).reshape(q.shape)
     # With a mask, the kernels that share KV heads are not at hand, and the plain one takes the
     # memory of all logits.
     if mask is not None and groups > 1:

@@ -26,7 +26,8 @@ class ClsaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm of the last dimension."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Under autocast x has another type; PyTorch's fused norm wants one for both.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class ClsaMLP(nn.Module):
