@@ -7,8 +7,8 @@ from statistics import median_low
 
 # Plain steps before drafts that took too long are tried again, at first and at most.
 _WAIT, _LONGEST_WAIT = 16, 512
-# Rounds that decide, unless the first ones are slower by such a factor.
-_ENOUGH, _CLEARLY = 3, 1.25
+# Rounds that decide; fewer do, where all of them are slower by such a factor.
+_ENOUGH, _FEWEST, _CLEARLY = 3, 2, 1.25
 
 
 class Times:
@@ -37,11 +37,13 @@ class Times:
         self.rounds.append((seconds, tokens))
         if not self.plain:
             return
-        mean = sum(taken for taken, _ in self.rounds) / sum(given for _, given in self.rounds)
+        # An engine that was held up says nothing of its steps: one long round decides nothing.
+        token = median_low(taken / given for taken, given in self.rounds)
         plain = median_low(self.plain)
-        if len(self.rounds) < _ENOUGH and mean < _CLEARLY * plain:
+        few = len(self.rounds) < _ENOUGH
+        if few and (len(self.rounds) < _FEWEST or token < _CLEARLY * plain):
             return
-        if mean > plain:
+        if token > plain:
             self.rest, self.wait = self.wait, min(2 * self.wait, _LONGEST_WAIT)
             self.rounds.clear()
         else:

@@ -140,6 +140,14 @@ def test_a_pause_and_a_prompt_say_nothing_of_steps(monkeypatch):
     assert (list(times.plain), list(times.rounds)) == known
 
 
+def test_an_engine_that_is_held_up_goes_on_drafting(monkeypatch):
+    engine = Engine(monkeypatch, 6000)
+    engine.run(40)
+    for _ in range(10):
+        engine.now += 1000  # as while nobody asks for the next step
+        assert engine.run(10)[2] >= 6  # but for a few plain steps to compare with
+
+
 def test_bytes_of_a_step(monkeypatch):
     config = Engine(monkeypatch, 1).vllm_config
     layer = 2 * 64 * 16 * (4 + 2) + 3 * 64 * 128
