@@ -1,7 +1,7 @@
 """Rows and table of the end-to-end benchmark, from what the engines measured."""
 
 from collections.abc import Sequence
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 
 from rich.table import Table
@@ -22,9 +22,10 @@ def make_row(
     """Make the row of one workload, from what both engines answered, one per round.
 
     ``opening`` is what both answered before, for its preemptions. Values are medians over all steps
-    of all rounds, or over the rounds. ``within_budget``: whether every sparse layer reads all there
-    is, so that nothing can be gained. A headline has ``tok_s`` and a ``curve`` of [context, ms of a
-    step] for either side.
+    of all rounds, or over the rounds; of lossless steps all of a round count together, by the
+    tokens that they gave, and ``steps_ours`` are all of them in ms. ``within_budget``: whether
+    every sparse layer reads all there is, so that nothing can be gained. A headline has ``tok_s``
+    and a ``curve`` of [context, ms of a step] for either side.
     """
     pages = -(-workload.context // plan.page_size)
     shared = {
@@ -104,19 +105,24 @@ def _step_row(
 ) -> dict[str, Any]:
     values = {}
     for name, rounds in (("ours", ours), ("theirs", theirs)):
-        # In lossless mode one step gives several tokens.
-        each = [one.get("tokens", 1.0) if workload.lossless else 1.0 for one in rounds]
-        scaled = [
-            {**one, "seconds": [seconds / tokens for seconds in one["seconds"]]}
-            for one, tokens in zip(rounds, each, strict=True)
-        ]
+        steps = [seconds * 1e3 for one in rounds for seconds in one["seconds"]]
         if workload.lossless:
-            shared[f"tokens_a_step_{name}"] = [round(tokens, 3) for tokens in each]
-        steps = [seconds * 1e3 for one in scaled for seconds in one["seconds"]]
-        values[name] = median(steps)
-        tenths = quantiles(steps, n=10) if len(steps) > 1 else steps * 9
-        shared[f"p10_{name}"], shared[f"p90_{name}"] = rounded(tenths[0]), rounded(tenths[-1])
-        shared[f"rounds_{name}"] = [rounded(median(one["seconds"]) * 1e3) for one in scaled]
+            # Steps give unlike numbers of tokens, and take as unlike times: only all of them
+            # together say what a token takes.
+            tokens = [one.get("tokens", 1.0) for one in rounds]
+            each = [
+                1e3 * fmean(one["seconds"]) / given
+                for one, given in zip(rounds, tokens, strict=True)
+            ]
+            values[name] = median(each)
+            shared[f"tokens_a_step_{name}"] = [round(given, 3) for given in tokens]
+            shared[f"steps_{name}"] = [float(f"{taken:.3g}") for taken in steps]
+        else:
+            each = [median(one["seconds"]) * 1e3 for one in rounds]
+            values[name] = median(steps)
+            tenths = quantiles(steps, n=10) if len(steps) > 1 else steps * 9
+            shared[f"p10_{name}"], shared[f"p90_{name}"] = rounded(tenths[0]), rounded(tenths[-1])
+        shared[f"rounds_{name}"] = [rounded(taken) for taken in each]
     # What was in the cache, where sequences that were read first ran ahead.
     shared["from"] = min(one["from"] for one in (*ours, *theirs))
     shared["to"] = max(one["to"] for one in (*ours, *theirs))
