@@ -85,6 +85,7 @@ class Engine:
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode).rpartition(".")[2],
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "tensor_parallel": config.parallel_config.tensor_parallel_size,
+            "drafting": getattr(config.speculative_config, "method", None),
             "vllm": vllm.__version__,
         }
 
@@ -218,8 +219,12 @@ def _backends(worker: Any) -> list[str]:
 def _drafting(spec: dict[str, Any]) -> dict[str, Any]:
     count, rate = spec["drafts"], spec["acceptance"]
     if not spec["lossless"]:
+        from vllm.platforms import current_platform
+
         lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
-        return {"method": "ngram", "num_speculative_tokens": count, **lookup}
+        # On the device: only then, as with drafting models, does vLLM schedule asynchronously.
+        method = "ngram_gpu" if current_platform.is_cuda() else "ngram"
+        return {"method": method, "num_speculative_tokens": count, **lookup}
     return own_drafts(count, rate)
 
 
@@ -230,12 +235,19 @@ def _draft_always(count: int) -> None:
     """
     # After the engine has started: on CPUs, vLLM 0.32 does not once numba is loaded.
     from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+    from vllm.v1.spec_decode.ngram_proposer_gpu import NgramProposerGPU
 
     def propose(self: Any, *arguments: Any, **options: Any) -> list[list[int]]:
         sampled = next(each for each in (*arguments, *options.values()) if isinstance(each, list))
         return [[_FIRST_TOKEN] * count if tokens else [] for tokens in sampled]
 
-    NgramProposer.propose = propose
+    def propose_there(
+        self: Any, number: int, lengths: Any, tokens: Any, sampled: Any, kept: Any
+    ) -> tuple[Any, Any]:
+        drafts = sampled.new_full((len(kept), number), _FIRST_TOKEN)
+        return drafts, (kept > 0).to(kept.dtype) * number
+
+    NgramProposer.propose, NgramProposerGPU.propose = propose, propose_there
 
 
 def set_environment() -> None:
