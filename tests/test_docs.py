@@ -165,7 +165,8 @@ def test_links_and_anchors_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_result_files_and_figures_that_a_page_names_exist(name):
-    for file in re.findall(r"\b[a-z0-9]+-20\d{6}[\w.-]*\.(?:json|png)\b", page(name).text):
+    dated = r"\b[a-z0-9]+(?:-[a-z0-9]+)*-20\d{6}[\w.-]*\.(?:json|png)\b"
+    for file in re.findall(dated, page(name).text):
         assert (RESULTS / file).exists(), file
 
 

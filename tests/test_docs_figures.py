@@ -163,6 +163,19 @@ def test_times_of_lossless_mode_in_vllm_are_those_of_the_files():
     assert shown == 4
 
 
+def test_what_training_gave_is_on_the_page_of_clsa():
+    rows = rows_of("clsa-training-20261129.json")
+    shown = {cells[0]: cells[1:] for cells in page("docs/clsa.md").rows if len(cells) == 4}
+    names = {"chain": "chain problems", "needle": "needles", "text": "Python text"}
+    for kind, name in names.items():
+        yoco, transformer = (row for row in rows if row["case"].startswith(kind))
+        found = yoco["clsa"], yoco["other"], transformer["other"]
+        assert shown[f"{name}, nats a token"] == [rounded(each["loss"], 3) for each in found]
+        if kind != "text":
+            right = [f"{rounded(100 * each['answers_right'], 1)}%" for each in found]
+            assert shown[f"{name}, answers right"] == right
+
+
 def test_what_a_context_needs_is_worked_out():
     config = AutoConfig.for_model(**find_shape("qwen3-8b").config())
     cfg = dd.DeltaConfig.for_model(config)
