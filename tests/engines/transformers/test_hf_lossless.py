@@ -338,7 +338,6 @@ def test_drafts_without_lossless() -> None:
     [
         ("beam_search", {"num_beams": 3}),
         ("assisted_generation", {"prompt_lookup_num_tokens": 3}),
-        ("cache_implementation='static'", {"cache_implementation": "static"}),
         ("use_cache=False", {"use_cache": False}),
         ("guidance_scale", {"guidance_scale": 1.5}),
         ("output_hidden_states", {"output_hidden_states": True}),
@@ -352,11 +351,9 @@ def test_what_cannot_be_drafted_is_refused(message: str, options: dict[str, Any]
     assert not streamer.pieces
 
 
-def test_an_assistant_and_a_static_cache_are_refused() -> None:
+def test_an_assistant_is_refused() -> None:
     stock, ours = models()
     refused("no other assistant", lambda: generate(ours, make_prompt(9), 4, assistant_model=stock))
-    cache = dd.DeltaStaticCache(ours.config, 64)
-    refused("DeltaStaticCache", lambda: generate(ours, make_prompt(9), 4, past_key_values=cache))
 
 
 def test_copies_stay_lossless_and_enabling_again_ends_it() -> None:

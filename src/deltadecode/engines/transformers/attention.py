@@ -86,14 +86,18 @@ def _attend(
     static = role.state.static if role is not None and role.state.static.active else None
     if role is not None and role.kind != "own" and role.state.draft_tokens:
         drafting = role.state.local.drafting
-        if drafting is not None and drafting.phase is Phase.DRAFT:
+        if drafting is None:
+            if static is not None:
+                _refuse_static(query, key)
+        elif static is None and drafting.phase is Phase.DRAFT:
             key, value, mask = drafting.held(role.layer, key, value)
             query = query.to(key.dtype)
-        elif drafting is not None and dropout == 0:
+        elif dropout == 0:
             _refuse_unknown(module, kwargs)
             _refuse_head_sizes(module, key, value)
             options = _options(role, query[:, :, 0], scaling, kwargs)
-            out: Tensor | None = drafting.verify(role.layer, query, key, value, mask, options)
+            attend = drafting.verify if static is None else drafting.attend
+            out: Tensor | None = attend(role.layer, query, key, value, mask, options)
             if out is not None:
                 return out
     elif role is not None and role.kind != "own":
@@ -185,19 +189,23 @@ def _static_step(
     _refuse_unknown(module, kwargs)
     _refuse_head_sizes(module, key, value)
     if not state.static.decodes:
-        if query.is_cuda and not torch.compiler.is_compiling():
-            reason = kernels_refuse(query[:, :, 0], key.transpose(1, 2))
-            if reason is not None:
-                raise UnsupportedCacheError(
-                    "DELTA's static cache decodes with the Triton kernels on a GPU, which "
-                    f"{reason}; use the default cache"
-                )
+        _refuse_static(query, key)
         state.prepare_counts(role.layer, key.device)
         return None
     full = state.static.full or dropout > 0
     one = query[:, :, 0].to(key.dtype)
     options = _options(role, one, scaling, kwargs)
     return static_attention(state, role.layer, one, key, value, mask, options, full)
+
+
+def _refuse_static(query: Tensor, key: Tensor) -> None:
+    if query.is_cuda and not torch.compiler.is_compiling():
+        reason = kernels_refuse(query[:, :, 0], key.transpose(1, 2))
+        if reason is not None:
+            raise UnsupportedCacheError(
+                "DELTA's static cache decodes with the Triton kernels on a GPU, which "
+                f"{reason}; use the default cache"
+            )
 
 
 def _options(

@@ -33,10 +33,10 @@ def check_cache(cache: Any, state: ModelState) -> None:
             "pass no past_key_values, or DeltaCache(model.config); PEFT prefix tuning cannot be "
             "combined with it"
         )
-    if state.draft_tokens and not isinstance(cache, DeltaCache):
+    if state.draft_tokens and isinstance(cache, DeltaStaticCache) and not cache.is_croppable:
         raise UnsupportedCacheError(
-            f"lossless decoding needs a DeltaCache, which takes drafts back, got a "
-            f"{type(cache).__name__}"
+            "lossless decoding needs a cache that takes drafts back, got a DeltaStaticCache with "
+            "rings for sliding windows; make it with lossless=True"
         )
     if isinstance(cache, DeltaOffloadedCache):
         check_offloaded(cache, state)
@@ -173,15 +173,13 @@ def _check_lossless(
     Raises
     ------
     UnsupportedCacheError
-        For a static cache, or none.
+        For no cache.
     ArgumentError
         For beam search, another assistant, a loop of the user's own, hidden states, or guidance.
     """
-    if settings.cache_implementation == "static" or settings.use_cache is False:
-        name = "use_cache" if settings.use_cache is False else "cache_implementation"
+    if settings.use_cache is False:
         raise UnsupportedCacheError(
-            "lossless decoding needs a DeltaCache, which takes drafts back, got "
-            f"{name}={getattr(settings, name)!r}"
+            "lossless decoding needs a cache, which takes drafts back, got use_cache=False"
         )
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ArgumentError(

@@ -48,7 +48,7 @@ def _prepare_cache_for_generation(
     if users_cache is None and made is not None:
         cache: DeltaCache | DeltaStaticCache
         if isinstance(made, StaticCache):
-            cache = replace_static(made, model.config, state.cfg.page_size)
+            cache = replace_static(made, model.config, state.cfg.page_size, state.draft_tokens)
             # With buffers already made, chunks of the prompt run compiled: the last moment.
             for number, layer in enumerate(cache.layers):
                 keys = getattr(layer, "keys", None)

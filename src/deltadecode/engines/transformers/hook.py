@@ -72,8 +72,11 @@ class ForwardHook:
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         new = tokens.shape[1] if isinstance(tokens, Tensor) else 0
-        # The length of a static cache is on its device, where a compiled graph leaves it.
-        readable = static is None or not torch.compiler.is_compiling()
+        # The length of a static cache is on its device, where a compiled graph leaves it. Lossless
+        # decoding has checked all of its passes before the first.
+        readable = static is None or not (
+            torch.compiler.is_compiling() or state.local.drafting is not None
+        )
         if readable and (static is not None or new > 1):
             past = 0 if cache is None else int(cache.get_seq_length())
             mask = kwargs.get("attention_mask")

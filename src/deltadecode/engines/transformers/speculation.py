@@ -16,8 +16,10 @@ from transformers.utils.generic import ModelOutput
 
 from deltadecode.engines.transformers.acceptance import choose, verify
 from deltadecode.engines.transformers.lossless import Drafting, Phase
+from deltadecode.engines.transformers.lossless_static import StaticDrafting
 from deltadecode.engines.transformers.pace import Pace
 from deltadecode.engines.transformers.state import ModelState
+from deltadecode.engines.transformers.static_cache import DeltaStaticCache
 
 # More than any text has: a row that is finished waits for nobody, and nobody waits for it.
 _FINISHED = 2**40
@@ -50,7 +52,7 @@ class Speculation:
         self.model, self.state, self.ids = model, state, input_ids
         self.processor, self.criteria = logits_processor, stopping_criteria
         self.settings, self.streamer, self.kwargs = generation_config, streamer, model_kwargs
-        self.drafting = Drafting(state)
+        self.drafting: Drafting | StaticDrafting = Drafting(state)
         rows, self.emitted = input_ids.shape
         timed = not state.draft_fixed and not generation_config.do_sample
         times = state.times_of(rows, self.emitted) if timed else None
@@ -72,6 +74,8 @@ class Speculation:
         self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
         self.cache = self.kwargs["past_key_values"]
         self.cache.activate_past_recording()
+        if isinstance(self.cache, DeltaStaticCache):
+            self.drafting = StaticDrafting(self.state, self.cache, self._offsets())
         self.state.local.drafting = self.drafting
         try:
             self._settle(outputs.logits[:, -1:], [])
@@ -98,6 +102,14 @@ class Speculation:
             past_key_values=self.cache,
         )
 
+    def _offsets(self) -> list[int]:
+        """Slot of each row's first token; what lies before it is padding."""
+        mask = self.kwargs.get("attention_mask")
+        if mask is None:
+            return [0] * len(self.ids)
+        offsets: list[int] = mask.int().argmax(dim=1).tolist()
+        return offsets
+
     def _round(self) -> None:
         """Draft, verify, and take what was rejected out of the cache."""
         count = self._draft_count()
@@ -121,6 +133,8 @@ class Speculation:
         longest = self.criteria.max_length
         if longest is not None:  # the verification gives one token more than there are drafts
             count = min(count, longest - self.emitted - 1)
+        if isinstance(self.cache, DeltaStaticCache):
+            count = min(count, self.cache.room - self.emitted)
         return max(count, 0)
 
     def _draft(self, place: int) -> Tensor | None:
@@ -186,6 +200,8 @@ class Speculation:
 
     def _forward(self, end: int, count: int) -> Tensor:
         """Logits of the last ``count`` tokens of ``ids[:, :end]``, float32."""
+        if isinstance(self.drafting, StaticDrafting):
+            self.drafting.begin(end)
         kwargs = self.kwargs
         extra = end - self.covered
         if extra > 0:

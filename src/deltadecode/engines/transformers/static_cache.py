@@ -17,15 +17,17 @@ from deltadecode.errors import ArgumentError, UnsupportedCacheError
 class DeltaStaticLayer(StaticLayer):
     """Keys and values of one full-attention layer, in buffers that never move.
 
-    It holds ``max_cache_len`` tokens, and can be read by pages of up to ``page_size``.
+    It holds ``max_cache_len`` tokens, and can be read by pages of up to ``page_size``. With
+    ``window`` it stands for a sliding-window layer, and the mask alone hides what lies behind.
     """
 
     # Set by the first states; None before, but nothing below reads them then.
     keys: Tensor
     values: Tensor
 
-    def __init__(self, max_cache_len: int, page_size: int) -> None:
+    def __init__(self, max_cache_len: int, page_size: int, window: bool = False) -> None:
         super().__init__(max_cache_len)
+        self.is_sliding = window
         # A page that starts at the last token, wherever that is, ends inside the buffer.
         self.slots = (-(-max_cache_len // page_size) + 1) * page_size
 
@@ -82,6 +84,8 @@ class DeltaStaticCache(StaticCache):
 
     ``max_cache_len`` counts the tokens of each row, padding included. ``page_size`` is the largest
     of a plan that the cache can be decoded from; up to twice as many slots of a row stay empty.
+    With ``lossless`` sliding-window layers hold every token: a ring of the last ones has lost what
+    drafts that are taken back have overwritten.
 
     Raises
     ------
@@ -93,7 +97,9 @@ class DeltaStaticCache(StaticCache):
         When the model has no full-attention layer that could be planned.
     """
 
-    def __init__(self, config: Any, max_cache_len: int, page_size: int = 64) -> None:
+    def __init__(
+        self, config: Any, max_cache_len: int, page_size: int = 64, *, lossless: bool = False
+    ) -> None:
         for name, value in (("max_cache_len", max_cache_len), ("page_size", page_size)):
             if value < 1:
                 raise ArgumentError(f"{name} must be at least 1, got {value}")
@@ -121,6 +127,26 @@ class DeltaStaticCache(StaticCache):
                     f"of Transformers {transformers.__version__}; use a DeltaCache"
                 )
             self.layers[layer] = DeltaStaticLayer(max_cache_len, page_size)
+        for number, stock in enumerate(self.layers):
+            if lossless and type(stock) is StaticSlidingWindowLayer:
+                self.layers[number] = DeltaStaticLayer(max_cache_len, page_size, window=True)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back."""
+        return all(
+            type(layer) in (DeltaStaticLayer, StaticLayer) or type(layer).__name__ == "DummyLayer"
+            for layer in self.layers
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take as many tokens of every row back as a number below 0 says.
+
+        The buffers keep them until others are written in their place.
+        """
+        layers: list[Any] = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
+        lengths = [layer.cumulative_length for layer in layers if layer.is_initialized]
+        torch._foreach_add_(lengths, tokens_to_remove)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -137,11 +163,17 @@ class DeltaStaticCache(StaticCache):
         return stored
 
 
-def replace_static(stock: StaticCache, config: Any, page_size: int) -> DeltaStaticCache:
-    """Make a cache of ours as large as a stock one that holds no tokens yet, and free that one."""
+def replace_static(
+    stock: StaticCache, config: Any, page_size: int, draft_tokens: int = 0
+) -> DeltaStaticCache:
+    """Make a cache of ours as large as a stock one that holds no tokens yet, and free that one.
+
+    In lossless mode it has room for as many drafts besides.
+    """
     # Sliding-window layers are shorter.
     tokens = max((getattr(layer, "max_cache_len", 0) for layer in stock.layers), default=0)
-    cache = DeltaStaticCache(config, tokens, page_size)
+    lossless = draft_tokens > 0
+    cache = DeltaStaticCache(config, tokens + draft_tokens, page_size, lossless=lossless)
     # The stock one has as many layers as an encoder, where a decoder stands alone.
     for ours, theirs in zip(cache.layers, stock.layers, strict=False):
         if not isinstance(theirs, StaticLayer) or not isinstance(ours, StaticLayer):

@@ -104,7 +104,9 @@ class DecodeStats:
         counted = {layer: int(counts[2]) for layer, counts in self._on_device.items()}
         for layer in self._plan.attention_layers:
             source = None if self._lossless else self._plan.source(layer)
-            attended = self._sparse if self._lossless else full
+            attended = full
+            if self._lossless:
+                attended = self._sparse - sum(int(tokens) for tokens in self._unread.values())
             if source is not None:
                 attended = self._sparse - int(self._unread.get(source, 0)) + counted.get(source, 0)
             records.append(

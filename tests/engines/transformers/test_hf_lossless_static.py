@@ -1,0 +1,98 @@
+"""Lossless mode from a static cache: what the dynamic one gives, in passes of fixed shapes."""
+
+from typing import Any
+
+import pytest
+import torch
+from hf_tiny import generate, make_model, make_prompt, small_config
+from test_hf_lossless import (
+    SAMPLING,
+    STEPS,
+    left_padded,
+    models,
+    refused,
+    same,
+)
+
+import deltadecode as dd
+
+STATIC = {"cache_implementation": "static"}
+
+
+def counts(model: Any) -> tuple[Any, ...]:
+    seen = dd.stats(model)
+    result = seen.drafted, seen.verified, seen.accepted, seen.steps, seen.per_layer
+    seen.reset()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"recent_pages": 0}),  # the last page need not be among the selected ones
+        ("llama", {"budget_share": 0.5}),
+        ("gemma2", {}),
+        ("gpt_oss", {"recent_pages": 0}),
+    ],
+)
+def test_tokens_and_counts_are_those_of_the_dynamic_cache(family: str, changes: Any) -> None:
+    stock, ours = models(family, 4, **changes)
+    tokens, mask = left_padded()
+    for options in ({}, {"attention_mask": mask}):
+        inputs = tokens if options else make_prompt(23)
+        generate(ours, inputs, STEPS, **options)
+        expected = counts(ours)
+        got = generate(ours, inputs, STEPS, **options, **STATIC)
+        assert isinstance(got.past_key_values, dd.DeltaStaticCache)
+        same(got, generate(stock, inputs, STEPS, **options))
+        assert counts(ours) == expected
+        assert 0 < expected[2] < expected[1]  # some drafts were wrong
+
+
+def test_a_seed_gives_the_samples_of_the_dynamic_cache() -> None:
+    _, ours = models(draft_tokens=2)
+    texts = []
+    for options in ({}, STATIC):
+        torch.manual_seed(1)
+        prompt = make_prompt(40).expand(40, -1)
+        texts.append(ours.generate(prompt, max_new_tokens=STEPS, **options, **SAMPLING))
+    assert torch.equal(*texts)
+    accepted, verified = dd.stats(ours).accepted, dd.stats(ours).verified
+    assert 0 < accepted < verified
+
+
+def test_a_second_turn_in_a_cache_of_the_users_own() -> None:
+    stock, ours = models()
+    tokens, mask = left_padded((23, 30))
+    turn = torch.cat([make_prompt(5, seed=9), make_prompt(5, seed=8)])
+    results = []
+    for model in (ours, stock):
+        cache = dd.DeltaStaticCache(ours.config, 56) if model is ours else None
+        one = generate(model, tokens, 10, attention_mask=mask, past_key_values=cache)
+        text = torch.cat([one.sequences, turn], dim=1)
+        more = torch.cat([mask, torch.ones(2, 15, dtype=torch.long)], dim=1)
+        options = {"past_key_values": one.past_key_values, "attention_mask": more}
+        # The last token finds the cache full: no draft has room beside it.
+        results.append(generate(model, text, 12, **options))
+    same(*results)
+    assert int(results[0].past_key_values.get_seq_length()) == 56
+    with pytest.raises(ValueError, match="room for 56 tokens, got 57"):
+        generate(ours, make_prompt(40, 2), 18, past_key_values=dd.DeltaStaticCache(ours.config, 56))
+
+
+def test_rings_of_sliding_windows_cannot_take_drafts_back() -> None:
+    stock, ours = models("gemma3")
+    cache = dd.DeltaStaticCache(ours.config, 64)
+    refused("lossless=True", lambda: generate(ours, make_prompt(9), 4, past_key_values=cache))
+    cache = dd.DeltaStaticCache(ours.config, 64, lossless=True)
+    prompt = make_prompt(30)
+    same(generate(ours, prompt, 20, past_key_values=cache), generate(stock, prompt, 20))
+
+
+def test_a_model_that_drops_weights_decodes_with_full_attention() -> None:
+    model = make_model("llama", "sdpa", attention_dropout=0.2)
+    dd.enable(model, small_config(), lossless=True)
+    model.train()
+    out = generate(model, make_prompt(40), STEPS, **STATIC)
+    assert out.sequences.shape[1] == 40 + STEPS and dd.stats(model).drafted == 0
