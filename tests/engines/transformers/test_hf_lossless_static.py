@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_tape import taped_graphs
 from hf_tiny import generate, make_model, make_prompt, small_config
 from test_hf_lossless import (
     SAMPLING,
@@ -96,3 +97,27 @@ def test_a_model_that_drops_weights_decodes_with_full_attention() -> None:
     model.train()
     out = generate(model, make_prompt(40), STEPS, **STATIC)
     assert out.sequences.shape[1] == 40 + STEPS and dd.stats(model).drafted == 0
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 6, None])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_captured_passes_give_what_plain_ones_give(family: str, draft_tokens: int | None) -> None:
+    stock, ours = models(family, draft_tokens)
+    tokens, mask = left_padded()
+    cache = dd.DeltaStaticCache(ours.config, 60 + 16, lossless=True)
+    expected = generate(stock, tokens, STEPS, attention_mask=mask)
+    with taped_graphs() as graphs:
+        got = generate(ours, tokens, STEPS, attention_mask=mask, past_key_values=cache)
+        same(got, expected)
+        made, runs = len(graphs), sum(graph.replays for graph in graphs)
+        # All but the first pass.
+        assert runs == dd.stats(ours).steps - 1
+        assert 2 <= made <= (3 if draft_tokens else 6)
+        # Other rows in the same cache find everything captured.
+        for _ in range(2):
+            cache.reset()
+            tokens, mask = left_padded((34, 30, 2, 7, 19))
+            got = generate(ours, tokens, STEPS, attention_mask=mask, past_key_values=cache)
+            same(got, generate(stock, tokens, STEPS, attention_mask=mask))
+        assert len(graphs) - made <= (0 if draft_tokens else 4)
+    assert dd.stats(ours).drafted > 0

@@ -44,15 +44,15 @@ class StaticDrafting:
         Whether the verification in progress scores pages, to select by them.
     ready : bool
         Whether drafts would read less than full attention.
+    first_slots : Tensor
+        [B] int32, ``offsets`` on the device.
     """
 
     def __init__(self, state: ModelState, cache: DeltaStaticCache, offsets: list[int]) -> None:
-        self.state, self.offsets = state, offsets
-        self.phase, self.selects = Phase.VERIFY, True
-        self.scores = self.ready = False
+        self.state = state
         cfg, layers = state.cfg, state.plan.attention_layers
         first: Any = cache.layers[state.first]
-        device = first.device
+        self.device = device = first.device
         self._places = {layer: place for place, layer in enumerate(layers)}
         # Drafts begin inside of a page, and may end inside of another.
         new = 1 + -(-state.draft_tokens // cfg.page_size)
@@ -63,10 +63,18 @@ class StaticDrafting:
         self._older = torch.zeros(shape, dtype=torch.int32, device=device)
         self._newest = torch.zeros(shape[1], dtype=torch.int32, device=device)
         self._columns = torch.arange(width, dtype=torch.int32, device=device)
-        self._offsets = torch.tensor(offsets, dtype=torch.int32, device=device)
+        self.first_slots = torch.zeros(shape[1], dtype=torch.int32, device=device)
         self._scores: Tensor | None = None
         self._step: StaticStep | None = None
         self._counts = self._older
+        self.restart(offsets)
+
+    def restart(self, offsets: list[int]) -> None:
+        """Begin a call with rows whose first tokens lie in these slots."""
+        self.offsets = offsets
+        self.phase, self.selects = Phase.VERIFY, True
+        self.scores = self.ready = False
+        self.first_slots.copy_(torch.tensor(offsets))
         self._attends = False  # it does not where weights are dropped at random
         # Tokens of the cache behind the pass in progress, and behind the last verification that
         # selected, padding included.
@@ -139,7 +147,7 @@ class StaticDrafting:
         if not self.ready or self._scores is None:
             return
         self._decided = tokens
-        lens = tokens - self._offsets
+        lens = tokens - self.first_slots
         scores = self._scores[:, :, kept - 1]
         ids, _ = select_pages(scores.flatten(0, 1), lens.repeat(len(scores)), cfg)
         ids, columns = ids.view(*scores.shape[:2], -1), self._columns

@@ -59,12 +59,15 @@ class Pace:
             return self.most
         return max(1, min(self.most, int(math.log(_WORTH) / math.log(self._chance))))
 
-    def end(self, drafts: int, tokens: int) -> None:
-        """Count what was verified: ``tokens`` that all rows moved on by, of ``drafts`` + 1."""
+    def end(self, drafts: int, tokens: int, timed: bool = True) -> None:
+        """Count what was verified: ``tokens`` that all rows moved on by, of ``drafts`` + 1.
+
+        A round that did more besides is not ``timed``.
+        """
         if drafts:
             self._kept = _FORGET * self._kept + min(tokens - 1, drafts)
             self._tried = _FORGET * self._tried + min(tokens, drafts)
-        if self.times is None:
+        if self.times is None or not timed:
             return
         seconds = clock() - self._start
         if drafts:

@@ -18,6 +18,7 @@ from deltadecode.engines.transformers.acceptance import choose, verify
 from deltadecode.engines.transformers.lossless import Drafting, Phase
 from deltadecode.engines.transformers.lossless_static import StaticDrafting
 from deltadecode.engines.transformers.pace import Pace
+from deltadecode.engines.transformers.passes import Passes, narrowed, on_gpu
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
 
@@ -53,6 +54,8 @@ class Speculation:
         self.processor, self.criteria = logits_processor, stopping_criteria
         self.settings, self.streamer, self.kwargs = generation_config, streamer, model_kwargs
         self.drafting: Drafting | StaticDrafting = Drafting(state)
+        self.passes: Passes | None = None  # from a static cache
+        self.graphs = False
         rows, self.emitted = input_ids.shape
         timed = not state.draft_fixed and not generation_config.do_sample
         times = state.times_of(rows, self.emitted) if timed else None
@@ -75,7 +78,13 @@ class Speculation:
         self.cache = self.kwargs["past_key_values"]
         self.cache.activate_past_recording()
         if isinstance(self.cache, DeltaStaticCache):
-            self.drafting = StaticDrafting(self.state, self.cache, self._offsets())
+            self.passes = Passes.of(self.model, self.state, self.cache, self._offsets())
+            self.drafting = self.passes.drafting
+            self.graphs = (
+                on_gpu(self.cache)
+                and not self.model.training
+                and not getattr(self.settings, "disable_compile", False)
+            )
         self.state.local.drafting = self.drafting
         try:
             self._settle(outputs.logits[:, -1:], [])
@@ -125,11 +134,16 @@ class Speculation:
         kept = self.emitted - before
         self._crop(count + 1 - kept)
         self.drafting.select(kept, count + 1 - kept)
-        self.pace.end(count, kept)
+        captured = self.passes is not None and self.passes.fresh
+        self.pace.end(count, kept, timed=not captured)
+        if self.passes is not None:
+            self.passes.fresh = False
 
     def _draft_count(self) -> int:
         count = self.pace.begin()
         count = count if self.drafting.ready else 0
+        if self.graphs:
+            count = narrowed(count, self.state.draft_tokens)
         longest = self.criteria.max_length
         if longest is not None:  # the verification gives one token more than there are drafts
             count = min(count, longest - self.emitted - 1)
@@ -200,8 +214,11 @@ class Speculation:
 
     def _forward(self, end: int, count: int) -> Tensor:
         """Logits of the last ``count`` tokens of ``ids[:, :end]``, float32."""
-        if isinstance(self.drafting, StaticDrafting):
-            self.drafting.begin(end)
+        if self.passes is not None:
+            self.passes.drafting.begin(end)
+            replayed = self._replayed(self.passes, end, count) if self.graphs else None
+            if replayed is not None:
+                return replayed.to(torch.float32)
         kwargs = self.kwargs
         extra = end - self.covered
         if extra > 0:
@@ -214,7 +231,21 @@ class Speculation:
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = count
         logits: Tensor = self.model(**inputs, return_dict=True).logits
+        if self.graphs and self.passes is not None:
+            self.passes.see(inputs, end - count)
         return logits[:, -count:].to(self.ids.device, torch.float32)
+
+    def _replayed(self, passes: Passes, end: int, count: int) -> Tensor | None:
+        """As :meth:`_forward`, from a CUDA graph; None where there is none of it."""
+        tokens = passes.room_for(end, count)
+        if tokens == 0:
+            return None
+        ids = self.ids[:, end - count : end]
+        ids = torch.nn.functional.pad(ids, (0, tokens - count), value=self.pad)
+        logits = passes.run(self.model, self.cache, ids)
+        if logits is not None and tokens > count:
+            self.cache.crop(count - tokens)
+        return logits if logits is None else logits[:, :count]
 
     def _crop(self, tokens: int) -> None:
         # Layers that record their past drop what they need no more, even where nothing is taken.

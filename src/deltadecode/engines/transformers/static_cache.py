@@ -107,6 +107,8 @@ class DeltaStaticCache(StaticCache):
         super().__init__(config=config, max_cache_len=max_cache_len)
         self.room = max_cache_len  # a property of the class has the other name in some versions
         self.page_size = page_size
+        # What lossless decoding has captured of passes from it.
+        self.passes: Any = None
         self.num_layers = num_layers(text_config(config))
         while len(self.layers) < self.num_layers:  # as in DeltaCache
             self.layers.append(StaticLayer(max_cache_len))
