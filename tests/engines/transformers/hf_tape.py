@@ -43,9 +43,11 @@ class TapedGraph:
     ) -> None:
         run()
         restore()
-        with Tape() as tape:
-            self.result = run()
-        restore()
+        try:
+            with Tape() as tape:
+                self.result = run()
+        finally:  # a graph that is captured does nothing yet
+            restore()
         self.calls, self.replays = tape.calls, 0
 
     def replay(self) -> Tensor:

@@ -80,6 +80,9 @@ def _prefill(
     what it would have given then.
     """
     cache = model_kwargs.get("past_key_values")
+    kept = state.kept_cache if isinstance(cache, DeltaStaticCache) else None
+    if kept is not None and not kept.lend(cache, len(input_ids)):
+        state.kept_cache = None  # before there is memory for another
     past = 0 if cache is None else int(cache.get_seq_length())
     mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
     if embeds is not None:

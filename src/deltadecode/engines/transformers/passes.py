@@ -8,6 +8,7 @@ taken back.
 from __future__ import annotations
 
 import warnings
+import weakref
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,11 @@ class Passes:
             passes._known = known
         passes.begin(offsets)
         return passes
+
+    @property
+    def captured(self) -> bool:
+        """Whether there are graphs."""
+        return bool(self._graphs)
 
     def begin(self, offsets: list[int]) -> None:
         """Begin a call of ``generate``."""
@@ -151,6 +157,30 @@ class Passes:
             inputs["logits_to_keep"] = ids.shape[1]
         logits: Tensor = model(**inputs, past_key_values=cache, return_dict=True).logits
         return logits[:, -ids.shape[1] :]
+
+
+class Kept:
+    """Buffers and graphs of a cache that ``generate`` made, for the next call of the same sizes."""
+
+    def __init__(self, cache: DeltaStaticCache) -> None:
+        self._owner = weakref.ref(cache)
+        self._layers, self._passes = cache.layers, cache.passes
+
+    def lend(self, cache: DeltaStaticCache, rows: int) -> bool:
+        """Give them to a cache that has none, unless it differs, or somebody holds the first."""
+        layers: list[Any] = [layer for layer in self._layers if isinstance(layer, StaticLayer)]
+        keys = layers[0].keys
+        if (
+            self._owner() is not None
+            or cache.is_initialized
+            or keys.is_inference() != torch.is_inference_mode_enabled()
+            or (keys.shape[0], layers[0].max_cache_len) != (rows, cache.room)
+        ):
+            return False
+        cache.layers, cache.passes = self._layers, self._passes
+        cache.empty()
+        self._owner = weakref.ref(cache)
+        return True
 
 
 def widened(drafts: int, most: int, fixed: bool) -> int:

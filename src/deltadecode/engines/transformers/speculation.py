@@ -18,7 +18,7 @@ from deltadecode.engines.transformers.acceptance import choose, verify
 from deltadecode.engines.transformers.lossless import Drafting, Phase
 from deltadecode.engines.transformers.lossless_static import StaticDrafting
 from deltadecode.engines.transformers.pace import Pace
-from deltadecode.engines.transformers.passes import Passes, narrowed, on_gpu
+from deltadecode.engines.transformers.passes import Kept, Passes, narrowed, on_gpu
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
 
@@ -80,6 +80,7 @@ class Speculation:
         if isinstance(self.cache, DeltaStaticCache):
             self.passes = Passes.of(self.model, self.state, self.cache, self._offsets())
             self.drafting = self.passes.drafting
+            self.cache_is_ours = not getattr(self.cache, "_is_user_defined", False)
             self.graphs = (
                 on_gpu(self.cache)
                 and not self.model.training
@@ -98,6 +99,8 @@ class Speculation:
             for layer in self.cache.layers:
                 if hasattr(layer, "record_past"):
                     layer.record_past = False
+        if self.passes is not None and self.passes.captured and self.cache_is_ours:
+            self.state.kept_cache = Kept(self.cache)
         if self.streamer is not None:
             self.streamer.end()
         ids = self.ids[:, : self.emitted]

@@ -61,6 +61,8 @@ class ModelState:
         self.stats = DecodeStats(self.plan, lossless=self.draft_tokens > 0)
         self.local = LocalPass()
         self.static = StaticPass()
+        # Of lossless decoding from static caches, with its graphs.
+        self.kept_cache: Any = None
         self._times: dict[tuple[int, int], Times] = {}
 
     @property

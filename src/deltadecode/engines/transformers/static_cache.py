@@ -146,9 +146,15 @@ class DeltaStaticCache(StaticCache):
 
         The buffers keep them until others are written in their place.
         """
+        torch._foreach_add_(self._lengths(), tokens_to_remove)
+
+    def empty(self) -> None:
+        """Take all tokens back."""
+        torch._foreach_zero_(self._lengths())
+
+    def _lengths(self) -> list[Tensor]:
         layers: list[Any] = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
-        lengths = [layer.cumulative_length for layer in layers if layer.is_initialized]
-        torch._foreach_add_(lengths, tokens_to_remove)
+        return [layer.cumulative_length for layer in layers if layer.is_initialized]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
