@@ -31,11 +31,17 @@ def lossless(
     engine: Annotated[
         Literal["transformers", "vllm"], typer.Option(help="That decodes; vllm with --batch only.")
     ] = "transformers",
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="That decodes single texts.")
+    ] = "cpu",
+    static: Annotated[
+        bool, typer.Option("--static", help="Single texts from static caches, second runs timed.")
+    ] = False,
     as_json: cli.Json = False,
     out: cli.Out = None,
     tag: cli.Tag = None,
 ) -> None:
-    """Decode greedily in lossless mode and with full attention, float32 on the CPU."""
+    """Decode greedily in lossless mode and with full attention, in float32."""
     with cli.checking(out, tag):
         from benchmarks.lossless import batches, run
         from benchmarks.lossless.asked import Asked
@@ -44,14 +50,17 @@ def lossless(
 
         asked = Asked(
             resolve_model(model), context or [4000], budget or [64], draft_tokens or [4],
-            page_size, texts, tokens,
+            page_size, texts, tokens, device, static,
         )  # fmt: skip
+        if batch is not None and (static or device != "cpu"):
+            raise ValueError("--static and --device are for single texts, got --batch")
         if engine == "vllm" and (batch is None or 0 in asked.drafts):
             raise ValueError("--engine vllm needs --batch, and --draft-tokens of at least 1")
     command = cli.command_line(
         "lossless", model=model, context=asked.contexts, budget=asked.budgets,
         draft_tokens=asked.drafts, page_size=page_size, texts=texts, tokens=tokens, batch=batch,
         engine=None if engine == "transformers" else engine,
+        device=None if device == "cpu" else device, static=static or None,
     )  # fmt: skip
     measure = run.run if batch is None else partial(batches.run, batch=batch, engine=engine)
     with cli.checking(out, tag), cli.progress() as show:

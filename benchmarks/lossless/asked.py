@@ -19,6 +19,8 @@ class Asked:
     page_size: int
     texts: int  # of each context
     tokens: int  # new ones of each text
+    device: str = "cpu"
+    static: bool = False  # both sides from a static cache
 
     @property
     def cases(self) -> list[Case]:

@@ -15,6 +15,7 @@ from deltadecode.lab.tasks import make_problem
 from deltadecode.lab.tasks.text import Text
 
 PEER = "Transformers sdpa + DynamicCache"
+STATIC_PEER = "Transformers sdpa + StaticCache, compiled on a GPU"
 _RECENT, _SINK = 8, 1
 # Enough for the longest context that the embedded model has: about 35 tokens a step.
 _STEPS = 300
@@ -28,16 +29,25 @@ def run(
     ``acceptance`` is the share of verified drafts that stayed, ``same`` the texts whose every token
     is that of full attention.
     """
-    model = load_model(asked.folder, "float32", torch.device("cpu"))
+    device = torch.device(asked.device)
+    model = load_model(asked.folder, "float32", device)
     tokenizer, tokens = load_tokenizer(asked.folder), asked.tokens
-    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    settings: dict[str, Any] = {
+        "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False,
+    }  # fmt: skip
+    if asked.static:
+        settings["cache_implementation"] = "static"
+    runs = 2 if asked.static else 1  # the first one compiles and captures
     decoded: dict[Case, list[Decoded]] = {case: [] for case in asked.cases}
     stock: dict[int, list[Decoded]] = {context: [] for context in asked.contexts}
     done, parts = 0, asked.parts * asked.texts
     for context in asked.contexts:
         for prompt in make_prompts(tokenizer, context, asked.texts, tokens):
+            prompt = prompt.to(device)
             progress(f"context {context}: full attention", done / parts)
-            stock[context].append(decode(model, tokenizer, prompt, None, settings=settings))
+            stock[context].append(
+                decode(model, tokenizer, prompt, None, settings=settings, runs=runs)
+            )
             done += 1
             for case in (case for case in asked.cases if case[0] == context):
                 _, budget, count = case
@@ -52,13 +62,14 @@ def run(
                         settings=settings,
                         lossless=True,
                         draft_tokens=count or None,
+                        runs=runs,
                     )
                 )
                 done += 1
     return result(
         "lossless",
         command,
-        [_row(case, decoded[case], stock[case[0]], asked.page_size) for case in asked.cases],
+        [_row(asked, case, decoded[case], stock[case[0]]) for case in asked.cases],
     )
 
 
@@ -87,7 +98,7 @@ def make_prompts(tokenizer: Any, context: int, texts: int, tokens: int) -> list[
     return [torch.tensor([piece[:context]]) for piece in pieces]
 
 
-def _row(case: Case, ours: list[Decoded], theirs: list[Decoded], page_size: int) -> dict[str, Any]:
+def _row(asked: Asked, case: Case, ours: list[Decoded], theirs: list[Decoded]) -> dict[str, Any]:
     context, budget, count = case
     drafts = {
         name: sum((each.drafts or {})[name] for each in ours)
@@ -98,8 +109,9 @@ def _row(case: Case, ours: list[Decoded], theirs: list[Decoded], page_size: int)
         sum(getattr(each, name) for each in ours) for name in ("attended_tokens", "full_tokens")
     )
     return row(
-        f"context {context}, K {budget}, {count} drafts", PEER, "ms a token",
-        _ms(ours), _ms(theirs), context=context, budget_pages=budget, page_size=page_size,
+        f"context {context}, K {budget}, {count} drafts", STATIC_PEER if asked.static else PEER,
+        "ms a token", _ms(ours), _ms(theirs),
+        context=context, budget_pages=budget, page_size=asked.page_size,
         draft_tokens=count, texts=len(ours), tokens=sum(len(each.token_ids) for each in ours),
         same=sum(one.token_ids == other.token_ids for one, other in pairs), **drafts,
         acceptance=round(drafts["accepted"] / max(drafts["verified"], 1), 4),

@@ -51,15 +51,22 @@ def test_equal_tokens_of_ragged_batches(rows, monkeypatch):
     assert row["same"] < 3 and row["first_unlike"] is not None
 
 
+def test_static_caches_are_of_single_texts(outcome):
+    code, _, err = outcome(partial(launch, lossless), "--static", "--batch", 2)
+    assert code == 2 and "for single texts, got --batch" in err
+
+
 def test_vllm_counts_equal_tokens_only(outcome):
     for words in (("--batch", 2, "--draft-tokens", 0), ()):
         code, _, err = outcome(partial(launch, lossless), "--engine", "vllm", *words)
         assert code == 2 and "--engine vllm needs --batch, and --draft-tokens of at least 1" in err
 
 
-def test_times_and_acceptance_of_single_texts(rows):
-    (row,) = rows("--draft-tokens", 2)
-    assert row["same"] == row["texts"] == 3
+@pytest.mark.parametrize("static", [False, True])
+def test_times_and_acceptance_of_single_texts(rows, static):
+    (row,) = rows("--draft-tokens", 2, *(["--static", "--texts", 1] if static else []))
+    assert row["same"] == row["texts"] == (1 if static else 3)
+    assert ("StaticCache" in row["peer"]) == static
     assert row["unit"] == "ms a token" and row["ours"] > 0 < row["theirs"]
     assert row["acceptance"] == round(row["accepted"] / row["verified"], 4)
 

@@ -85,6 +85,7 @@ def decode(
     seed: int = 0,
     lossless: bool = False,
     draft_tokens: int | None = None,
+    runs: int = 1,
     on_token: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Decoded:
@@ -92,21 +93,25 @@ def decode(
 
     ``prompt_ids`` is [1, tokens] on the model's device; without a configuration, attention and
     cache are the stock ones; ``settings`` are arguments of ``model.generate``. ``lossless`` and
-    ``draft_tokens`` are those of :func:`deltadecode.enable`.
+    ``draft_tokens`` are those of :func:`deltadecode.enable`. Of several ``runs`` the last one
+    counts: what the first ones compile and capture is there then.
     """
-    follower = Follower(tokenizer, on_token, on_text)
     if cfg is not None:
         enable(model, cfg, lossless=lossless, draft_tokens=draft_tokens)
     try:
-        set_seed(seed)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            output = model.generate(
-                prompt_ids,
-                attention_mask=torch.ones_like(prompt_ids),
-                streamer=follower,
-                **settings,
-            )
+        for _ in range(runs):
+            follower = Follower(tokenizer, on_token, on_text)
+            if cfg is not None:
+                stats(model).reset()
+            set_seed(seed)
+            start = time.perf_counter()
+            with torch.inference_mode():
+                output = model.generate(
+                    prompt_ids,
+                    attention_mask=torch.ones_like(prompt_ids),
+                    streamer=follower,
+                    **settings,
+                )
         new = output[0, prompt_ids.shape[1] :].tolist()
         seconds = time.perf_counter() - start
         read = stats(model) if cfg is not None else None

@@ -18,6 +18,7 @@ from deltadecode.models.clsa.cache import ClsaCache
 from deltadecode.models.clsa.configuration import ClsaConfig
 from deltadecode.models.clsa.decode import Paged, pick
 from deltadecode.models.clsa.layers import rotary
+from deltadecode.ops.graphs import Graph
 
 
 class ClsaStaticCache(Cache):
@@ -65,7 +66,7 @@ class ClsaStaticCache(Cache):
         # Where a step writes: in the rings, and in what has a place for every token.
         self.slot = self.place = self.row
         self.seen = 0
-        self.graph: Graph | None = None
+        self.graph: StepGraph | None = None
 
     @property
     def is_compileable(self) -> bool:
@@ -195,28 +196,20 @@ def decode_step(model: Any, cache: ClsaStaticCache, x: Tensor) -> Tensor:
     return out
 
 
-class Graph:
+class StepGraph:
     """A CUDA graph of a whole step, from token ids [B, 1] to logits [B, 1, vocabulary]."""
 
     def __init__(self, model: Any, cache: ClsaStaticCache, ids: Tensor) -> None:
         self.ids = ids.clone()
-        held, stream = cache.lengths.clone(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Kernels compile outside of the graph. Each run writes the same slots.
-            for _ in range(2):
-                _logits(model, cache, self.ids)
-                cache.lengths.copy_(held)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.logits = _logits(model, cache, self.ids)
+        held = cache.lengths.clone()
+        self._graph = Graph(
+            lambda: _logits(model, cache, self.ids), lambda: cache.lengths.copy_(held)
+        )
 
     def run(self, ids: Tensor) -> Tensor:
         """Logits, which the next run overwrites."""
         self.ids.copy_(ids)
-        self._graph.replay()
-        return self.logits
+        return self._graph.replay()
 
 
 def _logits(model: Any, cache: ClsaStaticCache, ids: Tensor) -> Tensor:
@@ -238,7 +231,7 @@ def step_logits(model: Any, cache: ClsaStaticCache, ids: Tensor | None) -> Tenso
     cache.check_room(cache.seen + 1)
     if ids.is_cuda:
         if cache.graph is None:
-            cache.graph = Graph(model, cache, ids)
+            cache.graph = StepGraph(model, cache, ids)
         logits = cache.graph.run(ids).clone()
     else:
         logits = _logits(model, cache, ids)
