@@ -57,9 +57,10 @@ def test_greedy_tokens_are_full_attentions(family, draft_tokens, graphs):
         torch.testing.assert_close(logits, torch.stack(expected.logits), rtol=1e-3, atol=1e-3)
         counts = dd.stats(model)
         assert 0 < counts.accepted <= counts.verified <= counts.drafted
-    # A few passes of each call come before there is a graph.
-    assert graphs["replayed"] >= 3 * (counts.steps - 3) * 0.5
-    assert graphs["captured"] <= 3 * (3 if draft_tokens else 6)
+        del got  # else the next call would need a cache of its own
+    # The first pass of each call is not captured.
+    assert graphs["replayed"] >= 2 * (counts.steps - 1)
+    assert graphs["captured"] <= (3 if draft_tokens else 6)
 
 
 def test_sliding_windows():

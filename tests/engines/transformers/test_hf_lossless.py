@@ -266,6 +266,14 @@ def test_rule13_a_sampled_token_is_distributed_as_the_targets() -> None:
         check_distribution(drafts, target.softmax(dim=-1)[0])
 
 
+def test_drawing_without_a_look_at_the_weights_is_drawing() -> None:
+    weights = torch.rand(50, 30).mul(torch.rand(50, 30) > 0.4)
+    torch.manual_seed(3)
+    expected = weights.multinomial(1)[:, 0]
+    torch.manual_seed(3)
+    assert torch.equal(acceptance.draw_unseen(weights), expected)
+
+
 def check_distribution(tokens: torch.Tensor, probs: torch.Tensor) -> None:
     seen = tokens.bincount(minlength=len(probs)).double()
     probs = probs.double()

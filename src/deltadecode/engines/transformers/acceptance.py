@@ -68,4 +68,14 @@ def verify(scores: Tensor, drafts: Tensor, probs: Tensor | None) -> tuple[Tensor
 
 
 def _draw(weights: Tensor) -> Tensor:
-    return torch.multinomial(weights, num_samples=1)[:, 0]
+    if weights.is_cpu:
+        return torch.multinomial(weights, num_samples=1)[:, 0]
+    return draw_unseen(weights)
+
+
+def draw_unseen(weights: Tensor) -> Tensor:
+    """What ``torch.multinomial`` draws of [B, V], without its look at the weights.
+
+    For that look the host waits for the device.
+    """
+    return (weights / torch.empty_like(weights).exponential_()).argmax(dim=-1)

@@ -188,11 +188,13 @@ class Speculation:
                 tokens, _ = choose(scores, self.settings.do_sample)
             self.ids[:, column] = torch.where(open_rows, tokens, self.ids[:, column])
             self.decided += open_rows
-            if not bool(pending.any()):
+            # Places behind the last rejection change nothing, and to look would wait for a GPU.
+            if logits.is_cpu and not bool(pending.any()):
                 break
-        self._emit(int(self.decided.min()), scored)
+        end, *counts = torch.stack([self.decided.min(), drafted, verified, taken]).tolist()
+        self._emit(end, scored)
         if probs:
-            self.state.stats.add_drafts(int(drafted), int(verified), int(taken))
+            self.state.stats.add_drafts(*counts)
 
     def _emit(self, end: int, scored: list[tuple[Tensor, Tensor]]) -> None:
         """Show the tokens up to ``end`` to the stopping criteria, one column after the other."""
