@@ -80,6 +80,14 @@ def test_a_scheduler_reserves_slots_for_drafts_and_decides_on_them(monkeypatch):
     assert engine.dynamic_sd_lookup[1] == 0
 
 
+def test_min_tokens_alone_decides_and_nothing_is_measured(monkeypatch):
+    for name in ("measure", "rest", "_faded"):
+        monkeypatch.setattr(pacing.Acceptance, name, lambda *_: pytest.fail("it is measured"))
+    engine = Engine(monkeypatch, 3000, min_tokens=2000)
+    assert engine.run(50, draft=9.0, kept=1)[2] == 50
+    assert Engine(monkeypatch, 3000, min_tokens=4000).run(50)[2] == 0
+
+
 def test_nothing_is_drafted_or_timed_within_the_budget(monkeypatch):
     engine = Engine(monkeypatch, 1000)
     assert engine.run(200) == (200, 200.0, 0)

@@ -74,8 +74,9 @@ class Pacing:
                 request.spec_token_ids = []
         if not len(lengths) or not self._worth.may_pay(lengths):
             return 0
-        chances = self._acceptance.of(request.request_id for request in running)
-        drafts = self._worth.drafts(lengths, chances)
+        # Where the user has said from where on to draft, no chance plays a part.
+        known = [] if self._worth.told else [request.request_id for request in running]
+        drafts = self._worth.drafts(lengths, self._acceptance.of(known))
         if not drafts or not self._timed:
             return drafts
         shape = len(lengths).bit_length(), int(lengths.sum()).bit_length()
@@ -91,6 +92,8 @@ class Pacing:
 
     def measure(self, step: Any, output: Any) -> None:
         """Take in what a step has given, and when it ended."""
+        if self._worth.told:
+            return
         rows, verified = output.req_id_to_index, step.scheduled_spec_decode_tokens
         for name, drafts in verified.items():
             kept = len(output.sampled_token_ids[rows[name]]) if name in rows else 0
