@@ -252,19 +252,18 @@ def _attend_to_pages(
             step.offloaded.select(role.layer, rows.groups[0], key.shape[2])
     elif role.source not in step.selections:
         raise MissingSelectionError(role.layer, role.source)
-    if rows.groups[0].rows is None:
-        return _attend_group(role, step, rows, 0, query, key, value, options)
-    out = torch.empty_like(query)
-    for place, group in enumerate(rows.groups):
-        part = query[group.rows]
-        out[group.rows] = _attend_group(role, step, rows, place, part, key, value, options)
-    return out
+    return rows.each_group(
+        query,
+        lambda place, group, part: _attend_group(
+            role, step, group, place, part, key, value, options
+        ),
+    )
 
 
 def _attend_group(
     role: Role,
     step: Step,
-    rows: Rows,
+    group: RowGroup,
     place: int,
     query: Tensor,
     key: Tensor,
@@ -272,7 +271,7 @@ def _attend_group(
     options: dict[str, Any],
 ) -> Tensor:
     """Output of the rows of one group; a Δ-layer leaves its selection in the step."""
-    cfg, group = role.state.cfg, rows.groups[place]
+    cfg = role.state.cfg
     pages = -(-group.length // cfg.page_size)
     every_page = pages <= cfg.pages_for(pages)
     held = None if step.offloaded is None else step.offloaded.on_host(role.layer)

@@ -91,13 +91,10 @@ class Drafting:
         if rows.every_page or not self.selects:
             return None
         query = query.transpose(1, 2).contiguous().to(key.dtype)
-        if rows.groups[0].rows is None:
-            return self._attend(layer, 0, rows.groups[0], query, key, value, options)
-        out = torch.empty_like(query)
-        for place, group in enumerate(rows.groups):
-            part = query[group.rows]
-            out[group.rows] = self._attend(layer, place, group, part, key, value, options)
-        return out
+        return rows.each_group(
+            query,
+            lambda place, group, part: self._attend(layer, place, group, part, key, value, options),
+        )
 
     def select(self, kept: int, rejected: int) -> None:
         """Select pages for drafts, by the last of a verification's tokens that stays in the cache.

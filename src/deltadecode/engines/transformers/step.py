@@ -7,6 +7,7 @@ prefill, full attention in every layer (docs/semantics.md, R1). Nothing of a pas
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,20 @@ class Rows:
             missing = pages * page - tokens if cfg.recent_pages else 0
             sparse += rows * (budget * page - missing)
         return cls(groups, key.device, mask, every_page, full, sparse)
+
+    def each_group(
+        self, query: Tensor, attend: Callable[[int, RowGroup, Tensor], Tensor]
+    ) -> Tensor:
+        """Output, shaped like a query [B, ...], of one group of rows after the other.
+
+        ``attend`` gets the number of a group, the group, and its rows of the query.
+        """
+        if self.groups[0].rows is None:
+            return attend(0, self.groups[0], query)
+        out = torch.empty_like(query)
+        for place, group in enumerate(self.groups):
+            out[group.rows] = attend(place, group, query[group.rows])
+        return out
 
 
 class Step:
