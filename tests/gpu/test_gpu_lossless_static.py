@@ -127,12 +127,15 @@ def test_without_graphs_where_they_are_not_wanted_or_cannot_be(graphs):
     got = model.generate(tokens, disable_compile=True, **options).sequences
     assert torch.equal(got, expected) and graphs["captured"] == 0
 
-    # A pass that waits for the GPU.
-    hook = model.model.norm.register_forward_hook(lambda *_: torch.cuda.synchronize())
+    def wait(module, args):
+        int(args[0].argmax())
+
+    hook = model.model.layers[2].register_forward_pre_hook(wait)
     with pytest.warns(UserWarning, match="without CUDA graphs: LlamaForCausalLM"):
         got = model.generate(tokens, **options).sequences
     assert torch.equal(got, expected) and graphs["replayed"] == 0
     hook.remove()
+    assert torch.rand(3, device="cuda").isfinite().all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = model.generate(tokens, **options).sequences

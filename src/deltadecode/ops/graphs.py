@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,23 +19,40 @@ class Graph:
     run : callable
         The pass. All that it reads and writes must stay in its place while the graph is used.
     restore : callable
-        Takes back what a pass has left in such memory; called behind each of two runs outside of
-        the graph, in which kernels compile.
+        Takes back what a pass, whole or not, has left in such memory; called behind each of two
+        runs outside of the graph, in which kernels compile.
     pool
         Memory shared with other graphs, of :func:`torch.cuda.graph_pool_handle`: then only one of
         their results is whole at a time.
+    checks : bool
+        Find out before whether the pass waits for the GPU: a capture that fails leaves PyTorch's
+        random numbers unusable.
+
+    Raises
+    ------
+    RuntimeError
+        When it does.
     """
 
     def __init__(
-        self, run: Callable[[], Tensor], restore: Callable[[], object], pool: Any = None
+        self,
+        run: Callable[[], Tensor],
+        restore: Callable[[], object],
+        pool: Any = None,
+        checks: bool = False,
     ) -> None:
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                run()
-                restore()
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for watched in (nullcontext(), _no_waiting() if checks else nullcontext()):
+                    try:
+                        with watched:
+                            run()
+                    finally:
+                        restore()
+        finally:
+            current.wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
@@ -45,3 +64,16 @@ class Graph:
         """Run it."""
         self._graph.replay()
         return self._result
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Let operations for which the host waits for the GPU raise a RuntimeError."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not find all of them
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

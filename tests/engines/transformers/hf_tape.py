@@ -39,7 +39,7 @@ class TapedGraph:
     """In the place of :class:`deltadecode.ops.graphs.Graph`."""
 
     def __init__(
-        self, run: Callable[[], Tensor], restore: Callable[[], object], pool: Any = None
+        self, run: Callable[[], Tensor], restore: Callable[[], object], pool: Any, checks: bool
     ) -> None:
         run()
         restore()

@@ -153,7 +153,7 @@ def test_a_model_that_waits_for_the_device_is_not_captured() -> None:
     def wait(module: Any, args: Any) -> None:
         int(args[0].argmax())
 
-    ours.model.norm.register_forward_pre_hook(wait)
+    ours.model.layers[2].register_forward_pre_hook(wait)
     prompt = make_prompt(40)
     with taped_graphs() as graphs:
         with pytest.warns(UserWarning, match="without CUDA graphs: LlamaForCausalLM cannot"):

@@ -124,12 +124,15 @@ class Passes:
         key = self.drafting.phase, ids.shape[1], self.drafting.scores
         if key not in self._graphs:
             self._pool = self._pool or graph_pool()
-            held = ids.clone()
+            held, lengths = ids.clone(), cache.lengths
             try:
                 graph = Graph(
                     partial(self._pass, model, cache, held),
-                    partial(cache.crop, -ids.shape[1]),
+                    partial(torch._foreach_copy_, lengths, [length.clone() for length in lengths]),
                     self._pool,
+                    # The first graph is of one token. For more, masks are made by a look at the
+                    # cache, but not while they are captured.
+                    ids.shape[1] == 1,
                 )
             except RuntimeError as error:
                 self._fixed, self._graphs = None, {}

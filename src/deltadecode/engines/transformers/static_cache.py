@@ -146,13 +146,15 @@ class DeltaStaticCache(StaticCache):
 
         The buffers keep them until others are written in their place.
         """
-        torch._foreach_add_(self._lengths(), tokens_to_remove)
+        torch._foreach_add_(self.lengths, tokens_to_remove)
 
     def empty(self) -> None:
         """Take all tokens back."""
-        torch._foreach_zero_(self._lengths())
+        torch._foreach_zero_(self.lengths)
 
-    def _lengths(self) -> list[Tensor]:
+    @property
+    def lengths(self) -> list[Tensor]:
+        """Tokens of each layer that holds some, int64 scalars."""
         layers: list[Any] = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
         return [layer.cumulative_length for layer in layers if layer.is_initialized]
 
