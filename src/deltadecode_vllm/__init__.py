@@ -16,19 +16,22 @@ BACKEND_CLASS = "deltadecode.engines.vllm.backend.DeltaBackend"
 KEY = "deltadecode"  # in --additional-config
 PROPOSER = "deltadecode.engines.vllm.lossless.Proposer"  # in --speculative-config
 AHEAD = "deltadecode_ahead"  # attribute of a SchedulerConfig
+MODEL = "ClsaForCausalLM"  # in a checkpoint's configuration
 _PLUGIN = "deltadecode.engines.vllm.plugin"
+_CLSA = "deltadecode.engines.vllm.clsa"
 _WRAPPED = "_deltadecode"
 
 
 def register() -> None:
-    """Put the backend under the name ``CUSTOM``; vLLM may call this many times.
+    """Put the backend under the name ``CUSTOM``, and know CLSA; vLLM may call this many times.
 
     Where vLLM has not the places to put it, it stays as it is, with a warning.
     """
-    try:
-        _register()
-    except (ImportError, AttributeError) as error:
-        _warn("not registered, since it does not know this vLLM: %s", error)
+    for place in (_register, _register_clsa):
+        try:
+            place()
+        except (ImportError, AttributeError) as error:
+            _warn("not registered, since it does not know this vLLM: %s", error)
 
 
 def _register() -> None:
@@ -48,6 +51,42 @@ def _register() -> None:
     wrap_once(VllmConfig, "__post_init__", _stay_ahead)
     if current_platform.is_cpu():
         wrap_once(type(current_platform), "get_attn_backend_cls", _let_cpu_choose)
+
+
+def _register_clsa() -> None:
+    """Make models of type ``clsa`` known; nothing is imported before an engine loads one."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils import config, configs
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    class Checks(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            import_module(f"{_CLSA}.checks").prepare_model(model_config)
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            import_module(f"{_CLSA}.checks").prepare_engine(vllm_config)
+
+    if MODEL in MODELS_CONFIG_MAP:
+        return
+    configs._CLASS_TO_MODULE["ClsaConfig"] = "deltadecode.models.clsa.configuration"
+    config._CONFIG_REGISTRY["clsa"] = "ClsaConfig"
+    MODELS_CONFIG_MAP[MODEL] = Checks
+    ModelRegistry.register_model(MODEL, f"{_CLSA}.model:{MODEL}")
+    wrap_once(InputProcessor, "_validate_params", _ask_no_prompt)
+
+
+def _ask_no_prompt(validate: Callable[..., Any]) -> Any:
+    """Refuse logprobs of a prompt whose tokens leave a CLSA model before they have any."""
+
+    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if MODEL in self.model_config.architectures:
+            import_module(f"{_CLSA}.checks").check_request(self.model_config.hf_config, params)
+        return validate(self, params, *args, **kwargs)
+
+    return _validate_params
 
 
 def wrap_once(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
