@@ -132,12 +132,9 @@ class SharedKV(nn.Module):
             config.hidden_size, [inner, inner], bias=False, prefix=f"{prefix}.kv_proj"
         )
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.heads = config.num_key_value_heads // get_tensor_model_parallel_world_size()
-
-    @property
-    def size(self) -> int:
-        """Numbers of a token on this rank."""
-        return 2 * self.heads * self.dim
+        self.heads: int = config.num_key_value_heads // get_tensor_model_parallel_world_size()
+        # Numbers of a token on this rank.
+        self.size: int = 2 * self.heads * self.dim
 
     def forward(self, memory: Tensor) -> Tensor:
         """[T, size] of [T, hidden]."""

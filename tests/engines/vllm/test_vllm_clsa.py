@@ -1,0 +1,109 @@
+"""CLSA in vLLM gives what Transformers gives, in all of its modes, from one process of engines."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import environment
+
+MODES = ("clsa", "yoco", "transformer")
+WORKER = Path(__file__).with_name("clsa_worker.py")
+# Longer than a window, than k tokens, and than the blocks that a prefix is found by.
+PROMPTS = [
+    [(place * place + 5 * place + start) % 64 for place in range(length)]
+    for start, length in ((1, 1), (2, 5), (3, 19), (4, 40), (5, 150), (6, 33), (7, 90))
+]
+MAX_TOKENS = 30
+# Prompts come in parts, beside rows that decode.
+CHUNKED = {"max_num_batched_tokens": 48, "block_size": 32, "enable_prefix_caching": True}
+ALL = {"hf_overrides": {"early_exit": False}}
+RUNS = {
+    **{f"{mode} here": {"mode": mode, "rounds": 2} for mode in MODES},
+    "all tokens": {"mode": "clsa", "engine": ALL, "params": {"prompt_logprobs": 0}},
+    "no prompt": {"mode": "clsa", "params": {"prompt_logprobs": 0}},
+    "pipeline": {"mode": "clsa", "configure": True, "engine": {"pipeline_parallel_size": 2}},
+    "ranks": {"mode": "yoco", "configure": True, "engine": {"tensor_parallel_size": 4}},
+    "float8": {"mode": "clsa", "configure": True, "engine": {"kv_cache_dtype": "fp8"}},
+    "delta": {
+        "mode": "clsa", "configure": True,
+        "engine": {"attention_backend": "CUSTOM", "additional_config": {"deltadecode": {}}},
+    },
+    "drafts": {
+        "mode": "clsa", "configure": True,
+        "engine": {
+            "speculative_config": {
+                "method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2,
+            },
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clsa")
+    job = {
+        "folder": str(folder), "prompts": PROMPTS, "max_tokens": MAX_TOKENS, "engine": CHUNKED,
+        "runs": RUNS,
+    }  # fmt: skip
+    (folder / "job.json").write_text(json.dumps(job))
+    with (folder / "log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, str(WORKER), "job.json", "out.json"], cwd=folder, stdout=log,
+            stderr=subprocess.STDOUT, timeout=900, env=environment(), check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, (folder / "log").read_text()[-4000:]
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prompts_in_parts_and_ragged_batches_give_the_tokens_of_transformers(ran, mode):
+    assert ran[f"{mode} here"]["tokens"][0] == ran[mode]["tokens"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cached_prefixes_give_the_tokens_of_transformers(ran, mode):
+    found = ran[f"{mode} here"]
+    assert max(found["cached"][1]) >= 128
+    assert found["tokens"][1] == ran[mode]["tokens"]
+
+
+def test_the_index_decides_tokens(ran):
+    assert ran["clsa here"]["tokens"] != ran["yoco here"]["tokens"]
+
+
+def test_a_token_takes_the_bytes_of_one_layer_and_of_the_index(ran):
+    heads, dim, index, layers, number = 2, 32, 32, 4, 4
+    found = {mode: ran[f"{mode} here"]["bytes"] for mode in MODES}
+    shared = 2 * heads * dim * number
+    assert found == {
+        "clsa": shared + index * number, "yoco": shared, "transformer": layers * shared,
+    }  # fmt: skip
+
+
+def test_without_early_exit_a_prompt_has_logprobs(ran):
+    found = ran["all tokens"]
+    assert found["tokens"][0] == ran["clsa"]["tokens"]
+    for prompt, got, expected in zip(
+        PROMPTS, found["prompt_logprobs"], ran["clsa"]["logprobs"], strict=True
+    ):
+        assert len(got) == len(prompt) - 1
+        for token, logprobs, step in zip(prompt[1:], got, expected, strict=False):
+            assert logprobs[str(token)] == pytest.approx(step[token], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "run, error",
+    [
+        ("no prompt", "prompt_logprobs needs the whole prompt in the cross-decoder"),
+        ("pipeline", "--pipeline-parallel-size must be 1, got 2"),
+        ("ranks", "--tensor-parallel-size must divide the 2 key-value heads"),
+        ("float8", "keeps its tokens in its own dtype, got --kv-cache-dtype fp8"),
+        ("delta", "selects the tokens that it reads by itself"),
+        ("drafts", "so --speculative-config cannot be given"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_in_one_line(ran, run, error):
+    assert error in ran[run]["error"]
