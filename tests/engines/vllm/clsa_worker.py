@@ -3,7 +3,7 @@
 A job has ``folder`` (for the models), ``prompts``, ``max_tokens``, ``engine`` (arguments of
 ``vllm.LLM`` for all) and ``runs`` by name: each has ``mode`` and ``engine``, the ``rounds`` that
 the prompts come, ``params`` of sampling, or ``configure``: then only a configuration is made. For
-each mode Transformers says what the tokens are, and their logprobs.
+each mode, or those of ``reference``, Transformers says what the tokens are, and their logprobs.
 """
 
 import json
@@ -58,6 +58,7 @@ def by_transformers(path, job):
 
 def by_vllm(path, run, job):
     from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
     from vllm.engine.arg_utils import EngineArgs
 
     engine = {
@@ -68,6 +69,7 @@ def by_vllm(path, run, job):
     if run.get("configure"):
         EngineArgs(**engine).create_engine_config()
         return {}
+    captured = compilation_counter.num_cudagraph_captured
     llm = LLM(**engine)
     params = SamplingParams(
         temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False,
@@ -86,6 +88,8 @@ def by_vllm(path, run, job):
             ]
             for each in rounds[0]
         ],
+        "captured": compilation_counter.num_cudagraph_captured - captured,
+        "graphs": llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
         "bytes": bytes_of_a_token(core.scheduler.kv_cache_config),
     }
 
@@ -110,6 +114,6 @@ def attempt(run, job):
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
     found = {name: attempt(run, job) for name, run in job["runs"].items()}
-    for mode in {run["mode"] for run in job["runs"].values()}:
+    for mode in job.get("reference", {run["mode"] for run in job["runs"].values()}):
         found[mode] = by_transformers(make(mode, job), job)
     Path(sys.argv[2]).write_text(json.dumps(found))
