@@ -49,7 +49,7 @@ def ran(tmp_path_factory):
     for name, run in RUNS.items():
         job = {
             "folder": str(folder), "prompts": PROMPTS, "max_tokens": 80, "engine": ENGINE,
-            "shape": SHAPE, "runs": {name: run}, "reference": [run["mode"]] if run["mode"] not in found else [],
+            "shape": SHAPE, "runs": {name: run}, "reference": list({run["mode"]} - set(found)),
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(job))
         done = subprocess.run(

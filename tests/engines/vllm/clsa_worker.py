@@ -9,6 +9,7 @@ each mode, or those of ``reference``, Transformers says what the tokens are, and
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
@@ -108,6 +109,7 @@ def attempt(run, job):
     try:
         return by_vllm(make(run["mode"], job), run, job)
     except Exception as error:
+        traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
 
 
