@@ -162,6 +162,8 @@ def _pip(arguments):
 def _vllm(arguments):
     from deltadecode.config import DeltaConfig
 
+    if arguments == ["serve", "FOLDER"]:
+        return  # a CLSA model, which needs no option
     if arguments[0] != "serve" or ("--attention-backend", "CUSTOM") not in pairwise(arguments):
         raise WrongCommand(f"vllm {shlex.join(arguments)} serves without DELTA")
     if "--additional-config" in arguments:

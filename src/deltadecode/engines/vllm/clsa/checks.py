@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltadecode.errors import ArgumentError, UnsupportedCacheError, UnsupportedModelError
+from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
 
 
 def exits_early(config: Any) -> bool:
@@ -68,9 +68,13 @@ def prepare_engine(vllm_config: Any) -> None:
 
 
 def check_request(config: Any, params: Any) -> None:
-    """Refuse logprobs of a prompt's tokens where these leave early; ArgumentError."""
-    if exits_early(config) and getattr(params, "prompt_logprobs", None) is not None:
-        raise ArgumentError(
+    """Refuse logprobs of a prompt's tokens where these leave early; VLLMValidationError."""
+    from vllm.exceptions import VLLMValidationError
+
+    asked = getattr(params, "prompt_logprobs", None)
+    if exits_early(config) and asked is not None:
+        # Of vLLM's class, which its server answers with code 400.
+        raise VLLMValidationError(
             "prompt_logprobs needs the whole prompt in the cross-decoder, which an engine has with "
-            f"--hf-overrides '{{\"early_exit\": false}}', got {params.prompt_logprobs}"
+            f"--hf-overrides '{{\"early_exit\": false}}', got {asked}"
         )
