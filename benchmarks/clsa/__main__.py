@@ -21,6 +21,7 @@ def clsa(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps of one timing.")] = 20,
     small: Annotated[bool, typer.Option(help="A tiny shape, to try the command.")] = False,
     device: Annotated[str, typer.Option(help="As PyTorch names it.")] = "cuda",
+    vllm: Annotated[bool, typer.Option(help="Time vLLM's engine, on what it runs on.")] = False,
     as_json: cli.Json = False,
     out: cli.Out = None,
     tag: cli.Tag = None,
@@ -36,11 +37,11 @@ def clsa(
 
         contexts, modes = context or [8192, 32768, 131072], mode or list(MODES)
         task = Task(contexts, modes, batch or [1, 2, 4, 8, 16, 32, 64, 128, 256], new_tokens,
-                    steps, small, device)  # fmt: skip
+                    steps, small, device, vllm)  # fmt: skip
         task.check()
     command = cli.command_line(
         "clsa", context=task.contexts, mode=mode, batch=batch, new_tokens=new_tokens, steps=steps,
-        small=small, device=device,
+        small=small, device=device, vllm=vllm,
     )  # fmt: skip
     with cli.progress() as show:
         result = run(command, task, show)

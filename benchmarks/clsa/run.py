@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.clsa.serving import Served
 from benchmarks.kernels.timing import Call, GraphTimer
 from deltadecode import ops
 from deltadecode.errors import ArgumentError
@@ -44,6 +45,7 @@ class Task:
     steps: int
     small: bool
     device: str
+    vllm: bool = False
 
     def check(self) -> None:
         """Refuse what cannot be measured, in one line."""
@@ -55,6 +57,8 @@ class Task:
                 f"--context must exceed --new-tokens {self.new_tokens} and twice --steps "
                 f"{self.steps}, got {min(self.contexts)}"
             )
+        if self.vllm:
+            return
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ArgumentError(f"--device {self.device} is not there")
 
@@ -84,8 +88,15 @@ def run(command: str, task: Task, progress: Callable[..., None]) -> dict[str, An
     """Measure all cells; rows have the time of a token, of CLSA and of each other mode."""
     cells: dict[tuple[str, int], Cell] = {}
     layers: dict[str, Any] = {}
+    engines: dict[str, Any] = {}
     total, done = len(task.modes) * len(task.contexts), 0
     for mode in task.modes:
+        if task.vllm:
+            progress(f"{mode} in vLLM", done / total)
+            served, engines[mode] = _served(task, mode)
+            cells |= {(mode, context): cell for context, cell in served.items()}
+            done += len(task.contexts)
+            continue
         torch.manual_seed(0)
         model = _model(task, mode)
         for context in task.contexts:
@@ -106,14 +117,48 @@ def run(command: str, task: Task, progress: Callable[..., None]) -> dict[str, An
          "decode_by_batch": {str(b): rounded(rate) for b, rate in cell.tried.items()}}
         for (mode, context), cell in cells.items()
     ]  # fmt: skip
-    made["layer_ms"] = layers
+    if task.vllm:
+        made["engines"] = engines
+    else:
+        made["layer_ms"] = layers
     return made
 
 
+def _config(task: Task, mode: str) -> ClsaConfig:
+    shape = _SMALL if task.small else {}
+    return ClsaConfig(mode=mode, max_position_embeddings=max(task.contexts), **shape)
+
+
+def _served(task: Task, mode: str) -> tuple[dict[int, Cell], dict[str, Any]]:
+    """Cells of one mode in vLLM, by context, and what its engine ran with."""
+    engine = Served(_config(task, mode), task.contexts, task.batches, eager=task.small)
+    found = {}
+    try:
+        for context in task.contexts:
+            tokens = context - task.new_tokens
+            prefill = tokens / engine.prefill_seconds(tokens)
+            tried: dict[int, float] = {}
+            for batch in sorted(task.batches):
+                seconds = engine.step_seconds(batch, context, task.steps)
+                if seconds is None:
+                    break
+                tried[batch] = batch / seconds
+            found[context] = _best(prefill, tried, _kv_bytes(engine.config, 2), context)
+    finally:
+        engine.stop()
+    return found, engine.facts
+
+
+def _best(prefill: float, tried: dict[int, float], kv_bytes: float, context: int) -> Cell:
+    """The cell of the batch with the highest rate; ``tried`` has tokens a second by batch."""
+    if not tried:
+        raise ArgumentError(f"no batch fits the device's memory at a context of {context} tokens")
+    best = max(tried, key=lambda batch: tried[batch])
+    return Cell(prefill, tried[best], best, 1000 * best / tried[best], kv_bytes, tried)
+
+
 def _model(task: Task, mode: str) -> ClsaForCausalLM:
-    config = ClsaConfig(
-        mode=mode, max_position_embeddings=max(task.contexts), **(_SMALL if task.small else {})
-    )
+    config = _config(task, mode)
     before, dtype = torch.get_default_dtype(), torch.bfloat16
     torch.set_default_dtype(dtype if task.device.startswith("cuda") else torch.float32)
     try:
@@ -141,12 +186,7 @@ def _cell(model: ClsaForCausalLM, task: Task, context: int) -> Cell:
             if kv_bytes * batch * context > _FULL * free:
                 break
         tried[batch] = batch / _step_seconds(model, task, batch, context)
-    if not tried:
-        raise ArgumentError(f"no batch fits the device's memory at a context of {context} tokens")
-    best = max(tried, key=lambda batch: tried[batch])
-    return Cell(
-        prompt.shape[1] / seconds, tried[best], best, 1000 * best / tried[best], kv_bytes, tried
-    )
+    return _best(prompt.shape[1] / seconds, tried, kv_bytes, context)
 
 
 def _step_seconds(model: ClsaForCausalLM, task: Task, batch: int, context: int) -> float:

@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 
 from benchmarks.clsa.__main__ import clsa
-from benchmarks.clsa.run import Cell
+from benchmarks.clsa.run import _SMALL, Cell
+from benchmarks.clsa.serving import blocks
 from benchmarks.command import launch
+from deltadecode.models.clsa import ClsaConfig
 
 
 @pytest.fixture
@@ -30,6 +32,44 @@ def test_all_modes_are_measured(run):
     assert found["rows"][3]["ratio"] == pytest.approx(4 * 2 * 64 / (2 * 64 + 32), abs=0.01)
     assert [set(cell["decode_by_batch"]) for cell in found["cells"]] == [{"1", "2"}] * 3
     assert len(found["layer_ms"]["96"]) == 6
+
+
+class Engine:
+    """An engine with room for 800 blocks of 16 tokens, whose steps take 10 ms."""
+
+    def __init__(self, side, spec, command):
+        self.mode, self.asked = side, []
+
+    def ready(self):
+        return {"blocks": 800, "block_size": 16}
+
+    def do(self, command):
+        self.asked.append(command["do"])
+        return {"seconds": [0.01, 0.01] if command["do"] == "steps" else 0.5, "preemptions": 0}
+
+    def stop(self):
+        assert self.asked[-3:] == ["fill", "steps", "drop"]
+
+
+def test_vllm_is_timed_with_the_batches_that_fit(run, monkeypatch):
+    monkeypatch.setattr("benchmarks.clsa.serving.Process", Engine)
+    code, out, _ = run(
+        "--vllm", "--small", "--context", 4096, "--new-tokens", 96, "--steps", 2,
+        *(f"--batch={batch}" for batch in (1, 2, 3, 4)), "--json",
+    )  # fmt: skip
+    assert code == 0
+    cells = {cell["mode"]: cell for cell in json.loads(out)["cells"]}
+    # Of 256 blocks for all tokens, 64 for index keys, and 4 for each window.
+    assert blocks(make_config("clsa"), 4096, 16) == 256 + 64 + 2 * 4
+    assert {mode: cell["batch"] for mode, cell in cells.items()} == {
+        "clsa": 2, "yoco": 3, "transformer": 3,
+    }  # fmt: skip
+    assert cells["clsa"]["decode_tokens_per_s"] == pytest.approx(200)
+    assert cells["clsa"]["prefill_tokens_per_s"] == pytest.approx(8000)
+
+
+def make_config(mode):
+    return ClsaConfig(mode=mode, **_SMALL)
 
 
 def test_end_to_end_is_prefill_and_steps():

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import environment
 
 MODES = ("clsa", "yoco", "transformer")
@@ -107,3 +108,23 @@ def test_without_early_exit_a_prompt_has_logprobs(ran):
 )
 def test_what_the_model_cannot_do_is_refused_in_one_line(ran, run, error):
     assert error in ran[run]["error"]
+
+
+def test_rows_without_a_new_token_change_nothing():
+    """vLLM may fill a batch up with them; their last token is another row's."""
+    from deltadecode.engines.vllm.clsa.caches import CacheMetadata
+    from deltadecode.engines.vllm.clsa.rows import queries
+
+    def ints(*numbers):
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    table = torch.zeros(4, 1, dtype=torch.int32)
+    metadata = CacheMetadata(table, ints(9, 3, 0, 0), ints(), ints(0, 2, 5, 5, 5), 5, 3, 9)
+    asked = queries(metadata, 6, early_exit=True)
+    x = torch.arange(6.0)[:, None]
+    assert asked.take(x).flatten().tolist() == [1, 4, 4, 4]
+    put = asked.put(torch.tensor([[10.0], [20.0], [30.0], [40.0]]), 6)
+    assert put.flatten().tolist() == [0, 10, 0, 0, 20, 0]
+    each = queries(metadata, 6, early_exit=False)
+    assert each.lengths.tolist() == [8, 9, 1, 2, 3]
+    assert each.rows.tolist() == [0, 0, 1, 1, 1]
