@@ -26,6 +26,9 @@ RUNS = {
     "no prompt": {"mode": "clsa", "params": {"prompt_logprobs": 0}},
     "pipeline": {"mode": "clsa", "configure": True, "engine": {"pipeline_parallel_size": 2}},
     "ranks": {"mode": "yoco", "configure": True, "engine": {"tensor_parallel_size": 4}},
+    "index": {
+        "mode": "clsa", "configure": True, "engine": {"hf_overrides": {"index_head_dim": 24}},
+    },
     "float8": {"mode": "clsa", "configure": True, "engine": {"kv_cache_dtype": "fp8"}},
     "delta": {
         "mode": "clsa", "configure": True,
@@ -101,6 +104,10 @@ def test_without_early_exit_a_prompt_has_logprobs(ran):
         ("no prompt", "prompt_logprobs needs the whole prompt in the cross-decoder"),
         ("pipeline", "--pipeline-parallel-size must be 1, got 2"),
         ("ranks", "--tensor-parallel-size must divide the 2 key-value heads"),
+        (
+            "index",
+            "must divide the 128 numbers of a token's shared keys and values on a rank, got 24",
+        ),
         ("float8", "keeps its tokens in its own dtype, got --kv-cache-dtype fp8"),
         ("delta", "selects the tokens that it reads by itself"),
         ("drafts", "so --speculative-config cannot be given"),

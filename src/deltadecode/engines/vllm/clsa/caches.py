@@ -61,7 +61,7 @@ class CacheBuilder(AttentionMetadataBuilder[CacheMetadata]):
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # abstract in vLLM, though there is nothing to add
 
     def build(
         self,
@@ -72,11 +72,12 @@ class CacheBuilder(AttentionMetadataBuilder[CacheMetadata]):
     ) -> CacheMetadata:
         """Metadata of the batch, on the device only."""
         common = common_attn_metadata
+        rows = common.num_reqs
         return CacheMetadata(
-            common.block_table_tensor,
-            common.seq_lens,
+            common.block_table_tensor[:rows],
+            common.seq_lens[:rows],
             common.slot_mapping,
-            common.query_start_loc,
+            common.query_start_loc[: rows + 1],
             common.num_actual_tokens,
             common.max_query_len,
             common.max_seq_len,
@@ -165,9 +166,9 @@ class TokenCache(nn.Module, AttentionLayerBase):
         metadata = self.metadata()
         if metadata is None:
             return
-        blocks, slots = self.blocks, metadata.slots
+        blocks = self.blocks
         # Padding goes into block 0, which vLLM gives to no row.
-        slots = slots.clamp(min=0)
+        slots = metadata.slots[: new.shape[0]].clamp(min=0)
         block_size = blocks.shape[1]
         blocks[slots // block_size, slots % block_size] = new[: slots.shape[0]]
 

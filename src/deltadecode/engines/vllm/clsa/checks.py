@@ -56,6 +56,12 @@ def prepare_engine(vllm_config: Any) -> None:
         )
     if config.mode == "transformer":
         return
+    index, size = config.index_head_dim, 2 * heads // ranks * config.head_dim
+    if config.mode == "clsa" and max(index, size) % min(index, size):
+        raise UnsupportedModelError(
+            "vLLM's blocks hold whole tokens of every cache, so index_head_dim must divide the "
+            f"{size} numbers of a token's shared keys and values on a rank, got {index}"
+        )
     if vllm_config.speculative_config is not None:
         raise UnsupportedModelError(
             "a CLSA model decodes one token a row, so --speculative-config cannot be given"
