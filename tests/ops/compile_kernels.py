@@ -24,6 +24,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 
@@ -90,6 +91,19 @@ def index_of_tokens(dtype):
     )  # fmt: skip
 
 
+def int8_with_scales(dtype):
+    """A Δ-layer and a sparse one whose caches have a scale for each token and head."""
+    q, kv = torch.zeros(2, 12, 128, dtype=dtype), torch.zeros(40, 16, 2, 128, dtype=torch.int8)
+    scales = torch.zeros(40, 16, 2, dtype=torch.bfloat16)
+    table, lens = torch.zeros(2, 20, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    options = {
+        "scale": 0.1, "page_size": 16, "k_scales": scales, "v_scales": scales, "backend": "triton"
+    }  # fmt: skip
+    ops.decode_attention(q, kv, kv, table, lens, **options, return_page_scores=True)
+    ids = torch.zeros(2, 8, dtype=torch.int32)
+    ops.decode_attention(q, kv, kv, table, lens, **options, page_ids=ids, page_counts=lens)
+
+
 def main(dtype):
     attention.attend = Compiled(attention.attend)
     attention.finish = Compiled(attention.finish)
@@ -133,6 +147,7 @@ def main(dtype):
     if dtype == torch.bfloat16:
         ops.select_pages(torch.zeros(2, 4, 100), lens, DeltaConfig(), backend="triton")
         index_of_tokens(dtype)
+        int8_with_scales(dtype)
     kernels = (
         attention.attend, attention.finish, selection.select, index.score, wide.count, wide.tally,
         wide.place,

@@ -365,6 +365,55 @@ def test_a_cache_of_8_bits_with_scales(backend, dtype, layout):
     close(out, expected_sparse.double(), dtype)
 
 
+def quantized(case, dtype, name):
+    """One cache of a case as numbers of 8 bits, and scales: NaN where no token is."""
+    cache = getattr(case, name)
+    most = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}[dtype]
+    scales = (cache.float().abs().amax(dim=3) / most).bfloat16()
+    over = cache.float() / scales[..., None].float()
+    if dtype == torch.int8:
+        over = over.nan_to_num(nan=77.0).round()
+    stored = over.clamp(-most, most).to(dtype)
+    setattr(case, name, torch.empty_strided(cache.shape, cache.stride(), dtype=dtype).copy_(stored))
+    apart = torch.full((*scales.shape[:2], 3 * scales.shape[2]), math.nan, dtype=scales.dtype)
+    return apart[..., ::3].copy_(scales)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cache_of_8_bits_with_a_scale_of_each_token_and_head(backend, dtype, layout, stored):
+    """As if the stored numbers times their scales stood in a cache of float32."""
+    case = make_case(21, [22, 9, 0, 30], pages_per_block=2, dtype=dtype, sinks=True, layout=layout)
+    given = case.k_cache.clone()
+    scales = [quantized(case, stored, name) for name in ("k_cache", "v_cache")]
+    exact, q = (case.k_cache, case.v_cache), case.q
+    pages = [[0, 2, 5], [1], [], [1, 2, 7]]
+    ids, counts = pack(pages, 4)
+    selected = {"page_ids": ids, "page_counts": counts}
+    case.q = q.float()
+    case.k_cache, case.v_cache = (
+        cache.float() * s[..., None].float() for cache, s in zip(exact, scales, strict=True)
+    )
+    off = (case.k_cache - given.float()).abs().nan_to_num()
+    assert 0 < off.max() < 0.1
+    expected, expected_scores, _ = full(case, "reference")
+    expected_sparse = sparse(case, pages, "reference")
+    case.q, (case.k_cache, case.v_cache) = q, exact
+    more = {"k_scales": scales[0], "v_scales": scales[1], "backend": backend}
+    out, page_scores = ops.decode_attention(
+        *case.arguments, **case.options, return_page_scores=True, **more
+    )
+    close(out, expected.double(), dtype)
+    close(page_scores, expected_scores.double(), torch.float32)
+    out = ops.decode_attention(*case.arguments, **case.options, **selected, **more)
+    close(out, expected_sparse.double(), dtype)
+    # A padding row may be shorter than the number of its queries.
+    case.q = torch.stack([q, q], dim=1)
+    out = ops.decode_attention(*case.arguments, **case.options, **more)
+    close(out[:, 1], expected.double(), dtype)
+
+
 @pytest.mark.parametrize("layout", ["paged", "heads"])
 def test_half_precision_chooses_the_pages_of_float64(backend, layout):
     """Logits rounded to bfloat16 would order the pages otherwise."""

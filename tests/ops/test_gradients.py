@@ -163,7 +163,8 @@ def test_a_compiled_graph_refuses_gradients_and_a_graph_break_has_them():
 def test_the_registered_operator_refuses_gradients():
     case = draw()
     operator = torch.ops.deltadecode.decode_attention
-    arguments = (*case.arguments, 0.5, 4, None, None, None, None, 1.0, 1.0, False, False, "torch")
+    options = (0.5, 4, None, None, None, None, 1.0, 1.0, False, False, None, None)
+    arguments = (*case.arguments, *options, "torch")
     with pytest.raises(DeltaDecodeError, match="no gradients inside a compiled graph"):
         operator(*arguments)
     with torch.no_grad():

@@ -66,7 +66,7 @@ def test_auto_is_one_of_the_backends(case):
         ({"q": torch.zeros(2, 4, 8)}, ("agree in D", "[2, 4, 8]", "[5, 8, 2, 4]")),
         (
             {"q": torch.zeros(2, 4, 4).bfloat16()},
-            ("like q or float8_e4m3fn", "float32", "bfloat16"),
+            ("must be like q, float8_e4m3fn or int8", "float32", "bfloat16"),
         ),
         ({"q": torch.zeros(2, 4, 4, device="meta")}, ("like q", "cpu", "meta")),
         ({"q": torch.zeros(3, 4, 4)}, ("block_table", "int32 [3, 3]", "[2, 3]")),
@@ -96,6 +96,27 @@ def test_decode_attention_refuses(case, change, words):
 def test_caches_of_two_types_are_refused(case):
     with pytest.raises(OperationError, match=r"must have one dtype, got float8_e4m3fn.*float32"):
         call(case, k_cache=case.k_cache.to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "int8 caches need k_scales and v_scales, got neither"),
+        ({"k_scales": torch.ones(5, 8, 2)}, "k_scales and v_scales go together"),
+        ({"k_scales": torch.ones(5, 8, 2), "v_scales": torch.ones(5, 8)}, "v_scales must be a"),
+        (
+            {"k_scales": torch.ones(5, 8, 2), "v_scales": torch.ones(5, 2, 8).mT},
+            r"must be alike, .* strides \(16, 2, 1\)",
+        ),
+    ],
+)
+def test_scales_of_tokens_that_do_not_fit_are_refused(case, change, words):
+    stored = {name: getattr(case, name).to(torch.int8) for name in ("k_cache", "v_cache")}
+    with pytest.raises(OperationError, match=words):
+        call(case, **stored, **change)
+    if len(change) == 2:
+        with pytest.raises(OperationError, match="are for caches of 8 bits, got float32"):
+            call(case, **change)
 
 
 @needs_triton

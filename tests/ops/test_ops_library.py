@@ -38,10 +38,8 @@ def test_a_step_compiles_into_one_graph(backend):
 def test_decode_attention_is_a_proper_operator(dtype, scores):
     case = make_case(1, [9, 4], dtype=dtype)
     operator = torch.ops.deltadecode.decode_attention.default
-    torch.library.opcheck(
-        operator,
-        (*case.arguments, 0.5, 4, None, None, None, None, 1.0, 1.0, scores, False, "torch"),
-    )
+    options = (0.5, 4, None, None, None, None, 1.0, 1.0, scores, False, None, None)
+    torch.library.opcheck(operator, (*case.arguments, *options, "torch"))
 
 
 def test_select_pages_is_a_proper_operator():

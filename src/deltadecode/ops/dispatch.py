@@ -110,6 +110,8 @@ def plan_decode(
     """
     check_decode(inputs)
     kernels = triton_backend()
+    if inputs.k_scales is not None:
+        return None
     if kernels is None or kernels_refuse(inputs.q, inputs.k_cache) or needs_gradients(inputs):
         return None
     return kernels.plan_decode(inputs, cfg, compile_rows, q_dtype, over_all_ranks)

@@ -14,6 +14,8 @@ from torch import Tensor
 from deltadecode.errors import OperationError
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+# What caches may hold beside the type of q.
+EIGHT_BITS = frozenset({torch.float8_e4m3fn, torch.int8})
 
 
 @dataclass
@@ -39,6 +41,8 @@ class DecodeInputs:
     v_scale: float = 1.0
     return_page_scores: bool = False
     score_last: bool = False
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
     @property
     def scored_queries(self) -> tuple[int, ...]:
@@ -81,6 +85,7 @@ def check_decode(inputs: DecodeInputs) -> None:
     if q.dim() not in (3, 4) or q.dtype not in _FLOATS or 0 in q.shape[1:-2]:
         raise OperationError(f"q must be a float [B, Hq, D] or [B, Q, Hq, D], got {_show(q)}")
     _check_caches(q, inputs.k_cache, inputs.v_cache)
+    _check_scales(inputs)
     rows, heads = q.shape[0], q.shape[-2]
     block_size, page_size = inputs.k_cache.shape[1], inputs.page_size
     if page_size < 1 or block_size % page_size:
@@ -135,14 +140,41 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         raise OperationError(
             f"k_cache and v_cache must have one dtype, got {_show(k_cache)} and {_show(v_cache)}"
         )
-    like_q = dtype == q.dtype or dtype == torch.float8_e4m3fn
+    known = dtype == q.dtype or dtype in EIGHT_BITS
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not like_q or cache.device != device:
+        if not known or cache.device != device:
             raise OperationError(
-                f"{name} must be like q or float8_e4m3fn, got {_show(cache)} and q {_show(q)}"
+                f"{name} must be like q, float8_e4m3fn or int8, got {_show(cache)} and q {_show(q)}"
             )
         if cache.stride(3) != 1 and dim > 1:
             raise OperationError(f"{name} must have last stride 1, got strides {cache.stride()}")
+
+
+def _check_scales(inputs: DecodeInputs) -> None:
+    cache, keys, values = inputs.k_cache, inputs.k_scales, inputs.v_scales
+    if keys is None and values is None:
+        if cache.dtype == torch.int8:
+            raise OperationError("int8 caches need k_scales and v_scales, got neither")
+        return
+    if keys is None or values is None:
+        raise OperationError("k_scales and v_scales go together, got only one of them")
+    if cache.dtype not in EIGHT_BITS:
+        raise OperationError(f"scales of tokens are for caches of 8 bits, got {_show(cache)}")
+    for name, scales in (("k_scales", keys), ("v_scales", values)):
+        if (
+            scales.shape != cache.shape[:3]
+            or not scales.is_floating_point()
+            or scales.device != cache.device
+        ):
+            raise OperationError(
+                f"{name} must be a float {list(cache.shape[:3])} on {cache.device}, got "
+                f"{_show(scales)}"
+            )
+    if keys.stride() != values.stride() or keys.dtype != values.dtype:
+        raise OperationError(
+            f"k_scales and v_scales must be alike, got {_show(keys)} with strides {keys.stride()} "
+            f"and {_show(values)} with strides {values.stride()}"
+        )
 
 
 def _check_index(name: str, value: Tensor, shape: Sequence[int], like: Tensor) -> None:

@@ -71,6 +71,8 @@ def decode_attention(
     v_scale: float = 1.0,
     return_page_scores: bool = False,
     score_last: bool = False,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:  # a union of Tensor and tuple would make every caller tell them apart
     """Attend with the new tokens of each row over a paged KV cache (R2, R5, R6, R7, R10).
@@ -91,8 +93,9 @@ def decode_attention(
     q : Tensor
         [B, Hq, D] or [B, Q, Hq, D], Q ≥ 1; float32, bfloat16, float16 or float64.
     k_cache, v_cache : Tensor
-        [blocks, block_size, Hkv, D] like q, or float8_e4m3fn; any strides with the last one 1. Hkv
-        divides Hq; query head h reads KV head h // (Hq / Hkv). ``page_size`` divides block_size.
+        [blocks, block_size, Hkv, D] like q, float8_e4m3fn, or int8 with ``k_scales`` and
+        ``v_scales``; any strides with the last one 1. Hkv divides Hq; query head h reads KV head
+        h // (Hq / Hkv). ``page_size`` divides block_size.
     block_table : Tensor
         [B, blocks_max] int32.
     seq_lens : Tensor
@@ -119,6 +122,9 @@ def decode_attention(
         sum of s_t over the tokens of page u. Not with ``page_ids``.
     score_last : bool
         Of the Q tokens of a row, score pages for the last one only.
+    k_scales, v_scales : Tensor, optional
+        [blocks, block_size, Hkv] float, both with the same strides: what the stored keys and values
+        of each token and KV head are multiplied by besides, for caches of 8 bits.
     backend : str
         ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
@@ -139,7 +145,7 @@ def decode_attention(
     """
     inputs = DecodeInputs(
         q, k_cache, v_cache, block_table, seq_lens, scale, page_size, page_ids, page_counts, sinks,
-        softcap, k_scale, v_scale, return_page_scores, score_last,
+        softcap, k_scale, v_scale, return_page_scores, score_last, k_scales, v_scales,
     )  # fmt: skip
     out, scores = decode(inputs, backend)
     return (out, scores) if return_page_scores else out

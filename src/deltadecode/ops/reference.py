@@ -59,8 +59,12 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
         if tokens.numel() == 0:
             continue
         block = block_table[row, tokens // block_size].long()
-        k = inputs.k_cache[block, tokens % block_size].to(dtype) * inputs.k_scale
-        v = inputs.v_cache[block, tokens % block_size].to(dtype) * inputs.v_scale
+        place = block, tokens % block_size
+        k = inputs.k_cache[place].to(dtype) * inputs.k_scale
+        v = inputs.v_cache[place].to(dtype) * inputs.v_scale
+        if inputs.k_scales is not None and inputs.v_scales is not None:
+            k = k * inputs.k_scales[place].to(dtype)[..., None]
+            v = v * inputs.v_scales[place].to(dtype)[..., None]
         alpha = attention_weights(q[row].to(dtype), k, inputs.scale, inputs.softcap, inputs.sinks)
         groups = alpha.view(v.shape[1], -1, v.shape[0])
         out[row] = torch.einsum("hgt,thd->hgd", groups, v).flatten(0, 1).to(out.dtype)

@@ -10,6 +10,7 @@ one batch. Contracts stand in :mod:`deltadecode.ops.operations`, the definition 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ def verify_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None] | Non
     """Attend to all tokens with the Q tokens [B, Q, Hq, D] of each row, which read the cache once.
 
     Output like q, and page scores [B, Q, pages] if asked for. None where rows differ in length, lie
-    in no one block, or read pages: each token then attends alone.
+    in no one block, read pages, or have scales of tokens: each token then attends alone.
     """
     q, table = inputs.q, inputs.block_table
     rows, tokens, heads, dim = q.shape
@@ -98,6 +99,7 @@ def verify_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None] | Non
     lengths, first = inputs.seq_lens.tolist(), table[:, 0].tolist()
     if (
         inputs.page_ids is not None
+        or inputs.k_scales is not None
         or len(set(lengths)) != 1
         or not tokens <= lengths[0] <= block_size
         or first != list(range(first[0], first[0] + rows))
@@ -137,7 +139,8 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
     queries = q.reshape(rows, kv_heads, heads // kv_heads, dim)
     pages = block_table.shape[1] * block_size // page_size
     scored, scale = inputs.return_page_scores, inputs.scale * inputs.k_scale
-    explicit = scored or inputs.sinks is not None or inputs.softcap is not None
+    scales = _scales(inputs)
+    explicit = scored or bool(scales) or inputs.sinks is not None or inputs.softcap is not None
 
     outs, scores = [], []
     for start, stop in _batches(lengths, attended, first, block_size):
@@ -150,16 +153,21 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
             continue
         table = block_table if whole else block_table[start:stop]
         if page_ids is None or tokens == lengths[start]:
-            k = _first_tokens(k_cache, table, first[start], tokens)
-            v = _first_tokens(v_cache, table, first[start], tokens)
+            k, v, *of_tokens = (
+                _first_tokens(cache, table, first[start], tokens)
+                for cache in (k_cache, v_cache, *scales)
+            )
         else:
             chosen = page_ids[start:stop, : -(-tokens // page_size)]
             both = gather_pages((k_cache, v_cache), table, chosen, page_size)
-            k, v = (part[:, :, :tokens] for part in both)
-        if k.dtype != q.dtype:
+            both += gather_pages(scales, table, chosen, page_size) if scales else []
+            k, v, *of_tokens = (part[:, :, :tokens] for part in both)
+        if k.dtype != q.dtype and not scales:
             k, v = k.to(q.dtype), v.to(q.dtype)
         if explicit:
-            out, alpha = _attend_explicitly(part, k, v, scale, inputs.sinks, inputs.softcap)
+            out, alpha = _attend_explicitly(
+                part, k, v, scale, inputs.sinks, inputs.softcap, of_tokens=of_tokens
+            )
             outs.append(out)
             if scored:
                 scores.append(_sum_over_pages(alpha, page_size, pages))
@@ -171,6 +179,13 @@ def decode_attention(inputs: DecodeInputs) -> tuple[Tensor, Tensor | None]:
     if not scored:
         return result, None
     return result, _join(scores, q.new_zeros((0, pages), dtype=_exact(q.dtype)))
+
+
+def _scales(inputs: DecodeInputs) -> tuple[Tensor, ...]:
+    """Scales of tokens as caches of heads of one number; none without them."""
+    if inputs.k_scales is None or inputs.v_scales is None:
+        return ()
+    return inputs.k_scales[..., None], inputs.v_scales[..., None]
 
 
 def _attended(page_ids: Tensor, counts: list[int], lengths: list[int], page_size: int) -> list[int]:
@@ -275,21 +290,26 @@ def _attend_explicitly(
     sinks: Tensor | None,
     softcap: float | None,
     tokens: int = 1,
+    of_tokens: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Attention that returns its weights too, [R, Hkv, G, T] float32, and knows sinks and softcap.
 
     Heads are those of the last ``tokens`` tokens in turn, each of which sees none behind itself.
+    ``of_tokens`` are scales of keys and of values, [R, Hkv, T, 1] each, or none.
     Stays in float32 from q to the output, whatever the input: the choice of pages hangs on it.
     """
     dtype = _exact(q.dtype)
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
     limit = _UPCAST_ELEMENTS if q.is_cpu else _UPCAST_ELEMENTS << 6  # fewer launches on a GPU
-    parts = 1 if q.dtype == dtype else -(-k.numel() // limit)
+    parts = 1 if k.dtype == dtype else -(-k.numel() // limit)
     size = -(-k.shape[2] // parts)
     scaled = q.flatten(0, 1).to(dtype) * scale
     pieces = [slice(start, start + size) for start in range(0, k.shape[2], size)]
     parted = [torch.bmm(scaled, keys[:, piece].to(dtype).transpose(1, 2)) for piece in pieces]
     logits = _join(parted, scaled, dim=2)
+    k_scales, v_scales = [one.to(dtype).flatten(0, 1).mT for one in of_tokens] or (None, None)
+    if k_scales is not None:
+        logits *= k_scales
     if softcap is not None and logits.requires_grad:
         logits = torch.tanh(logits / softcap) * softcap  # autograd keeps the tanh
     elif softcap is not None:
@@ -306,8 +326,9 @@ def _attend_explicitly(
     if sinks is not None:
         alpha = alpha[:, :, :-1]
     out = torch.zeros_like(scaled)
+    weights = alpha if v_scales is None else alpha * v_scales
     for piece in pieces:
-        out += torch.bmm(alpha[:, :, piece], values[:, piece].to(dtype))
+        out += torch.bmm(weights[:, :, piece], values[:, piece].to(dtype))
     return out.view(q.shape).to(q.dtype), alpha.view(*q.shape[:3], k.shape[2])
 
 

@@ -209,6 +209,7 @@ def _run(inputs: DecodeInputs, out: Tensor, scores: Tensor) -> None:
     plan.run(
         inputs.q, inputs.k_cache, inputs.v_cache, inputs.block_table, inputs.seq_lens,
         inputs.page_ids, inputs.page_counts, inputs.sinks, out, scores, _floats(q, plan.floats),
+        inputs.k_scales, inputs.v_scales,
     )  # fmt: skip
 
 

@@ -66,10 +66,11 @@ def _take_apart(pairs, OPERAND: tl.constexpr):
 @triton.jit
 def _tiles(
     q, highest, total, acc, first, last, length, n, pages, blocks, page_0, table_ptr, k_ptr, v_ptr,
-    logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
+    ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, s_block, s_slot, width, scale,
+    softcap, line, real, dim, in_head,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr,
     SCORES: tl.constexpr, SOFTCAP: tl.constexpr, OPERAND: tl.constexpr, LISTED: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PAIRS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Attend to the tokens ``first`` to ``last``, of a row or of its selected pages.
 
@@ -93,6 +94,9 @@ def _tiles(
         k_at = block * k_block + slot * k_slot
         k = tl.load(k_ptr + k_at[:, None] + dim[None, :], mask=held, other=0.0)
         scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee")
+        if SCALED:
+            s_at = block * s_block + slot * s_slot
+            scores *= tl.load(ks_ptr + s_at, mask=valid, other=0.0).to(tl.float32)[None, :]
         scores = _logits(scores, scale, softcap, SOFTCAP)
         if SCORES:
             at = line.to(tl.int64)[:, None] * width + token[None, :]
@@ -105,6 +109,8 @@ def _tiles(
         shrink = tl.exp2(highest - base)
         total = total * shrink + tl.sum(weights, 1)
         v_at = block * v_block + slot * v_slot
+        if SCALED:
+            weights *= tl.load(vs_ptr + s_at, mask=valid, other=0.0).to(tl.float32)[None, :]
         weights = weights.to(OPERAND)
         if PAIRS > 0:
             pair = tl.arange(0, PAIRS)
@@ -123,10 +129,11 @@ def _tiles(
 
 @triton.jit
 def _drafts(
-    q, highest, total, acc, first, last, seen, table_ptr, k_ptr, v_ptr, logits_ptr, k_block, k_slot,
-    v_block, v_slot, width, scale, softcap, line, real, dim, in_head,
+    q, highest, total, acc, first, last, seen, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, logits_ptr,
+    k_block, k_slot, v_block, v_slot, s_block, s_slot, width, scale, softcap, line, real, dim,
+    in_head,
     MOST: tl.constexpr, BLOCK: tl.constexpr, SCORES: tl.constexpr, SOFTCAP: tl.constexpr,
-    OPERAND: tl.constexpr,
+    OPERAND: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Attend to the MOST tokens, at most, that only some of the queries see: their own ``seen``.
 
@@ -142,7 +149,11 @@ def _drafts(
         held = exists & in_head
         k = tl.load(k_ptr + block * k_block + slot * k_slot + dim, mask=held, other=0.0)
         k = k.to(OPERAND).to(tl.float32)
-        scores = _logits(tl.sum(q.to(tl.float32) * k[None, :], 1), scale, softcap, SOFTCAP)
+        scores = tl.sum(q.to(tl.float32) * k[None, :], 1)
+        if SCALED:
+            s_at = block * s_block + slot * s_slot
+            scores *= tl.load(ks_ptr + s_at, mask=exists, other=0.0).to(tl.float32)
+        scores = _logits(scores, scale, softcap, SOFTCAP)
         if SCORES:
             tl.store(logits_ptr + line.to(tl.int64) * width + token, scores, mask=real & sees)
         scores = tl.where(sees, scores, float("-inf"))
@@ -152,6 +163,8 @@ def _drafts(
         shrink = tl.exp2(highest - base)
         total = total * shrink + weights
         v = tl.load(v_ptr + block * v_block + slot * v_slot + dim, mask=held, other=0.0)
+        if SCALED:
+            weights *= tl.load(vs_ptr + s_at, mask=exists, other=0.0).to(tl.float32)
         value = weights[:, None] * v.to(OPERAND).to(tl.float32)[None, :]
         acc = acc * shrink[:, None] + tl.where(sees[:, None], value, 0.0)
         highest = higher
@@ -160,16 +173,17 @@ def _drafts(
 
 @triton.jit
 def attend(
-    q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, ids_ptr, counts_ptr, sinks_ptr,
+    q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, lens_ptr, ids_ptr, counts_ptr, sinks_ptr,
     out_ptr, part_ptr, lse_ptr, logits_ptr,
-    q_row, q_token, q_head, k_block, k_slot, k_head, v_block, v_slot, v_head, table_row, ids_row,
-    width, scale, softcap, v_scale,
+    q_row, q_token, q_head, k_block, k_slot, k_head, v_block, v_slot, v_head,
+    s_block, s_slot, s_head, table_row, ids_row, width, scale, softcap, v_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     TOKENS: tl.constexpr, PACKED: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, SCORES: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, WIDTH: tl.constexpr,
     LISTED: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr, LAST: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B * turns).
 
@@ -178,6 +192,8 @@ def attend(
     the first n tokens; what the last of them see besides are the drafts.
 
     Of a row's WIDTH page ids, LISTED are kept at a time, for STEP tokens; all, where STEP is 0.
+
+    With SCALED, each token and KV head has a scale of its keys and one of its values.
     """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -202,6 +218,8 @@ def attend(
             pages, blocks = _selected_blocks(table_ptr, ids_ptr, count, WIDTH, PAGE, BLOCK, LISTED)
     k_ptr += kv_head.to(tl.int64) * k_head
     v_ptr += kv_head.to(tl.int64) * v_head
+    ks_ptr += kv_head.to(tl.int64) * s_head
+    vs_ptr += kv_head.to(tl.int64) * s_head
 
     group = tl.arange(0, GROUP_PAD)
     dim = tl.arange(0, DIM_PAD)
@@ -238,9 +256,9 @@ def attend(
             if STEP == 0:
                 highest, total, acc = _tiles(
                     q, highest, total, acc, first, last, length, n, pages, blocks, 0, table_ptr,
-                    k_ptr, v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale,
-                    softcap, kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
-                    OPERAND, LISTED, PAIRS,
+                    k_ptr, v_ptr, ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot,
+                    s_block, s_slot, width, scale, softcap, kept_at, kept, dim, in_head, PAGE,
+                    BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS, SCALED,
                 )  # fmt: skip
             else:
                 for start in range(first, last, STEP):
@@ -251,22 +269,24 @@ def attend(
                     )  # fmt: skip
                     highest, total, acc = _tiles(
                         q, highest, total, acc, start, tl.minimum(start + STEP, last), length, n,
-                        pages, blocks, page_0, table_ptr, k_ptr, v_ptr, logits_ptr, k_block,
-                        k_slot, v_block, v_slot, width, scale, softcap, kept_at, kept, dim, in_head,
-                        PAGE, BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS,
+                        pages, blocks, page_0, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, logits_ptr,
+                        k_block, k_slot, v_block, v_slot, s_block, s_slot, width, scale, softcap,
+                        kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
+                        OPERAND, LISTED, PAIRS, SCALED,
                     )  # fmt: skip
         else:
             highest, total, acc = _tiles(
-                q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
-                v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, kept_at,
-                kept, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED,
-                PAIRS,
+                q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr, v_ptr,
+                ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, s_block, s_slot,
+                width, scale, softcap, kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, False,
+                SCORES, SOFTCAP, OPERAND, LISTED, PAIRS, SCALED,
             )  # fmt: skip
     else:
         highest, total, acc = _tiles(
-            q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr,
-            v_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, width, scale, softcap, kept_at,
-            kept, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS,
+            q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr, v_ptr,
+            ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, s_block, s_slot, width,
+            scale, softcap, kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP,
+            OPERAND, LISTED, PAIRS, SCALED,
         )  # fmt: skip
 
     if PAIRS > 0:
@@ -276,9 +296,10 @@ def attend(
         if split == SPLITS - 1:
             last = tl.minimum(seen + (PACKED - 1), tokens)
             highest, total, acc = _drafts(
-                q, highest, total, acc, n, last, seen + packed, table_ptr, k_ptr, v_ptr, logits_ptr,
-                k_block, k_slot, v_block, v_slot, width, scale, softcap, kept_at, kept, dim,
-                in_head, PACKED - 1, BLOCK, SCORES, SOFTCAP, OPERAND,
+                q, highest, total, acc, n, last, seen + packed, table_ptr, k_ptr, v_ptr, ks_ptr,
+                vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, s_block, s_slot, width, scale,
+                softcap, kept_at, kept, dim, in_head, PACKED - 1, BLOCK, SCORES, SOFTCAP, OPERAND,
+                SCALED,
             )  # fmt: skip
     at_head = row * HEADS + line
     if SPLITS > 1 or SCORES:

@@ -69,6 +69,9 @@ class AttentionKind(NamedTuple):
     scale: float
     softcap: float | None
     v_scale: float
+    # Of the scales of tokens, where there are any.
+    scales_dtype: torch.dtype | None = None
+    s_strides: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def scored_queries(self) -> tuple[int, ...]:
@@ -81,6 +84,7 @@ def attention_kind(inputs: DecodeInputs, q_dtype: torch.dtype | None = None) -> 
     q, k_cache, v_cache, table = inputs.q, inputs.k_cache, inputs.v_cache, inputs.block_table
     ids, sinks = inputs.page_ids, inputs.sinks
     *queries, heads, dim = q.shape
+    scales = inputs.k_scales
     k_block, k_slot, k_head, _ = k_cache.stride()
     v_block, v_slot, v_head, _ = v_cache.stride()
     return AttentionKind(
@@ -94,6 +98,8 @@ def attention_kind(inputs: DecodeInputs, q_dtype: torch.dtype | None = None) -> 
         None if sinks is None else sinks.dtype,
         float(inputs.scale * inputs.k_scale),
         None if inputs.softcap is None else float(inputs.softcap), float(inputs.v_scale),
+        None if scales is None else scales.dtype,
+        (0, 0, 0) if scales is None else (scales.stride(0), scales.stride(1), scales.stride(2)),
     )  # fmt: skip
 
 
@@ -138,14 +144,14 @@ class AttentionPlan:
         self._attend = Launch(
             attention.attend,
             (kind.kv_heads, parts, kind.queries[0] * turns),
-            (*kind.q_strides, *kind.k_strides, *kind.v_strides, kind.table_row, kind.ids_row,
-             reach, kind.scale, kind.softcap or 1.0, kind.v_scale),
+            (*kind.q_strides, *kind.k_strides, *kind.v_strides, *kind.s_strides, kind.table_row,
+             kind.ids_row, reach, kind.scale, kind.softcap or 1.0, kind.v_scale),
             dict(
                 GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group * packed)),
                 PACKED=packed,
                 BLOCK=kind.block_size if kind.blocks > 1 else _WHOLE_ROW, TILE=tile.tokens,
                 WIDTH=kind.ids_width, LISTED=listed, STEP=step, SPARSE=kind.sparse,
-                PAIRS=_pairs(kind, dim_pad),
+                PAIRS=_pairs(kind, dim_pad), SCALED=kind.scales_dtype is not None,
                 SOFTCAP=kind.softcap is not None, OPERAND=_operand(kind), DIM_PAD=dim_pad,
                 num_warps=tile.warps, num_stages=tile.stages, **common,
             ),
@@ -200,6 +206,8 @@ class AttentionPlan:
         out: HasAddress,
         scores: HasAddress | None,
         memory: Tensor,
+        k_scales: HasAddress | None = None,
+        v_scales: HasAddress | None = None,
     ) -> None:
         """Fill ``out`` [..., Hq, D] and, of a kind with them, ``scores`` [..., pages]: contiguous.
 
@@ -209,9 +217,12 @@ class AttentionPlan:
         sinks = q if sinks is None else sinks
         ids = block_table if page_ids is None else page_ids
         counts = seq_lens if page_counts is None else page_counts
+        k_scales = q if k_scales is None else k_scales
+        v_scales = q if v_scales is None else v_scales
         self._attend(
-            q, k_cache, v_cache, block_table, seq_lens, ids, counts, sinks, out, part, lse, logits
-        )
+            q, k_cache, v_cache, k_scales, v_scales, block_table, seq_lens, ids, counts, sinks, out,
+            part, lse, logits,
+        )  # fmt: skip
         if self._finish is not None:
             scores = lse if scores is None else scores
             self._finish(part, lse, sinks, logits, seq_lens, out, scores)
@@ -221,9 +232,10 @@ class AttentionPlan:
         kind = self.kind
         part, lse, logits = (torch.float32 if size else kind.q_dtype for _, size in self._places)
         sinks = kind.q_dtype if kind.sinks_dtype is None else kind.sinks_dtype
+        scales = kind.scales_dtype or kind.q_dtype
         self._attend.compile(
-            kind.q_dtype, kind.cache_dtype, kind.cache_dtype, *[torch.int32] * 4, sinks,
-            kind.out_dtype, part, lse, logits,
+            kind.q_dtype, kind.cache_dtype, kind.cache_dtype, scales, scales,
+            *[torch.int32] * 4, sinks, kind.out_dtype, part, lse, logits,
         )  # fmt: skip
         if self._finish is not None:
             self._finish.compile(
