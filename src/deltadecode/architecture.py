@@ -145,8 +145,8 @@ def kv_heads(config: Any) -> int | None:
     return heads
 
 
-def token_elements(config: Any) -> int | None:
-    """Numbers that a full-attention layer keeps of one token; None where nothing says it."""
+def token_heads(config: Any) -> tuple[int, int] | None:
+    """KV heads of a full-attention layer, and their size; None where nothing says it."""
     per_layer = getattr(config, "per_layer_config", None)
     if per_layer is not None:
         config = per_layer[attention_layers(config)[0]]
@@ -154,7 +154,7 @@ def token_elements(config: Any) -> int | None:
     own, dim = kv_heads(config) or heads, getattr(config, "head_dim", None)
     if dim is None and heads and getattr(config, "hidden_size", None):
         dim = config.hidden_size // heads
-    return None if not own or not dim else 2 * own * dim
+    return None if not own or not dim else (own, dim)
 
 
 def signature(model_or_config: Any) -> dict[str, object]:

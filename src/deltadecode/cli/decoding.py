@@ -85,6 +85,7 @@ def decode(
     seed: int = 0,
     lossless: bool = False,
     draft_tokens: int | None = None,
+    kv_dtype: str | None = None,
     runs: int = 1,
     on_token: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda text: None,
@@ -92,12 +93,12 @@ def decode(
     """Generate once; DELTA is enabled on the model only while it decodes.
 
     ``prompt_ids`` is [1, tokens] on the model's device; without a configuration, attention and
-    cache are the stock ones; ``settings`` are arguments of ``model.generate``. ``lossless`` and
-    ``draft_tokens`` are those of :func:`deltadecode.enable`. Of several ``runs`` the last one
-    counts: what the first ones compile and capture is there then.
+    cache are the stock ones; ``settings`` are arguments of ``model.generate``. ``lossless``,
+    ``draft_tokens`` and ``kv_dtype`` are those of :func:`deltadecode.enable`. Of several ``runs``
+    the last one counts: what the first ones compile and capture is there then.
     """
     if cfg is not None:
-        enable(model, cfg, lossless=lossless, draft_tokens=draft_tokens)
+        enable(model, cfg, lossless=lossless, draft_tokens=draft_tokens, kv_dtype=kv_dtype)
     try:
         for _ in range(runs):
             follower = Follower(tokenizer, on_token, on_text)

@@ -45,6 +45,7 @@ def generate(
     full: options.Full = False,
     lossless: options.Lossless = False,
     draft_tokens: options.DraftTokens = None,
+    kv_dtype: options.KvDtype = None,
     compare: options.Compare = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -57,12 +58,14 @@ def generate(
     fields = options.plan_fields(
         page_size, budget_pages, recent_pages, sink_pages, dense_layers, delta_layers, budget_share
     )
-    mode = {"lossless": lossless or None, "draft_tokens": draft_tokens}
+    mode = {"lossless": lossless or None, "draft_tokens": draft_tokens, "kv_dtype": kv_dtype}
     of_delta = {"plan": plan, "compare": compare or None, **mode, **fields}
     if full:
         _check_without(of_delta, "--full")
     if draft_tokens is not None and not lossless:
         raise BadInput("--draft-tokens needs --lossless")
+    if kv_dtype is not None and lossless:
+        raise BadInput("--kv-dtype rounds keys and values, and cannot be combined with --lossless")
     if not 0.0 < top_p <= 1.0:
         raise BadInput(f"--top-p must be in (0, 1], got {top_p}")
     if not math.isfinite(temperature):
@@ -87,7 +90,7 @@ def generate(
     loaded = loading.load_model(folder, dtype, place)
     job = Job(
         loaded, tokenizer, prompt_ids.to(place), settings, seed, lossless, draft_tokens,
-        OWN_ATTENTION if own else FULL_ATTENTION,
+        OWN_ATTENTION if own else FULL_ATTENTION, kv_dtype,
     )  # fmt: skip
     if new_tokens < max_new_tokens:
         note(f"writing at most {new_tokens} tokens: the model has no more positions")
@@ -115,6 +118,7 @@ class Job:
     lossless: bool = False
     draft_tokens: int | None = None
     stock: str = FULL_ATTENTION
+    kv_dtype: str | None = None
 
     def run(self, cfg: DeltaConfig | None, *, show: bool) -> Decoded:
         """Decode once, None: with full attention; the text to stdout, or a bar to stderr."""
@@ -141,6 +145,7 @@ class Job:
                 seed=self.seed,
                 lossless=self.lossless and cfg is not None,
                 draft_tokens=self.draft_tokens,
+                kv_dtype=self.kv_dtype,
                 on_token=on_token,
                 on_text=_print if show else lambda text: None,
             )

@@ -35,6 +35,7 @@ Context = Annotated[
 def info(
     model: options.OptionalModel = None,
     context: Context = None,
+    kv_dtype: options.KvDtype = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Show versions, devices and backends, and the layer plan that a model would get."""
@@ -49,7 +50,7 @@ def info(
         "backends": backends(),
     }
     if folder is not None:
-        facts["model"] = _describe(folder, context)
+        facts["model"] = _describe(folder, context, kv_dtype)
     if as_json:
         print_json(facts)
         return
@@ -84,7 +85,7 @@ def layers_by_role(plan: LayerPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(folder: str, context: int | None) -> dict[str, Any]:
+def _describe(folder: str, context: int | None, kv_dtype: str | None) -> dict[str, Any]:
     config = load_config(folder)
     cfg = make_plan(config, None, {})
     text = text_config(config)
@@ -93,7 +94,7 @@ def _describe(folder: str, context: int | None) -> dict[str, Any]:
     from deltadecode.engines.transformers.offload_size import cache_bytes
 
     tokens = min(longest_prompt(text) or _CONTEXT, _CONTEXT) if context is None else context
-    held = cache_bytes(config, cfg, plan, tokens)
+    held = cache_bytes(config, cfg, plan, tokens, kv_dtype)
     return {
         "class": type(text).__name__,
         "layers": num_layers(text),

@@ -20,6 +20,7 @@ LARGEST_SEED = 2**32 - 1  # of NumPy's generator, which Transformers seeds too
 FIRST_PROBLEM = 3_000_000_000  # seed of evaluations, apart from those of training and calibration
 _LARGEST_COUNT = 2**31 - 1  # page ids are int32
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
+_KV_DTYPES = ("int8", "fp8")
 PLAN_PANEL, _SAMPLING = "DELTA", "Sampling"  # of --help
 
 
@@ -78,6 +79,12 @@ def _text(param: typer.CallbackParam, value: str | None) -> str | None:
 def _dtype(value: str) -> str:
     if value not in _DTYPES:
         raise BadInput(f"--dtype must be float32, bfloat16, float16 or auto, got {value!r}")
+    return value
+
+
+def _kv_dtype(value: str | None) -> str | None:
+    if value is not None and value not in _KV_DTYPES:
+        raise BadInput(f"--kv-dtype must be {' or '.join(_KV_DTYPES)}, got {value!r}")
     return value
 
 
@@ -204,6 +211,13 @@ DraftTokens = Annotated[
         rich_help_panel=PLAN_PANEL,
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Keys and values in eight bits; by default the model's type.",
+        metavar="|".join(_KV_DTYPES), rich_help_panel=PLAN_PANEL, callback=_kv_dtype,
+    ),
+]  # fmt: skip
 Compare = Annotated[
     bool,
     typer.Option(

@@ -2,9 +2,9 @@
 
 import pytest
 
-from deltadecode.engines.transformers import cache
+from deltadecode.engines.transformers import layers
 
 
 @pytest.fixture(autouse=True)
 def append_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_SHORT", 0)
+    monkeypatch.setattr(layers, "_SHORT", 0)

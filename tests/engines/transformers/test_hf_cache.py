@@ -9,8 +9,8 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig, PreTrainedCon
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from deltadecode import DeltaCache, UnsupportedModelError
-from deltadecode.engines.transformers import cache as cache_module
-from deltadecode.engines.transformers.cache import DeltaLayer
+from deltadecode.engines.transformers import layers
+from deltadecode.engines.transformers.layers import DeltaLayer
 
 
 def states(tokens: int, rows: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +42,7 @@ def test_update_gives_what_the_stock_layer_gives(pieces: tuple[int, ...]) -> Non
 def test_a_short_cache_is_concatenated_and_then_appended_to(
     pieces: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "_SHORT", 128)
+    monkeypatch.setattr(layers, "_SHORT", 128)
     ours, stock = filled(*pieces)
     assert_same(ours, stock)
     room = ours._key_buffer.shape[2] > ours.keys.shape[2]

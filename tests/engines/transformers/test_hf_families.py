@@ -18,7 +18,7 @@ from hf_tiny import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import deltadecode as dd
-from deltadecode.engines.transformers.cache import DeltaLayer
+from deltadecode.engines.transformers.layers import DeltaLayer
 
 PROMPT, STEPS = 23, 24
 

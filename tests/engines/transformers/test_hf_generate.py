@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 import deltadecode as dd
-from deltadecode.engines.transformers import cache as cache_module
+from deltadecode.engines.transformers import layers
 from deltadecode.engines.transformers.bind import find_hooks
 
 PROMPT, STEPS = 23, 24
@@ -294,21 +294,21 @@ def test_a_budget_below_the_length_from_which_the_cache_is_appended_in_place(
 ) -> None:
     tokens, mask = left_padded((23, 34))
     expected = generate(enabled(), tokens, STEPS, attention_mask=mask)
-    monkeypatch.setattr(cache_module, "_SHORT", 50)  # passed on the way
+    monkeypatch.setattr(layers, "_SHORT", 50)  # passed on the way
     got = generate(enabled(), tokens, STEPS, attention_mask=mask)
     close(torch.cat(got.logits), torch.cat(expected.logits))
 
 
 def test_nothing_behind_the_last_token_is_ever_read(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(enabled(), make_prompt(PROMPT), STEPS)
-    stock = cache_module._moved
+    stock = layers._moved
 
     def poisoned(stored: torch.Tensor, capacity: int) -> torch.Tensor:
         buffer = stock(stored, capacity)
         buffer[:, :, stored.shape[2] :] = float("nan")
         return buffer
 
-    monkeypatch.setattr(cache_module, "_moved", poisoned)
+    monkeypatch.setattr(layers, "_moved", poisoned)
     got = generate(enabled(), make_prompt(PROMPT), STEPS)
     assert torch.equal(torch.cat(got.logits), torch.cat(expected.logits))
 

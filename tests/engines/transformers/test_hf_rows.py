@@ -5,8 +5,8 @@ import torch
 from hf_tiny import make_model
 from transformers.masking_utils import sdpa_mask
 
-from deltadecode.engines.transformers.cache import DeltaLayer
 from deltadecode.engines.transformers.full import blockwise_attention, full_attention
+from deltadecode.engines.transformers.layers import DeltaLayer
 from deltadecode.engines.transformers.rows import group_rows
 
 

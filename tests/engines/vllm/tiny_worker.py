@@ -85,7 +85,7 @@ def keep_as_float8(k_scale, v_scale):
     """Let caches of the integration lose what float8 loses."""
     from torch import float8_e4m3fn
 
-    from deltadecode.engines.transformers.cache import DeltaLayer
+    from deltadecode.engines.transformers.layers import DeltaLayer
 
     update = DeltaLayer.update
 

@@ -18,6 +18,8 @@ from deltadecode.ops import decode_attention, kernels_refuse, select_pages
 
 # What some models pass to their attention function and DELTA would have to know of.
 _UNKNOWN = ("position_bias", "indices", "block_indices")
+# What a row group's cache is to the operations, in the order of RowGroup.paged.
+_INPUTS = ("k_cache", "v_cache", "block_table", "seq_lens")
 
 
 def delta_attention(
@@ -136,9 +138,9 @@ def _eager_step(
         step = state.local.step = _step_outside(role, query, key)
     if layer == state.last:
         state.local.step = None
-        if step.offloaded is not None:
-            step.offloaded.begin(paging=False)
-    held = None if step.offloaded is None else step.offloaded.on_host(layer)
+        if step.cache is not None:
+            step.cache.begin(paging=False)
+    held = None if step.cache is None else step.cache.held(layer)
     if held is not None:
         held.check_states(module, key)
     if not step.decodes or key.shape[2] == 1:  # one token without a past is a prompt
@@ -149,9 +151,10 @@ def _eager_step(
         step.full = step.full or dropout > 0
         full = rows.full_tokens
         state.stats.add_step(full, full if step.full else rows.sparse_tokens)
-        if step.offloaded is not None and not (rows.every_page or step.full):
+        if step.cache is not None and step.cache.fetches and not (rows.every_page or step.full):
             state.stats.offload.add_step()
-    if role.kind == "dense" or rows.every_page or step.full:
+    whole = role.kind == "dense" or rows.every_page
+    if step.full or (whole and (held is None or not held.in_place)):
         if held is None:
             return None
         key, value = held.whole()
@@ -245,11 +248,12 @@ def _attend_to_pages(
     value: Tensor,
     options: dict[str, Any],
 ) -> Tensor:
-    """A Δ or sparse layer at a step that has a row over the budget; [B, Hq, D] to [B, Hq, D]."""
+    """A layer whose pages are read where they lie, or selected; [B, Hq, D] to [B, Hq, D]."""
+    whole = role.kind == "dense" or rows.every_page
     if role.source is None:
         step.selections[role.layer] = {}
-        if step.offloaded is not None:
-            step.offloaded.select(role.layer, rows.groups[0], key.shape[2])
+        if step.cache is not None and not whole:
+            step.cache.select(role.layer, rows.groups[0], key.shape[2])
     elif role.source not in step.selections:
         raise MissingSelectionError(role.layer, role.source)
     return rows.each_group(
@@ -274,23 +278,24 @@ def _attend_group(
     cfg = role.state.cfg
     pages = -(-group.length // cfg.page_size)
     every_page = pages <= cfg.pages_for(pages)
-    held = None if step.offloaded is None else step.offloaded.on_host(role.layer)
+    held = None if step.cache is None else step.cache.held(role.layer)
+    inputs: dict[str, Any]
     if held is None:
-        inputs = query, *group.paged(key, value, cfg.page_size)
+        inputs = dict(zip(_INPUTS, group.paged(key, value, cfg.page_size), strict=True))
     else:
-        inputs = query, *held.pages(place, group, whole=every_page)
+        inputs = held.pages(place, group, cfg.page_size, whole=every_page)
     out: Tensor
-    if every_page:
-        if role.source is None:
+    if every_page or role.kind == "dense":
+        if role.kind == "delta" and not (step.rows and step.rows.every_page):
             ids = torch.arange(pages, dtype=torch.int32, device=query.device)
             _request(role, step, place, group, ids.expand(len(group.members), -1), None)
-        out = decode_attention(*inputs, **options)
+        out = decode_attention(query, **inputs, **options)
     elif role.source is not None:
         ids, counts = step.selections[role.source][place]
         ids, counts = ids.to(query.device), counts.to(query.device)
-        out = decode_attention(*inputs, page_ids=ids, page_counts=counts, **options)
+        out = decode_attention(query, **inputs, page_ids=ids, page_counts=counts, **options)
     else:
-        out, scores = decode_attention(*inputs, return_page_scores=True, **options)
+        out, scores = decode_attention(query, **inputs, return_page_scores=True, **options)
         ids, counts = select_pages(scores, group.seq_lens, cfg)
         step.selections[role.layer][place] = ids, counts
         _request(role, step, place, group, ids, counts)
@@ -304,9 +309,9 @@ def _request(
     role: Role, step: Step, place: int, group: RowGroup, ids: Tensor, counts: Tensor | None
 ) -> None:
     """Have the pages of a selection fetched from the host; without counts they are all pages."""
-    if step.offloaded is None:
+    if step.cache is None:
         return
     counts = torch.full_like(ids[:, 0], ids.shape[1]) if counts is None else counts
-    fetch = step.offloaded.request(role.layer, place, group, ids, counts)
+    fetch = step.cache.request(role.layer, place, group, ids, counts)
     if fetch is not None:
         role.state.stats.offload.add(fetch)

@@ -179,6 +179,7 @@ def bind(
     cfg: DeltaConfig | None,
     draft_tokens: int = 0,
     draft_fixed: bool = True,
+    kv_dtype: str | None = None,
 ) -> ModelState:
     """Give the modules of a model their roles, in place of older ones, and its decoder the hook.
 
@@ -195,7 +196,7 @@ def bind(
         older = hook.state if hook is not None else None
         older = older or next((state for state in _attached if state.config is config), None)
         previous = None if older is None else older.previous
-    state = ModelState(config, cfg, previous, draft_tokens, draft_fixed)
+    state = ModelState(config, cfg, previous, draft_tokens, draft_fixed, kv_dtype)
     attach(model, decoder, state)
     for used in decoder.configs:
         used._attn_implementation_internal = NAME

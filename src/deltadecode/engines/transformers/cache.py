@@ -1,162 +1,17 @@
-"""A KV cache that appends in place, for the layers that DELTA plans."""
+"""The KV cache that DELTA decodes from, for the layers that it plans."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from deltadecode.architecture import attention_layers, num_layers, text_config
-
-# Tokens kept free behind the last one, so that a last page that is only partly filled lies inside
-# the buffer and can be read without a copy: pages of up to 64 tokens, in practice all.
-_SLACK = 64
-
-# Up to here a layer concatenates: copying so few tokens costs less than the four more calls that
-# appending in place takes. Measured on a CPU with 2 KV heads of 64: even at about 100 tokens.
-_SHORT = 128
-
-
-class DeltaLayer(DynamicLayer):
-    """Keys and values of one full-attention layer, appended in place.
-
-    Beyond 128 tokens, ``keys`` and ``values`` are views [B, Hkv, n, D] of the first n tokens of two
-    larger buffers; a shorter cache is concatenated as the stock layer does it. At a decode step a
-    full buffer grows by max(128, n / 128) tokens: one step in 128 can bear a copy, and next to no
-    memory is spare. A prompt gets a buffer of its own size, so that prefill, where memory peaks,
-    needs no more than concatenation.
-    """
-
-    # Set by the first states; None before, but nothing below reads them then.
-    keys: Tensor
-    values: Tensor
-    _key_buffer: Tensor
-    _value_buffer: Tensor
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take dtype, device, batch, heads and head size from the first states.
-
-        Parameters
-        ----------
-        key_states, value_states : Tensor
-            [B, Hkv, tokens, D]; the tokens are not stored yet.
-        """
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._adopt(key_states[:, :, :0], value_states[:, :, :0])
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append tokens and return everything stored.
-
-        Parameters
-        ----------
-        key_states, value_states : Tensor
-            [B, Hkv, new tokens, D].
-
-        Returns
-        -------
-        tuple of Tensor
-            Keys and values [B, Hkv, n, D], views of the buffers.
-        """
-        if key_states.dtype != value_states.dtype:
-            key_states, value_states = one_dtype(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        # Plain numbers rather than tensor calls: this runs for each layer at each step, and with a
-        # short context the model waits for Python.
-        start = self.keys.shape[2]
-        rows, _, added, _ = key_states.shape
-        end = start + added
-        if (
-            self._room < end <= _SHORT
-            # Autograd may hold the old tensors, a new dtype needs promotion, and a wrong number of
-            # rows must fail: an in-place copy would do none of the three.
-            or rows != self._rows
-            or key_states.dtype != self.dtype
-            or (key_states.requires_grad and torch.is_grad_enabled())
-        ):
-            self._adopt(
-                torch.cat([self.keys, key_states], dim=2),
-                torch.cat([self.values, value_states], dim=2),
-            )
-            self.dtype = self.keys.dtype
-            return self.keys, self.values
-        if end > self._room or self._frozen():
-            self._grow(start, end)
-        self.keys = _append(self._key_buffer, self._key_strides, key_states, start, end)
-        self.values = _append(self._value_buffer, self._value_strides, value_states, start, end)
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take row ``beam_idx[b]`` as row b, in place.
-
-        Parameters
-        ----------
-        beam_idx : Tensor
-            [B] integer row numbers.
-        """
-        if self.get_seq_length() == 0:
-            return
-        if beam_idx.numel() != self.keys.shape[0] or self._frozen():
-            self.batch_select_indices(beam_idx)
-            return
-        rows = beam_idx.to(self.keys.device)
-        self.keys.copy_(self.keys.index_select(0, rows))
-        self.values.copy_(self.values.index_select(0, rows))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times."""
-        if self.get_seq_length() > 0:
-            self._adopt(
-                self.keys.repeat_interleave(repeats, dim=0),
-                self.values.repeat_interleave(repeats, dim=0),
-            )
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows only.
-
-        Parameters
-        ----------
-        indices : Tensor
-            Row numbers, or a boolean [B].
-        """
-        if self.get_seq_length() > 0:
-            rows = indices.to(self.keys.device)
-            self._adopt(self.keys[rows], self.values[rows])
-
-    def reset(self) -> None:
-        """Forget all tokens and free the buffers."""
-        super().reset()
-        if hasattr(self, "_key_buffer"):
-            del self._key_buffer, self._value_buffer
-
-    def _adopt(self, keys: Tensor, values: Tensor) -> None:
-        self.keys = self._key_buffer = keys
-        self.values = self._value_buffer = values
-        self._rows = keys.shape[0]
-        # No room behind them: the next update makes other tensors of them.
-        self._room = 0
-        self._of_inference = keys.is_inference()
-
-    def _frozen(self) -> bool:
-        # Tensors made in inference mode cannot be written to outside of it.
-        return self._of_inference and not torch.is_inference_mode_enabled()
-
-    def _grow(self, start: int, end: int) -> None:
-        spare = max(128, end // 128) if end - start == 1 else 0
-        self._room = -(-(end + spare) // 64) * 64
-        # One after the other and the old one freed, so that at most one buffer exists twice.
-        self._key_buffer = _moved(self.keys, self._room + _SLACK)
-        self.keys = self._key_buffer.narrow(2, 0, start)
-        self._value_buffer = _moved(self.values, self._room + _SLACK)
-        self.values = self._value_buffer.narrow(2, 0, start)
-        self._key_strides = self._key_buffer.stride()
-        self._value_strides = self._value_buffer.stride()
-        self._of_inference = self._key_buffer.is_inference()
+from deltadecode.engines.transformers.layers import DeltaLayer, Reading, StoredLayer
+from deltadecode.engines.transformers.packing import Packing, check_kv_dtype
+from deltadecode.engines.transformers.rows import RowGroup
+from deltadecode.errors import UnsupportedCacheError
 
 
 class DeltaCache(DynamicCache):
@@ -167,14 +22,33 @@ class DeltaCache(DynamicCache):
     returns it with ``return_dict_in_generate=True``, and takes it back as ``past_key_values`` to
     continue a conversation.
 
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        The model's.
+    kv_dtype : str, optional
+        ``"int8"`` or ``"fp8"`` (e4m3): store keys and values of full-attention layers in eight
+        bits, with a scale for each token and KV head. By default as the model makes them.
+
     Raises
     ------
     UnsupportedModelError
         When the model has no full-attention layer that could be planned.
+    UnsupportedCacheError
+        For eight bits, where layers share keys and values with others.
+    ArgumentError
+        For another ``kv_dtype``.
     """
 
-    def __init__(self, config: Any) -> None:
+    # Whether layers lie on the host, and steps fetch pages.
+    fetches = False
+
+    def __init__(self, config: Any, *, kv_dtype: str | None = None) -> None:
+        check_kv_dtype(kv_dtype)
         planned = attention_layers(config)
+        if kv_dtype is not None:
+            check_unshared(config, "stored in eight bits")
+        self.kv_dtype, self._reading = kv_dtype, Reading()
         super().__init__(config=config)
         self.num_layers = num_layers(text_config(config))
         # Some versions leave out layers that share the keys of others; for the decoder of an
@@ -185,30 +59,57 @@ class DeltaCache(DynamicCache):
             # A window as long as the longest sequence counts as full attention, but comes as a
             # sliding-window layer. Anything else is a layer with a state of its own: left alone.
             if type(self.layers[layer]) in (DynamicLayer, DynamicSlidingWindowLayer):
-                self.layers[layer] = DeltaLayer()
+                self.layers[layer] = (
+                    DeltaLayer()
+                    if kv_dtype is None
+                    else StoredLayer(self._reading, Packing(kv_dtype))
+                )
+
+    @property
+    def apart(self) -> bool:
+        """Whether attention may have to read layers where they are stored."""
+        return self.kv_dtype is not None
+
+    def begin(self, paging: bool) -> None:
+        """Begin a pass; ``paging``: a decode step, which reads pages."""
+        self._reading.paging = paging
+
+    def held(self, number: int) -> StoredLayer | None:
+        """A layer, if attention reads it where it is stored."""
+        layer: Any = self.layers[number]
+        return layer if isinstance(layer, StoredLayer) and layer.apart else None
+
+    def select(self, source: int, group: RowGroup, length: int) -> None:
+        """Begin the selections of a Δ-layer in a step of ``length`` slots."""
+
+    def request(self, source: int, place: int, group: RowGroup, ids: Tensor, counts: Tensor) -> Any:
+        """Fetch what a Δ-layer has selected, where there is something to fetch."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of keys and values on devices, room behind them and pools included."""
+        return sum(_device_bytes(layer) for layer in self.layers)
 
 
-def one_dtype(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values in one dtype: that of autocast, which attention would take, or the wider."""
-    device = keys.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(keys.dtype, values.dtype)
-    return keys.to(dtype), values.to(dtype)
+def check_unshared(config: Any, what: str) -> None:
+    """Refuse layers that read the keys of others: those are never read from the cache.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        Naming their number.
+    """
+    sharing = getattr(text_config(config), "num_kv_shared_layers", 0)
+    if sharing:
+        raise UnsupportedCacheError(
+            f"layers that read the keys of others cannot be {what}, got "
+            f"num_kv_shared_layers={sharing}; use the default cache"
+        )
 
 
-def _moved(stored: Tensor, capacity: int) -> Tensor:
-    rows, heads, tokens, dim = stored.shape
-    buffer = stored.new_empty((rows, heads, capacity, dim))
-    buffer[:, :, :tokens].copy_(stored)
-    return buffer
-
-
-def _append(
-    buffer: Tensor, strides: tuple[int, ...], states: Tensor, start: int, end: int
-) -> Tensor:
-    # as_strided takes half the time of slicing.
-    rows, heads, added, dim = states.shape
-    buffer.as_strided((rows, heads, added, dim), strides, start * dim).copy_(states)
-    return buffer.as_strided((rows, heads, end, dim), strides)
+def _device_bytes(layer: Any) -> int:
+    held: Any = getattr(layer, "device_bytes", None)
+    if held is not None:
+        return int(held)
+    states = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(part.untyped_storage().nbytes() for part in states if isinstance(part, Tensor))

@@ -40,6 +40,11 @@ def check_cache(cache: Any, state: ModelState) -> None:
         )
     if isinstance(cache, DeltaOffloadedCache):
         check_offloaded(cache, state)
+    elif state.draft_tokens and isinstance(cache, DeltaCache) and cache.kv_dtype is not None:
+        raise UnsupportedCacheError(
+            f"lossless decoding gives what full attention gives, got a cache of {cache.kv_dtype}, "
+            "which rounds keys and values"
+        )
     if cache.num_layers != state.plan.num_layers:
         raise UnsupportedCacheError(
             f"the {type(cache).__name__} must be of this model with {state.plan.num_layers} layers,"
@@ -138,6 +143,11 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
             "DELTA decodes from a DeltaCache, DeltaStaticCache or DeltaOffloadedCache, got "
             f"cache_implementation={settings.cache_implementation!r}; leave it unset, or 'static' "
             "or 'offloaded'"
+        )
+    if state.kv_dtype is not None and settings.cache_implementation == "static":
+        raise UnsupportedCacheError(
+            f"a static cache holds the model's type, got kv_dtype={state.kv_dtype!r}; leave "
+            "cache_implementation unset, or take 'offloaded'"
         )
     check_attentions(settings.output_attentions)
     mode = settings.get_generation_mode(arguments.get("assistant_model"))

@@ -55,9 +55,9 @@ def _prepare_cache_for_generation(
                 if keys is not None:
                     state.prepare_counts(number, keys.device)
         elif generation_config.cache_implementation == "offloaded":
-            cache = DeltaOffloadedCache(model.config, state.cfg)
+            cache = DeltaOffloadedCache(model.config, state.cfg, kv_dtype=state.kv_dtype)
         else:
-            cache = DeltaCache(model.config)
+            cache = DeltaCache(model.config, kv_dtype=state.kv_dtype)
         model_kwargs["past_key_values"] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()

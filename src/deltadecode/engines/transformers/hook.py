@@ -87,7 +87,10 @@ class ForwardHook:
         if cache is None:
             wanted = kwargs.get("use_cache")
             if getattr(model.config, "use_cache", False) if wanted is None else wanted:
-                cache = DeltaCache(model.config)
+                kv_dtype = state.kv_dtype
+                if kv_dtype and torch.is_grad_enabled() and _needs_gradients(model, tokens, None):
+                    kv_dtype = None  # what is rounded has none
+                cache = DeltaCache(model.config, kv_dtype=kv_dtype)
                 kwargs = {**kwargs, "past_key_values": cache}
         full = torch.is_grad_enabled() and _needs_gradients(model, tokens, cache)
         state.static.active = static is not None
@@ -105,11 +108,12 @@ class ForwardHook:
 def _begin(state: ModelState, one: bool, full: bool, cache: Any) -> None:
     """Begin a pass from any cache but a static one; what is exported is full attention."""
     decodes = one and not state.local.prefilling and not torch.compiler.is_compiling()
-    offloaded = cache if isinstance(cache, DeltaOffloadedCache) else None
-    state.local.step = Step(decodes, full, offloaded)
-    if offloaded is not None:
-        offloaded.begin(decodes and not full)
-        state.stats.offload.follow(offloaded)
+    apart = cache if isinstance(cache, DeltaCache) and cache.apart else None
+    state.local.step = Step(decodes, full, apart)
+    if apart is not None:
+        apart.begin(decodes and not full)
+    if isinstance(cache, DeltaOffloadedCache):
+        state.stats.offload.follow(cache)
 
 
 # What a compiled graph writes to a ``threading.local`` is lost.

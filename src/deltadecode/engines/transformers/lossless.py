@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from deltadecode.config import MOST_DRAFTS
-from deltadecode.engines.transformers.cache import DeltaCache, DeltaLayer
+from deltadecode.engines.transformers.cache import DeltaCache
 from deltadecode.engines.transformers.held import Held, Part
+from deltadecode.engines.transformers.layers import DeltaLayer
 from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.engines.transformers.step import Rows
 from deltadecode.errors import ArgumentError, ArgumentTypeError, UnsupportedModelError

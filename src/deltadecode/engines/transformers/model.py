@@ -15,8 +15,10 @@ from deltadecode.engines.transformers.bind import (
     set_implementation,
     unwrap,
 )
+from deltadecode.engines.transformers.cache import check_unshared
 from deltadecode.engines.transformers.checks import check_attentions
 from deltadecode.engines.transformers.lossless import check_croppable, check_draft_tokens
+from deltadecode.engines.transformers.packing import check_kv_dtype
 from deltadecode.engines.transformers.stats import DecodeStats
 from deltadecode.errors import ArgumentError, ArgumentTypeError
 
@@ -27,6 +29,7 @@ def enable(
     *,
     lossless: bool = False,
     draft_tokens: int | None = None,
+    kv_dtype: str | None = None,
 ) -> None:
     """Decode with DELTA from now on (arXiv 2510.09883; docs/semantics.md).
 
@@ -47,6 +50,9 @@ def enable(
     draft_tokens : int, optional
         Drafts before a verification, 1 to 16, with ``lossless`` only. By default up to 8: as many
         as acceptance makes worth it, and in greedy decoding none where they take longer.
+    kv_dtype : str, optional
+        ``"int8"`` or ``"fp8"``: in the caches that ``generate`` and ``forward`` make, store keys
+        and values in eight bits (docs/memory.md says what that loses). Not with ``lossless``.
 
     Raises
     ------
@@ -56,17 +62,25 @@ def enable(
     DeltaConfigError
         When the plan does not fit the model; the model is then unchanged.
     ArgumentError
-        For another type, a number of drafts out of range, or when the model is set to return
-        attention weights.
+        For another type, a number of drafts out of range, eight bits in lossless mode, or when the
+        model is set to return attention weights.
     """
     inner = unwrap(model)
     drafts = check_draft_tokens(lossless, draft_tokens)
     if cfg is not None and not isinstance(cfg, DeltaConfig):
         raise ArgumentTypeError(f"cfg must be a DeltaConfig, got {type(cfg).__name__}")
     check_attentions(inner.config.output_attentions)
+    check_kv_dtype(kv_dtype)
+    if kv_dtype is not None:
+        if lossless:
+            raise ArgumentError(
+                f"lossless decoding gives what full attention gives, got kv_dtype={kv_dtype!r}, "
+                "which rounds keys and values"
+            )
+        check_unshared(inner.config, "stored in eight bits")
     if drafts:
         check_croppable(find_decoder(inner).model)
-    bind(inner, cfg, drafts, draft_tokens is not None)
+    bind(inner, cfg, drafts, draft_tokens is not None, kv_dtype)
 
 
 def disable(model: PreTrainedModel) -> None:

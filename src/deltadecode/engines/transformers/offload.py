@@ -10,10 +10,12 @@ from torch import Tensor
 
 from deltadecode.architecture import attention_layers, num_layers, text_config
 from deltadecode.config import DeltaConfig
-from deltadecode.engines.transformers.cache import DeltaCache, DeltaLayer
+from deltadecode.engines.transformers.cache import DeltaCache, check_unshared
+from deltadecode.engines.transformers.layers import DeltaLayer, StoredLayer
 from deltadecode.engines.transformers.offload_host import CudaTransfer, Transfer
 from deltadecode.engines.transformers.offload_layer import Offload, OffloadedLayer
 from deltadecode.engines.transformers.offload_pages import PageDirectory, PageRequest
+from deltadecode.engines.transformers.packing import Packing
 from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.errors import UnsupportedCacheError
 
@@ -56,6 +58,8 @@ class DeltaOffloadedCache(DeltaCache):
         The plan of the model that decodes from it; by default :meth:`DeltaConfig.for_model`.
     transfer : Transfer, optional
         By default one for CUDA devices.
+    kv_dtype : str, optional
+        As for :class:`DeltaCache`; on the host, too.
 
     Raises
     ------
@@ -63,21 +67,25 @@ class DeltaOffloadedCache(DeltaCache):
         When the model has no full-attention layer that could be planned.
     UnsupportedCacheError
         When a sparse layer keeps more than keys and values, or shares them with others.
+    ArgumentError
+        For another ``kv_dtype``.
     """
 
+    fetches = True
+
     def __init__(
-        self, config: Any, cfg: DeltaConfig | None = None, *, transfer: Transfer | None = None
+        self,
+        config: Any,
+        cfg: DeltaConfig | None = None,
+        *,
+        transfer: Transfer | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, kv_dtype=kv_dtype)
         text = text_config(config)
         cfg = DeltaConfig.for_model(config) if cfg is None else cfg
         plan = cfg.layer_plan(num_layers(text), attention_layers(config))
-        sharing = getattr(text, "num_kv_shared_layers", 0)
-        if sharing:
-            raise UnsupportedCacheError(
-                f"layers that read the keys of others cannot be offloaded, got "
-                f"num_kv_shared_layers={sharing}; use the default cache"
-            )
+        check_unshared(config, "offloaded")
         self.shared = Offload(cfg, CudaTransfer() if transfer is None else transfer)
         self._directories: dict[int, PageDirectory] = {}
         self._sparse: dict[int, list[int]] = {}
@@ -85,23 +93,20 @@ class DeltaOffloadedCache(DeltaCache):
             if source is None:
                 continue
             stock = self.layers[layer]
-            if type(stock) is not DeltaLayer:
+            if type(stock) not in (DeltaLayer, StoredLayer):
                 raise UnsupportedCacheError(
                     f"sparse layer {layer} cannot be offloaded: it keeps a {type(stock).__name__}, "
                     "more than keys and values; use the default cache"
                 )
             directory = self._directories.setdefault(source, PageDirectory())
-            self.layers[layer] = OffloadedLayer(self.shared, directory)
+            packing = None if kv_dtype is None else Packing(kv_dtype)
+            self.layers[layer] = OffloadedLayer(self._reading, packing, self.shared, directory)
             self._sparse.setdefault(source, []).append(layer)
 
-    def begin(self, paging: bool) -> None:
-        """Begin a pass; ``paging``: a decode step in which sparse layers read pages."""
-        self.shared.paging = paging
-
-    def on_host(self, number: int) -> OffloadedLayer | None:
-        """A layer, if it lies on the host now."""
-        layer: Any = self.layers[number]
-        return layer if isinstance(layer, OffloadedLayer) and layer.offloaded else None
+    @property
+    def apart(self) -> bool:
+        """Whether attention may have to read layers where they are stored."""
+        return True
 
     def select(self, source: int, group: RowGroup, length: int) -> None:
         """Begin the selections of a Δ-layer in a step of ``length`` slots."""
@@ -153,15 +158,3 @@ class DeltaOffloadedCache(DeltaCache):
     def host_bytes(self) -> int:
         """Bytes of keys and values on the host, with the room behind them."""
         return sum(layer.host_bytes for layer in self.layers if isinstance(layer, OffloadedLayer))
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of keys and values on devices, pools included."""
-        return sum(_device_bytes(layer) for layer in self.layers)
-
-
-def _device_bytes(layer: Any) -> int:
-    if isinstance(layer, OffloadedLayer) and layer.offloaded:
-        return layer.pool_bytes
-    held = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(states.untyped_storage().nbytes() for states in held if isinstance(states, Tensor))

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from deltadecode.architecture import text_config, token_elements
 from deltadecode.engines.transformers.offload import DeltaOffloadedCache
+from deltadecode.engines.transformers.offload_size import token_bytes
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.errors import UnsupportedCacheError
 
@@ -44,7 +44,7 @@ def check_offload(model: Any, state: ModelState, rows: int, tokens: int) -> None
     UnsupportedCacheError
         In lossless mode, for layers that cannot be offloaded, or as :func:`check_host`.
     """
-    cache = DeltaOffloadedCache(model.config, state.cfg)
+    cache = DeltaOffloadedCache(model.config, state.cfg, kv_dtype=state.kv_dtype)
     check_offloaded(cache, state)
     check_host(model, cache, rows, tokens)
 
@@ -61,6 +61,6 @@ def check_host(model: Any, cache: DeltaOffloadedCache, rows: int, tokens: int) -
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
     for device in sorted(devices, key=str):
         shared.transfer.check(device)
-    elements = token_elements(text_config(model.config))
-    if elements is not None and not shared.fits(tokens):
-        shared.check_room(tokens, rows * elements * model.dtype.itemsize)
+    of_token = token_bytes(model.config, model.dtype.itemsize, cache.kv_dtype)
+    if of_token is not None and not shared.fits(tokens):
+        shared.check_room(tokens, rows * of_token)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltadecode.config import DeltaConfig
-from deltadecode.engines.transformers.cache import DeltaLayer
+from deltadecode.engines.transformers.layers import Reading, StoredLayer
 from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes, stage
 from deltadecode.engines.transformers.offload_pages import PageDirectory, PageRequest
+from deltadecode.engines.transformers.packing import Packing
 from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.errors import UnsupportedCacheError
 
@@ -31,13 +32,10 @@ class Offload:
         The plan that says which layers are sparse, and how many pages they read.
     transfer : Transfer
         Copies between host and device.
-    paging : bool
-        Whether the pass in progress reads sparse layers by pages.
     """
 
     def __init__(self, cfg: DeltaConfig, transfer: Transfer) -> None:
         self.cfg, self.transfer = cfg, transfer
-        self.paging = False
         # Slots on the host of each sparse layer. Not the layers themselves: memory in a cycle would
         # be freed late.
         self.rooms: list[int] = []
@@ -77,21 +75,28 @@ class Offload:
             )
 
 
-class OffloadedLayer(DeltaLayer):
+class OffloadedLayer(StoredLayer):
     """Keys and values of one sparse layer.
 
-    Within the budget it is a :class:`DeltaLayer` on the device. Beyond, all tokens are on the host,
-    and the pages of the last selections in a pool on the device. ``keys`` and ``values`` are then
-    views [B, Hkv, n, D] of host memory.
+    Within the budget they are on the device, as :class:`DeltaCache` has them. Beyond, all tokens
+    are on the host, and the pages of the last selections in a pool on the device. ``keys`` and
+    ``values`` are then views of host memory.
     """
 
-    def __init__(self, shared: Offload, directory: PageDirectory) -> None:
+    kind = "an offloaded"
+
+    def __init__(
+        self,
+        reading: Reading,
+        packing: Packing | None,
+        shared: Offload,
+        directory: PageDirectory,
+    ) -> None:
         self._states: dict[str, Any] = {}
         self._host: Tensor | None = None
         self._requests: dict[int, tuple[PageRequest, Any]] = {}
-        super().__init__()
+        super().__init__(reading, packing)
         self._shared, self._directory = shared, directory
-        self._nothing = False
         self._number = len(shared.rooms)
         shared.rooms.append(0)
         self._forget_host()
@@ -112,7 +117,7 @@ class OffloadedLayer(DeltaLayer):
 
     @property
     def keys(self) -> Any:
-        """[B, Hkv, n, D]; None before the first token."""
+        """[B, Hkv, n, D], or as they are packed; None before the first token."""
         return self._states.get("keys") if self._host is None else self._view(0)
 
     @keys.setter
@@ -121,7 +126,7 @@ class OffloadedLayer(DeltaLayer):
 
     @property
     def values(self) -> Any:
-        """[B, Hkv, n, D]; None before the first token."""
+        """[B, Hkv, n, D], or as they are packed; None before the first token."""
         return self._states.get("values") if self._host is None else self._view(1)
 
     @values.setter
@@ -137,6 +142,16 @@ class OffloadedLayer(DeltaLayer):
     def offloaded(self) -> bool:
         """Whether the tokens are on the host."""
         return self._host is not None
+
+    @property
+    def apart(self) -> bool:
+        """Whether decode steps get nothing from ``update``."""
+        return self.offloaded or super().apart
+
+    @property
+    def in_place(self) -> bool:
+        """Whether attention reads all tokens where they are, without a copy."""
+        return super().in_place and not self.offloaded
 
     @property
     def host_bytes(self) -> int:
@@ -155,8 +170,10 @@ class OffloadedLayer(DeltaLayer):
         self._of_token = 2 * heads * dim * key_states.element_size()
 
     @property
-    def pool_bytes(self) -> int:
-        """Bytes of the pool on the device."""
+    def device_bytes(self) -> int | None:
+        """Bytes of the pool on the device; None where all tokens are there."""
+        if self._host is None:
+            return None
         return 0 if self._pool is None else self._pool.nbytes
 
     def get_seq_length(self) -> int:
@@ -168,8 +185,7 @@ class OffloadedLayer(DeltaLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append tokens and return everything stored.
 
-        At a decode step beyond the budget nothing is loaded: what is returned has the shape of all
-        states, holds NaN, and is never read.
+        As :class:`StoredLayer` does it; within the budget as :class:`DeltaLayer` does.
 
         Parameters
         ----------
@@ -187,17 +203,19 @@ class OffloadedLayer(DeltaLayer):
             For a device without host memory of its own, gradients, other rows or another dtype
             than before, or when the host has no room.
         """
-        shared, start = self._shared, self.get_seq_length()
-        if not start:
-            shared.transfer.check(key_states.device)
-        if key_states.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedCacheError(
-                "an offloaded cache holds no gradients; decode under torch.no_grad(), or use the "
-                "default cache"
-            )
+        if not self.get_seq_length():
+            self._shared.transfer.check(key_states.device)
+        given = super().update(key_states, value_states, *args, **kwargs)
+        if self._host is not None and not self._absent:
+            self._drop_pool()
+        return given
+
+    def _put(self, key_states: Tensor, value_states: Tensor) -> None:
+        start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if self._host is None and shared.fits(end):
-            return super().update(key_states, value_states, *args, **kwargs)
+        if self._host is None and self._shared.fits(end):
+            super()._put(key_states, value_states)
+            return
         if key_states.dtype != value_states.dtype or (start and key_states.dtype != self.dtype):
             raise UnsupportedCacheError(
                 f"an offloaded cache holds one dtype, got keys of {key_states.dtype} and values of "
@@ -210,37 +228,11 @@ class OffloadedLayer(DeltaLayer):
         if self._host is None:
             self._move_out(key_states, value_states, end)
         self._append(key_states, value_states, end)
-        if shared.paging and end - start == 1:
-            shape = self._rows, *key_states.shape[1:2], end, key_states.shape[3]
-            nothing = key_states.new_full((), float("nan")).expand(shape)
-            self._nothing = True
-            return nothing, nothing
-        self._nothing = False
-        self._drop_pool()
-        if not start:
-            return key_states, value_states
-        return self.whole()
 
-    def check_states(self, module: nn.Module, key: Tensor) -> None:
-        """Refuse a module that attends to other keys than the cache gave it.
-
-        Raises
-        ------
-        UnsupportedCacheError
-            Naming the module's class.
-        """
-        assert self._host is not None
-        if key.shape[1] != self._host.shape[3] or (self._nothing and any(key.stride())):
-            raise UnsupportedCacheError(
-                f"{type(module).__name__} changes its keys behind the cache, got "
-                f"{list(key.shape)} of {self._host.shape[3]} KV heads, and cannot decode from an "
-                "offloaded cache; use the default cache"
-            )
-
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, Hkv, n, D], loaded to the device for one pass."""
+    def _loaded(self) -> tuple[Tensor, Tensor]:
         host = self._host
-        assert host is not None
+        if host is None:
+            return super()._loaded()
         _, _, rows, heads, dim = host.shape
         room = -(-self._tokens // 64) * 64 + _SLACK
         states = [
@@ -310,12 +302,14 @@ class OffloadedLayer(DeltaLayer):
         ticket = self._shared.transfer.fetch(self._host, pool, request)
         self._requests[place] = request, ticket
 
-    def pages(self, place: int, group: RowGroup, whole: bool) -> tuple[Tensor, ...]:
-        """A row group's cache as the operations take it: keys, values, block table and lengths.
+    def pages(self, place: int, group: RowGroup, page_size: int, whole: bool) -> dict[str, Any]:
+        """Inputs of :func:`deltadecode.ops.decode_attention` for a row group, but the query.
 
         With ``whole`` rows are one block each, as :meth:`RowGroup.paged` has them; else blocks are
         pages, and the table knows the selected ones.
         """
+        if self._host is None:
+            return super().pages(place, group, page_size, whole)
         if self._requests[place][1] is _NOT_FETCHED:
             self._fetch(place)
         request, ticket = self._requests.pop(place)
@@ -325,7 +319,7 @@ class OffloadedLayer(DeltaLayer):
         self._shared.transfer.wait(ticket, pool.device)
         pool[request.newest, request.place] = newest if group.rows is None else newest[group.rows]
         if not whole:
-            return pool[:, :, 0], pool[:, :, 1], request.table, group.seq_lens
+            return self._inputs(pool[:, :, 0], pool[:, :, 1], request.table, group.seq_lens)
         _, page, _, heads, dim = pool.shape
         rows, width = len(request.newest), -(-group.length // page)
         blocks = group.batch if group.slots is None else 1
@@ -334,7 +328,7 @@ class OffloadedLayer(DeltaLayer):
         to = slice(None) if group.rows is None or group.slots is not None else group.rows
         states[:, to] = here.reshape(2, rows, heads, width * page, dim)
         keys, values = states.transpose(2, 3)
-        return keys, values, group.block_table, group.seq_lens
+        return self._inputs(keys, values, group.block_table, group.seq_lens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; within the budget the layer is on the device again."""
@@ -344,7 +338,7 @@ class OffloadedLayer(DeltaLayer):
         self._drop_pool()
         self._tokens = max(0, self._tokens + tokens_to_remove)
         if self._shared.fits(self._tokens):
-            keys, values = self.whole()
+            keys, values = self._loaded()
             self._shared.transfer.settle()
             self._forget_host()
             self._adopt(keys, values)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deltadecode.architecture import text_config, token_elements
+from deltadecode.architecture import text_config, token_heads
 from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.engines.transformers.offload_pages import pool_pages
+from deltadecode.engines.transformers.packing import packed_bytes
 
 # Bytes of a number where a configuration names no type.
 _HALF = 2
@@ -33,13 +34,26 @@ class CacheBytes:
     offloaded_host: int
 
 
-def cache_bytes(config: Any, cfg: DeltaConfig, plan: LayerPlan, tokens: int) -> CacheBytes | None:
-    """Count them from a model's configuration; None where that does not say enough."""
-    text = text_config(config)
-    elements = token_elements(text)
-    if elements is None:
+def token_bytes(config: Any, itemsize: int, kv_dtype: str | None) -> int | None:
+    """Bytes of a token's keys and values in one layer; None where nothing says it.
+
+    ``itemsize`` is that of the model's type, which counts without a ``kv_dtype``.
+    """
+    heads = token_heads(text_config(config))
+    if heads is None:
         return None
-    of_token = elements * getattr(getattr(text, "dtype", None), "itemsize", _HALF)
+    own, dim = heads
+    return 2 * (own * dim * itemsize if kv_dtype is None else packed_bytes(own, dim))
+
+
+def cache_bytes(
+    config: Any, cfg: DeltaConfig, plan: LayerPlan, tokens: int, kv_dtype: str | None = None
+) -> CacheBytes | None:
+    """Count them from a model's configuration; None where that does not say enough."""
+    itemsize = getattr(getattr(text_config(config), "dtype", None), "itemsize", _HALF)
+    of_token = token_bytes(config, itemsize, kv_dtype)
+    if of_token is None:
+        return None
     layers, sparse = len(plan.attention_layers), plan.roles.count("sparse")
     whole = tokens * of_token
     pages = -(-tokens // cfg.page_size)

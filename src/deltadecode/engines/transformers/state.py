@@ -35,6 +35,8 @@ class ModelState:
         Largest number of drafts before a verification, in lossless mode; 0 otherwise.
     draft_fixed : bool
         Always draft so many, where there are pages to read.
+    kv_dtype : str or None
+        That of the caches which ``generate`` and ``forward`` make.
 
     Raises
     ------
@@ -49,11 +51,13 @@ class ModelState:
         previous: str | None,
         draft_tokens: int = 0,
         draft_fixed: bool = True,
+        kv_dtype: str | None = None,
     ) -> None:
         text = text_config(config)
         layers = attention_layers(text)
         self.config, self.previous = config, previous
         self.draft_tokens, self.draft_fixed = draft_tokens, draft_fixed
+        self.kv_dtype = kv_dtype
         self.cfg = DeltaConfig.for_model(text) if cfg is None else cfg
         self.plan = self.cfg.layer_plan(num_layers(text), layers)
         self.first, self.last = layers[0], layers[-1]
@@ -73,7 +77,7 @@ class ModelState:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the plan alone."""
         drafts = self.draft_tokens, self.draft_fixed
-        return type(self), (self.config, self.cfg, self.previous, *drafts)
+        return type(self), (self.config, self.cfg, self.previous, *drafts, self.kv_dtype)
 
     def times_of(self, rows: int, tokens: int) -> Times:
         """What lossless decoding took with so many rows and about so many tokens of each."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from deltadecode.architecture import attention_layers, num_layers, text_config
-from deltadecode.engines.transformers.cache import one_dtype
+from deltadecode.engines.transformers.layers import one_dtype
 from deltadecode.errors import ArgumentError, UnsupportedCacheError
 
 

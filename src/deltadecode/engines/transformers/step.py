@@ -98,13 +98,13 @@ class Step:
         Where the rows lie; None before the first planned layer.
     selections : dict
         Δ-layer -> what it has selected in this step.
-    offloaded : DeltaOffloadedCache or None
-        The cache, if sparse layers may lie on the host.
+    cache : DeltaCache or None
+        The cache, if attention may have to read layers where they are stored.
     """
 
-    def __init__(self, decodes: bool, full: bool = False, offloaded: Any = None) -> None:
+    def __init__(self, decodes: bool, full: bool = False, cache: Any = None) -> None:
         self.decodes, self.full = decodes, full
-        self.offloaded = offloaded
+        self.cache = cache
         self.rows: Rows | None = None
         self.selections: dict[int, Selection] = {}
 
