@@ -42,6 +42,10 @@ def memory(
         str | None,
         typer.Option(help="Instead: what 8-bit keys and values lose in this model, on the CPU."),
     ] = None,
+    eight_bits: Annotated[
+        str | None,
+        typer.Option(help="Instead: what caches of kv_dtype lose in this model, on the CPU."),
+    ] = None,
     budget: Annotated[
         list[int] | None,
         typer.Option(min=1, help="With a model: K, in pages; repeatable. Default: the shape's."),
@@ -68,10 +72,11 @@ def memory(
         known = find_shape(shape)
         cfg = known.plan if plan is None else DeltaConfig.load(plan)
         cfg.layer_plan(known.layers)
-    if record is not None or rounding is not None:
+    named = {"record": record, "rounding": rounding, "eight_bits": eight_bits}
+    if any(named.values()):
         given = {
-            "shape": shape, "record": record, "rounding": rounding, "context": context,
-            "budget": budget, "texts": texts, "steps": steps, "file": file, "plan": plan,
+            "shape": shape, **named, "context": context, "budget": budget, "texts": texts,
+            "steps": steps, "file": file, "plan": plan,
         }  # fmt: skip
         _read_texts(given, cfg, as_json, out, tag)
         return
@@ -103,11 +108,13 @@ def memory(
 def _read_texts(
     given: dict[str, Any], cfg: Any, as_json: bool, out: Path | None, tag: str | None
 ) -> None:
-    """Lead a real model along texts: --record or --rounding."""
-    model = given["record"] or given["rounding"]
+    """Lead a real model along texts: --record, --rounding or --eight-bits."""
+    measured = next(name for name in ("record", "rounding", "eight_bits") if given[name])
+    model = given[measured]
     with cli.checking(out, tag), cli.progress() as show:
         import torch
 
+        from benchmarks.memory.eight_bits import eight_bit_losses
         from benchmarks.memory.rounding import losses
         from benchmarks.memory.rows import memory_table
         from benchmarks.memory.selections import record
@@ -125,13 +132,14 @@ def _read_texts(
             )
             for pages in given["budget"] or [cfg.budget_pages]
         ]  # fmt: skip
-        rows = (record if given["record"] else losses)(
+        run = {"record": record, "rounding": losses, "eight_bits": eight_bit_losses}[measured]
+        rows = run(
             loaded, load_tokenizer(folder), plans, given["context"] or [4000],
             texts=given["texts"], steps=given["steps"], file=str(given["file"] or ""),
             progress=show,
         )  # fmt: skip
     # A path becomes its last part: results name no folder.
-    shown = {**given, "record" if given["record"] else "rounding": Path(model).name}
+    shown = {**given, measured: Path(model).name}
     made = result("memory", cli.command_line("memory", **shown), rows)
     cli.deliver(made | {"model": Path(model).name}, out, tag, as_json, memory_table)
 
