@@ -32,6 +32,12 @@ def main():
                 [parts.flatten(), case.run(page_ids=ids, page_counts=counts).flatten()]
             )
             assert all(t.isfinite().all() for t in (out, scores, sparse, parts, case.run()))
+    case = make_gpu_case([600, 37, 16, 1], cache_dtype=torch.int8, spare=0)
+    scales = torch.rand(case.arguments[1].shape[:3], device="cuda").bfloat16()
+    scaled = {"k_scales": scales, "v_scales": scales}
+    _, scores = case.run(return_page_scores=True, **scaled)
+    ids, counts = ops.select_pages(scores, case.arguments[4], cfg, backend="triton")
+    assert case.run(page_ids=ids, page_counts=counts, **scaled).isfinite().all()
     # Rows in pieces, and rows that one thread block reads in turns.
     scores = torch.rand(3, 9000, device="cuda")
     lens = torch.tensor([144000, 79000, 16400], dtype=torch.int32, device="cuda")
