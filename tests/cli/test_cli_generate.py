@@ -9,7 +9,7 @@ from cli_models import LAYERS, POSITIONS
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers import DeepseekV3Config as MlaConfig
 
-from deltadecode import DeltaConfig
+from deltadecode import DeltaCache, DeltaConfig
 from deltadecode.cli.decoding import Decoded
 from deltadecode.cli.prompts import encode
 from deltadecode.cli.report import first_difference
@@ -246,6 +246,9 @@ def test_prompts_that_cannot_be_read(refused, model, tmp_path):
         (["--full", "--budget-pages", "9"], "--full .* --budget-pages"),
         (["--full", "--compare"], "--full .* --compare"),
         (["--plan", "no-such-plan.json"], "no-such-plan.json"),
+        (["--kv-dtype", "int4"], "--kv-dtype must be int8 or fp8, got 'int4'"),
+        (["--kv-dtype", "int8", "--full"], "--full .* --kv-dtype"),
+        (["--kv-dtype", "int8", "--lossless"], "--kv-dtype .* --lossless"),
     ],
 )
 def test_options_that_break_a_rule(refused, model, options, message):
@@ -277,6 +280,21 @@ def test_lossless_writes_what_full_attention_writes(run, model):
     assert found["compare"]["same"]
     drafts = found["lossless"]
     assert 0 < drafts["accepted"] <= drafts["verified"] <= drafts["drafted"]
+
+
+def test_keys_and_values_in_eight_bits(run, model, monkeypatch):
+    kinds, make = [], DeltaCache.__init__
+
+    def seen(self, config, *, kv_dtype=None):
+        kinds.append(kv_dtype)
+        make(self, config, kv_dtype=kv_dtype)
+
+    monkeypatch.setattr(DeltaCache, "__init__", seen)
+    arguments = ["generate", model, "Facts bada leads", "--max-new-tokens", "9", *SMALL, "--json"]
+    for option in ([], ["--kv-dtype", "int8"]):
+        code, _, err = run(*arguments, *option)
+        assert (code, err) == (0, "")
+    assert kinds == [None, "int8"]
 
 
 def test_draft_tokens_needs_lossless(run, model):

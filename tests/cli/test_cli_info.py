@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from deltadecode.cli.info import ranges
+from deltadecode.engines.transformers.packing import packed_bytes
 
 
 def test_info_shows_versions_and_the_plan(run, model):
@@ -50,6 +51,9 @@ def test_info_says_what_a_cache_needs(run, model):
         "offloaded_device": (4 * 2000 + 2 * pool) * of_token,
         "offloaded_host": 2 * 2000 * of_token,
     }
+    eight = json.loads(run("info", model, "--context", "2000", "--kv-dtype", "int8", "--json")[1])
+    packed = 2 * packed_bytes(config.num_key_value_heads, head_dim)
+    assert eight["model"]["cache"]["device"] == 6 * 2000 * packed < found["cache"]["device"]
     short = json.loads(run("info", model, "--context", "700", "--json")[1])["model"]["cache"]
     assert short["device"] == short["offloaded_device"]
     assert short["offloaded_host"] == 0
