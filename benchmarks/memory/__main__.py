@@ -34,6 +34,9 @@ def memory(
     plan: Annotated[
         Path | None, typer.Option(help="DeltaConfig as JSON; default: the shape's.")
     ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Of DELTA's own caches: int8; default: the model's type.")
+    ] = None,
     record: Annotated[
         str | None,
         typer.Option(help="Instead: record the fetches of this model on real texts, on the CPU."),
@@ -69,6 +72,8 @@ def memory(
         from benchmarks.e2e.shapes import find_shape
         from deltadecode.config import DeltaConfig
 
+        if kv_dtype not in (None, "int8"):
+            raise BadInput(f"--kv-dtype must be int8, got {kv_dtype!r}")
         known = find_shape(shape)
         cfg = known.plan if plan is None else DeltaConfig.load(plan)
         cfg.layer_plan(known.layers)
@@ -89,9 +94,9 @@ def memory(
 
         options = Options(
             shape=known, plan=cfg, batches=batch or [1], contexts=context or [32768], steps=steps,
-            longest=longest or [], command=cli.command_line(
+            longest=longest or [], kv_dtype=kv_dtype, command=cli.command_line(
                 "memory", shape=shape, batch=batch, context=context, steps=steps,
-                selections=selections, longest=longest, plan=plan,
+                selections=selections, longest=longest, plan=plan, kv_dtype=kv_dtype,
             ),
         )  # fmt: skip
         if selections is not None:

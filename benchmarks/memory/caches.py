@@ -16,6 +16,7 @@ from benchmarks.e2e.shapes import ModelShape
 from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes
 from deltadecode.engines.transformers.offload_layer import Offload
 from deltadecode.engines.transformers.offload_pages import pool_pages
+from deltadecode.engines.transformers.packing import packed_bytes
 
 STOCK, STOCK_OFFLOADED = "DynamicCache", "DynamicCache, offloaded"
 DELTA, OURS = "DeltaCache", "DeltaOffloadedCache"
@@ -40,11 +41,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of cache of a shape with a plan."""
+    """One kind of cache of a shape with a plan; ``kv_dtype`` is that of DELTA's own."""
 
     name: str
     shape: ModelShape
     plan: dd.DeltaConfig
+    kv_dtype: str | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -54,10 +56,12 @@ class Kind:
     def make(self, config: Any, device: torch.device) -> Any:
         """An empty cache; off CUDA the host of an offloaded one is simulated."""
         if self.name == DELTA:
-            return dd.DeltaCache(config)
+            return dd.DeltaCache(config, kv_dtype=self.kv_dtype)
         if self.name == OURS:
             transfer = None if device.type == "cuda" else Transfer()
-            return dd.DeltaOffloadedCache(config, self.plan, transfer=transfer)
+            return dd.DeltaOffloadedCache(
+                config, self.plan, transfer=transfer, kv_dtype=self.kv_dtype
+            )
         return DynamicCache(config=config, offloading=self.name == STOCK_OFFLOADED)
 
     def refused(self, batch: int, tokens: int, device: torch.device) -> str | None:
@@ -75,7 +79,9 @@ class Kind:
     def needs(self, batch: int, tokens: int) -> Needs:
         """Bytes at most, in a prompt of whole layers or in a decode step."""
         layers = self.shape.layers
-        of_token = 2 * batch * self.shape.kv_heads * self.shape.head_dim * NUMBER
+        heads, dim = self.shape.kv_heads, self.shape.head_dim
+        packed = self.is_ours and self.kv_dtype is not None
+        of_token = 2 * batch * (packed_bytes(heads, dim) if packed else heads * dim * NUMBER)
         layer = tokens * of_token
         if self.name == STOCK:
             return Needs(math.ceil(layer * (layers + _APPENDED)), 0)
@@ -103,16 +109,17 @@ class Kind:
         return least
 
 
-def kinds(shape: ModelShape, plan: dd.DeltaConfig) -> list[Kind]:
+def kinds(shape: ModelShape, plan: dd.DeltaConfig, kv_dtype: str | None = None) -> list[Kind]:
     """All of them, the slowest last."""
-    return [Kind(name, shape, plan) for name in (OURS, DELTA, STOCK, STOCK_OFFLOADED)]
+    return [Kind(name, shape, plan, kv_dtype) for name in (OURS, DELTA, STOCK, STOCK_OFFLOADED)]
 
 
 def fill(cache: Any, shape: ModelShape, like: Tensor, batch: int, tokens: int) -> None:
     """Store ``tokens`` random tokens in an empty cache, of the type and device of ``like``.
 
     Memory is taken as by a prompt, and then filled where it is: no states of a layer lie beside it.
-    What is on the host keeps one token over and over, which no Δ-layer reads.
+    What is on the host keeps one token over and over, which no Δ-layer reads; numbers of eight bits
+    keep its scales.
     """
     for layer in range(shape.layers):
         one = torch.randn(
@@ -123,8 +130,12 @@ def fill(cache: Any, shape: ModelShape, like: Tensor, batch: int, tokens: int) -
     for stored in cache.layers:
         if getattr(stored, "offloaded", False):
             continue
+        packing = getattr(stored, "packing", None)
         for states in (stored.keys, stored.values):
-            if states.device == like.device:
+            if packing is not None:
+                numbers, _ = packing.parts(states.transpose(1, 2))
+                numbers.copy_(torch.randint_like(numbers, -127, 128, dtype=torch.int8))
+            elif states.device == like.device:
                 states.normal_()
 
 

@@ -16,7 +16,9 @@ _LONGEST = "| GPU | cache | tokens | the GPU alone would hold | held in a run |"
 
 def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Lines of the table of steps and that of the longest contexts; a GB is 10^9 bytes."""
-    rows = [row for result in results for row in result["rows"]]
+    rows = [
+        row | {"kv_dtype": result.get("kv_dtype")} for result in results for row in result["rows"]
+    ]
     steps = [row for row in rows if row["kind"] == "step"]
     longest = [row for row in rows if row["kind"] == "longest"]
     yield from (_STEPS, "|---" * 8 + "|")
@@ -33,10 +35,11 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     seen = set()
     for row in longest:
         for side, name in (("ours", OURS), ("theirs", row["peer"])):
+            name = _name(name, row)
             if (row["gpu_gb"], name) not in seen:
                 seen.add((row["gpu_gb"], name))
                 held = "yes" if row[f"held_{side}"] else "no"
-                cells = f"{row['gpu_gb']:g} GB", f"`{name}`", f"{int(row[side]):,}"
+                cells = f"{row['gpu_gb']:g} GB", name, f"{int(row[side]):,}"
                 yield _line(*cells, f"{row[f'by_gpu_{side}']:,}", held)
 
 
@@ -50,9 +53,14 @@ def _step_line(row: dict[str, Any], side: str) -> str:
     stock = not ours and not row["peer"].startswith("Delta")
     return _line(
         str(row["batch"]), f"{row['context']:,}", "any" if stock else row["selections"],
-        f"`{OURS if ours else row['peer']}`", f"{row[side]:.1f}", *bytes_of,
+        _name(OURS if ours else row["peer"], row), f"{row[side]:.1f}", *bytes_of,
         f"{row['hit_rate']:.3f}" if ours else "–",
     )  # fmt: skip
+
+
+def _name(name: str, row: dict[str, Any]) -> str:
+    kv_dtype = row["kv_dtype"] if name.startswith("Delta") else None
+    return f"`{name}`" + (f", {kv_dtype}" if kv_dtype else "")
 
 
 def _line(*cells: str) -> str:

@@ -37,7 +37,8 @@ class Options:
     """What is measured.
 
     ``missed`` is the record that selections follow, of which ``selections`` names the source;
-    ``longest`` are the sizes of GPUs in GB (10^9 bytes) to find the longest context for.
+    ``longest`` are the sizes of GPUs in GB (10^9 bytes) to find the longest context for;
+    ``kv_dtype`` is that of DELTA's own caches.
     """
 
     shape: ModelShape
@@ -49,6 +50,7 @@ class Options:
     missed: list[list[int]] | None = None
     selections: dict[str, Any] = field(default_factory=dict)
     longest: Sequence[float] = ()
+    kv_dtype: str | None = None
 
 
 class Bench:
@@ -68,7 +70,7 @@ class Bench:
                 self.config, attn_implementation="sdpa", dtype=self.dtype
             )
         self.model = model.eval()
-        self.kinds = kinds(shape, options.plan)
+        self.kinds = kinds(shape, options.plan, options.kv_dtype)
 
     @property
     def like(self) -> Tensor:
@@ -206,7 +208,7 @@ def run(options: Options, progress: Progress = lambda case, done: None) -> dict[
     shape = options.shape
     return result("memory", options.command, rows) | {
         "model": shape.name, "plan": options.plan.to_dict(), "plan_note": shape.plan_note,
-        "selections": options.selections, "skipped": skipped,
+        "kv_dtype": options.kv_dtype, "selections": options.selections, "skipped": skipped,
     }  # fmt: skip
 
 

@@ -95,19 +95,21 @@ def test_rows_of_steps_of_every_cache(call, tmp_path):
         )
 
 
-def test_bytes_that_are_needed_are_those_that_are_held():
-    options = bench.Options(TINY, CFG, [1], [700], 1, "")
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_bytes_that_are_needed_are_those_that_are_held(kv_dtype):
+    options = bench.Options(TINY, CFG, [1], [700], 1, "", kv_dtype=kv_dtype)
     tiny = bench.Bench(options)
-    for kind in kinds(TINY, CFG)[:3]:
+    for kind in tiny.kinds[:3]:
         tiny._switch(kind)
         cache = kind.make(tiny.config, tiny.device)
         fill(cache, TINY, tiny.like, 3, 2000)
         tiny._step(cache, 3)
         held, needs = held_bytes(cache, tiny.device), kind.needs(3, 2000)
-        # Here a number has four bytes, and not two.
-        assert held.host == 2 * needs.host
+        # Here a number has four bytes, and not two; or one.
+        size = 1 if kv_dtype and kind.is_ours else 2
+        assert held.host == size * needs.host
         assert (held.host > 0) == (kind.name == OURS)
-        assert 0.5 * needs.gpu < held.gpu / 2 < 1.1 * needs.gpu
+        assert 0.5 * needs.gpu < held.gpu / size < 1.1 * needs.gpu
 
 
 def test_the_longest_context_is_the_last_that_fits():
@@ -167,6 +169,9 @@ def test_tables_of_the_page_have_every_cache_once():
         "kind": "longest", "gpu_gb": 24.0, "ours": 226000, "theirs": 45000, "by_gpu_ours": 226000,
         "by_gpu_theirs": 45000, "held_ours": True, "held_theirs": True, "peer": STOCK,
     }  # fmt: skip
+    lines = list(tables([{"rows": rows, "kv_dtype": "int8"}]))
+    assert sum("| `DeltaCache`, int8 |" in line for line in lines) == 2
+    assert sum("| `DynamicCache` |" in line for line in lines) == 1
     lines = list(tables([{"rows": [*rows, long]}]))
     assert (
         "| 1 | 131,072 | measured | `DeltaOffloadedCache` | 40.0 | 3.00 GB | 16.00 GB | 0.900 |"
