@@ -68,6 +68,16 @@ def test_kernels(kind, dtype, kv_heads, group, dim, tokens):
     assert error(out, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("heads", "dim"), [(8, 128), (3, 64), (1, 80)])
+def test_a_token_is_packed_as_a_prompt_is(heads, dim):
+    states = torch.randn(2, 33, 1, heads, dim, device="cuda").bfloat16().transpose(2, 3)
+    packing = Packing("int8")
+    expected = [packing.pack(part) for part in states]
+    assert all(
+        torch.equal(*both) for both in zip(packing.pack_both(*states), expected, strict=True)
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cfg", [CFG, SHARE])
 def test_both_caches_give_the_same_bits_and_nearly_what_the_model_gives(cfg, kind):

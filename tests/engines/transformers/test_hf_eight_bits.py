@@ -119,6 +119,25 @@ def test_a_number_is_the_nearest_of_its_token(kind: str, dtype: torch.dtype) -> 
     assert torch.equal(found[1, 2, 3], states[1, 2, 3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "dim"), [(3, 8), (2, 20), (1, 64)])
+def test_the_kernel_packs_a_token_as_pytorch_does(heads: int, dim: int, dtype: torch.dtype) -> None:
+    kernel = pytest.importorskip("deltadecode.engines.transformers.packing_kernel")
+    # As models make them: a view of all tokens by heads.
+    states = torch.randn(2, 40, 1, heads, dim).to(dtype).transpose(2, 3)
+    states *= torch.logspace(-20, 20, 40)[:, None, None, None].to(dtype)
+    states[0, 3, 0] = 0
+    expected = torch.stack([Packing("int8").pack(part) for part in states])
+    found = kernel.pack_token(*states, packed_bytes(heads, dim), 2 * -(-heads * dim // 2))
+    assert torch.equal(found, expected)
+    states[1, 5, 0, 0, 2] = float("nan")
+    found = kernel.pack_token(*states, packed_bytes(heads, dim), 2 * -(-heads * dim // 2))
+    packing = Packing("int8")
+    packing.pack(states[1])
+    _, scales = packing.parts(found[1].transpose(1, 2))
+    assert scales[5, 0, 0].isnan()
+
+
 def test_pieces_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     states = torch.randn(2, 3, 50, 8)
     whole = Packing("int8").pack(states)

@@ -237,7 +237,7 @@ class StoredLayer(DeltaLayer):
         if self.packing is not None:
             if key_states.dtype != value_states.dtype:
                 key_states, value_states = one_dtype(key_states, value_states)
-            stored = self.packing.pack(key_states), self.packing.pack(value_states)
+            stored = self.packing.pack_both(key_states, value_states)
         self._put(*stored)
         self._absent = self.apart and self._reading.paging and added == 1 and start > 0
         if self._absent:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltadecode.errors import ArgumentError
+from deltadecode.ops import kernels_refuse
 
 # The type of the numbers, and the largest that a token's largest becomes.
 _NUMBERS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
@@ -75,6 +76,20 @@ class Packing:
             numbers[:, piece] = part.round() if self._number == torch.int8 else part
             scales[:, piece] = scale
         return packed
+
+    def pack_both(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`pack` of keys and of values, by one kernel for the new token of a step."""
+        _, heads, tokens, dim = key_states.shape
+        alike = key_states.shape == value_states.shape
+        one = tokens == 1 and alike and key_states.is_cuda and self._number == torch.int8
+        if not one or kernels_refuse(key_states[:, :, 0]) is not None:
+            return self.pack(key_states), self.pack(value_states)
+        from deltadecode.engines.transformers.packing_kernel import pack_token
+
+        self._heads, self._dim, self._dtype = heads, dim, key_states.dtype
+        at = _scales_at(heads, dim)
+        packed = pack_token(key_states, value_states, packed_bytes(heads, dim), at)
+        return packed[0], packed[1]
 
     def unpack(self, packed: Tensor) -> Tensor:
         """What :meth:`pack` made, as states [B, Hkv, T, D] of the type that they had."""
