@@ -12,6 +12,7 @@ import deltadecode as dd
 from benchmarks.e2e.shapes import SHAPES, find_shape
 from benchmarks.memory.page import tables
 from deltadecode.engines.transformers.offload_size import cache_bytes
+from deltadecode.engines.transformers.packing import packed_bytes
 
 RESULTS = ROOT / "benchmarks" / "results"
 page = cache(read)
@@ -203,6 +204,27 @@ def test_hit_rates_and_losses_of_rounding_are_those_of_the_files():
     for cells, *both in zip(rows[start + 1 :], *columns, strict=False):
         assert cells[0] == both[0]["case"].partition(": ")[2]
         assert cells[1:] == [rounded(row["added"], 4) for row in both]
+
+
+def test_bytes_and_losses_of_eight_bits_are_those_of_shapes_and_files():
+    rows = page("docs/memory.md").rows
+    start = rows.index(["KV heads × size", "bfloat16", "int8", "bfloat16 ÷ int8"])
+    shapes = {"Qwen3-8B": "qwen3-8b", "R1-Distill-Qwen-1.5B": "r1-1.5b", "SmolLM2-135M": "smollm2"}
+    for cells in rows[start + 1 : start + 4]:
+        sizes, _, name = cells[0].partition(" (")
+        shape = find_shape(shapes[name.removesuffix(")")])
+        assert sizes == f"{shape.kv_heads} × {shape.head_dim}"
+        half = 4 * shape.kv_heads * shape.head_dim
+        eight = 2 * packed_bytes(shape.kv_heads, shape.head_dim)
+        assert cells[1:] == [f"{half:,}", f"{eight:,}", rounded(half / eight, 2)]
+    start = rows.index(["cache", "opticks", "shakespeare"])
+    for cells in rows[start + 1 : start + 3]:
+        found = [
+            rows_of(f"memory-20261129-smollm2-eight-bits-{name}.json", kv_dtype=cells[0])[0]
+            for name in rows[start][1:]
+        ]
+        assert cells[1:] == [rounded(row["added"], 4) for row in found]
+        assert (cells[0] == "int8") == all(row["added"] <= 0.003 for row in found)
 
 
 def test_what_caches_measured_is_on_their_page():

@@ -185,3 +185,17 @@ def test_tables_of_the_page_have_every_cache_once():
         "| 24 GB | `DeltaOffloadedCache` | 226,000 | 226,000 | yes |",
         "| 24 GB | `DynamicCache` | 45,000 | 45,000 | yes |",
     ]
+
+
+def test_losses_of_caches_of_eight_bits(call):
+    pytest.importorskip("deltadecode_embedded")
+    code, out, err = call(
+        *("--eight-bits", "embedded", "--context", 300, "--steps", 2, "--texts", 1),
+        *("--budget", 12, "--json"),
+    )
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["kv_dtype"] for row in rows] == ["int8", "fp8"]
+    for row in rows:
+        assert row["added"] == pytest.approx(row["ours"] - row["theirs"], abs=1e-4)
+        assert row["added"] != 0 and len(row["of_texts"]) == 1
