@@ -75,6 +75,10 @@ _FULL = (
     (512, (Tile(32, 4, 4, (1.8, 2)),)),
     (1024, (Tile(16, 4, 3, (1.8, 2)),)),
 )
+# The same for more lines of queries than one instruction multiplies, as of rows that verify drafts:
+# more warps for them, and two blocks to a multiprocessor. Swept over 4 and 5 queries of 6 heads.
+_FULL_LINES = ((256, (Tile(64, 4, 5, (1.45, 2)),)), *_FULL[1:])
+_LINES = 16
 # Of 1,024 selected tokens: little to read, so what counts is that much of it is in flight at once.
 _SPARSE = (
     (256, (Tile(128, 4, 3, (1,)), Tile(64, 4, 4, (1.1, 1.7)))),
@@ -102,7 +106,13 @@ def padded(rows: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def attention_shape(
-    dim: int, itemsize: int, programs: int, tokens: int, sparse: bool, device: torch.device
+    dim: int,
+    itemsize: int,
+    programs: int,
+    tokens: int,
+    sparse: bool,
+    lines: int,
+    device: torch.device,
 ) -> tuple[Tile, int]:
     """Tile of the attention kernel, and the parts that each row's tokens are split into.
 
@@ -116,6 +126,8 @@ def attention_shape(
         Most tokens that a row can attend to.
     sparse : bool
         Whether the kernel reads selected pages.
+    lines : int
+        Queries of a tile, over the heads of a group and the tokens of a row.
     device : torch.device
         Where it runs.
     """
@@ -128,7 +140,8 @@ def attention_shape(
         # Two thread blocks to a multiprocessor, whether they are there at once or in turn.
         parts = 1 << max(1, 2 * sms // programs).bit_length() - 1
         return _by_bytes(_SPARSE_SPLIT, key_bytes), min(most, parts)
-    return _quickest(_by_bytes(_FULL, key_bytes), programs, most, sms)
+    tiles = _FULL_LINES if lines > _LINES else _FULL
+    return _quickest(_by_bytes(tiles, key_bytes), programs, most, sms)
 
 
 def tokens_in_tile(tokens: int, group: int) -> int:

@@ -128,7 +128,7 @@ class AttentionPlan:
         dim_pad = max(16, triton.next_power_of_2(dim))
         tile, parts = attention_shape(
             dim_pad, kind.cache_dtype.itemsize, padded(kind.queries[0]) * turns * kind.kv_heads,
-            attended, kind.sparse, kind.device,
+            attended, kind.sparse, group * packed, kind.device,
         )  # fmt: skip
         listed, step = page_list(kind.ids_width, tile.tokens, kind.page_size)
         common = {
