@@ -1,0 +1,112 @@
+"""Texts to train an index on, none of which an evaluation of this project decodes.
+
+| kind | rows |
+|---|---|
+| code | Python's library without the modules of ``text:stdlib-code`` |
+| docs | its topics of help without the pieces that ``text:stdlib-docs`` cuts |
+| needle | needles, single and multi-key, with their answers |
+| chain | chain problems with their solutions, for the embedded model |
+
+Seeds of problems lie below 2**31, those of evaluations above.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltadecode.lab.tasks.chain import make_problem
+from deltadecode.lab.tasks.ruler import Needle
+from deltadecode.lab.tasks.text import _MODULES, Text, read_text
+
+KINDS = ("docs", "code", "needle", "chain")
+CONTEXTS = (2000, 4000, 6000, 7500)  # of evaluations
+PIECES, TOKENS = 8, 128  # of each
+_GRAM = 16  # tokens in a row by which a piece is found again
+
+
+def code_text() -> str:
+    """Python's library without what evaluations read, in an order that mixes its packages."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    evaluated = {folder / f"{module}.py" for module in _MODULES}
+    paths = sorted(
+        path for path in folder.rglob("*.py")
+        if path not in evaluated
+        and not {"test", "tests", "site-packages", "idlelib", "encodings"} & set(path.parts)
+    )  # fmt: skip
+    random.Random(0).shuffle(paths)
+    return "\n\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
+
+
+def docs_ids(tokenizer: Any) -> list[int]:
+    """Tokens of the topics of help that are in none of the evaluations' pieces."""
+    ids: list[int] = tokenizer(
+        read_text("stdlib-docs", ""), add_special_tokens=False, verbose=False
+    ).input_ids
+    grams = set()
+    for context in CONTEXTS:
+        task = Text("stdlib-docs", context=context, tokens=TOKENS)
+        for piece in task.pieces(tokenizer, range(PIECES)):
+            grams |= {tuple(piece[i : i + _GRAM]) for i in range(len(piece) - _GRAM + 1)}
+    seen = [False] * len(ids)
+    for i in range(len(ids) - _GRAM + 1):
+        if tuple(ids[i : i + _GRAM]) in grams:
+            seen[i : i + _GRAM] = [True] * _GRAM
+    return [token for token, out in zip(ids, seen, strict=True) if not out]
+
+
+def answer(prompt: str) -> str:
+    """What a perfect model writes behind a needle's question."""
+    (key,) = re.findall(r"what is the code of the (.*), given above", prompt)
+    (code,) = re.findall(rf"The code of the {key} is (\d+)", prompt)
+    return f" {code}."
+
+
+class Rows:
+    """Row ``i`` follows from its number alone, so a training goes on where it was.
+
+    Parameters
+    ----------
+    kinds
+        Of `KINDS`, taken in turns.
+    length
+        Most tokens of a row; needles and chains are about as long, or end earlier.
+    """
+
+    def __init__(self, tokenizer: Any, kinds: tuple[str, ...], length: int, seed: int) -> None:
+        self.tokenizer, self.kinds, self.length, self.seed = tokenizer, kinds, length, seed
+        self.texts: dict[str, list[int]] = {}
+        if "docs" in kinds:
+            self.texts["docs"] = docs_ids(tokenizer)
+        if "code" in kinds:
+            # Twenty megabytes of library are more than any training here sees.
+            self.texts["code"] = self._encode(code_text()[:4_000_000])
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    def row(self, i: int) -> Tensor:
+        """Token ids [T] int64 with T <= length."""
+        rng = random.Random(f"index/{self.seed}/{i}")
+        kind = self.kinds[i % len(self.kinds)]
+        if kind in self.texts:
+            ids = self.texts[kind]
+            start = rng.randrange(max(1, len(ids) - self.length))
+            return torch.tensor(ids[start : start + self.length])
+        if kind == "needle":
+            task = Needle(rng.choice(("single", "multikey")), self.length - 128)
+            sample = task.sample(rng.getrandbits(31), lambda text: len(self._encode(text)))
+            text = sample.prompt + answer(sample.prompt)
+        else:
+            # About 27 tokens a step, facts and solution together.
+            steps = rng.randint(8, max(8, min(213, self.length // 29)))
+            problem = make_problem(rng.getrandbits(31), steps, rng.randint(0, 28))
+            text = problem.prompt + problem.solution
+        return torch.tensor(self._encode(text)[: self.length])
