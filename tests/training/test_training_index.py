@@ -38,19 +38,20 @@ def model():
     return LlamaForCausalLM(config).eval()
 
 
-def make_index(index, sources=(1, 3), rotary=4):
+def make_index(index, target="mean"):
     torch.manual_seed(1)
-    return index.model.Index(index.model.IndexConfig(sources, 32, 8, rotary, token=32))
+    return index.model.Index(index.model.IndexConfig((1, 3), 32, 8, 4, token=32, target=target))
 
 
-def test_targets_and_loss_are_those_of_slow_loops(index, model):
+@pytest.mark.parametrize("over", ["mean", "max"])
+def test_targets_and_loss_are_those_of_slow_loops(index, model, over):
     ids = torch.randint(VOCABULARY, (40,))
     queries = torch.tensor([9, 25, 39])
     seen = index.model.observe(model, ids, queries, {1, 3})
     plan = DeltaConfig(page_size=4, budget_pages=5, recent_pages=2, sink_pages=1,
                        dense_layers=(0,), delta_layers=(1, 3))  # fmt: skip
     forced = index.train.forced(queries, len(ids), plan)
-    made = make_index(index)
+    made = make_index(index, over)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         out = model(ids[None], output_attentions=True, output_hidden_states=True)
@@ -60,8 +61,9 @@ def test_targets_and_loss_are_those_of_slow_loops(index, model):
         states = layer.input_layernorm(out.hidden_states[group[0]])[0].detach()
         for row, t in enumerate(queries.tolist()):
             weights = [out.attentions[i][0, :, t].detach() for i in group]
-            target = torch.stack(weights).mean(dim=(0, 1))
-            torch.testing.assert_close(seen.target(group)[row], target)
+            both = torch.stack(weights)
+            target = both.mean(dim=(0, 1)) if over == "mean" else both.amax(dim=(0, 1))
+            torch.testing.assert_close(seen.target(group, over)[row], target)
             # One sink page, the query's own page and the one before it are forced.
             left = [s for s in range(t + 1) if s >= 4 and s // 4 < t // 4 - 1]
             assert left == [s for s in range(t + 1) if not forced[row, s]]

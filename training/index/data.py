@@ -24,6 +24,7 @@ from torch import Tensor
 from deltadecode.lab.tasks.chain import make_problem
 from deltadecode.lab.tasks.ruler import Needle
 from deltadecode.lab.tasks.text import _MODULES, Text, read_text
+from deltadecode.lab.tasks.vocabulary import NAMES
 
 KINDS = ("docs", "code", "needle", "chain")
 CONTEXTS = (2000, 4000, 6000, 7500)  # of evaluations
@@ -105,8 +106,9 @@ class Rows:
             sample = task.sample(rng.getrandbits(31), lambda text: len(self._encode(text)))
             text = sample.prompt + answer(sample.prompt)
         else:
-            # About 27 tokens a step, facts and solution together.
+            # A step has about 29 tokens, its fact included; another fact 9.
             steps = rng.randint(8, max(8, min(213, self.length // 29)))
-            problem = make_problem(rng.getrandbits(31), steps, rng.randint(0, 28))
+            spare = max(0, min(self.length // 9 - 3 * steps, len(NAMES) - steps - 1))
+            problem = make_problem(rng.getrandbits(31), steps, rng.randint(0, spare))
             text = problem.prompt + problem.solution
         return torch.tensor(self._encode(text)[: self.length])

@@ -6,7 +6,9 @@ are made from the layer's attention input h (normed, as the model's own projecti
     q_t = R(t) W_Q h_t,   k_s = R(s) W_K h_s,   I_ts = q_t · k_s / sqrt(width),   s <= t
 
 R rotates the first ``rotary`` channels as rotary positions do. The softmax of I_t is to be the
-mean attention weight over all heads of the layers from this source up to the next one.
+attention of the layers from this source up to the next one: the mean of their weights over layers
+and heads (CLSA's target), or the largest of them (what DELTA's page scores are made of), which is
+then normed to a sum of 1.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class IndexConfig:
         Of the rotation.
     token
         Numbers that a token's key and value have in one layer of the model, to count reads.
+    target
+        ``mean`` or ``max``, over layers and heads.
     """
 
     sources: tuple[int, ...]
@@ -52,6 +56,7 @@ class IndexConfig:
     rotary: int = 32
     base: float = 1e5
     token: int = 384
+    target: str = "mean"
 
 
 class Index(nn.Module):
@@ -128,17 +133,18 @@ class Observation:
     states
         Per layer asked for, the input of its attention, [T, hidden].
     targets
-        Per layer, the mean over heads of the attention weights of the queries, [Q, T] float32.
+        By ``mean`` or ``max`` over heads, then per layer: weights of the queries, [Q, T] float32.
     """
 
     queries: Tensor
     first: int  # layers before it are no targets
     states: dict[int, Tensor] = field(default_factory=dict)
-    targets: dict[int, Tensor] = field(default_factory=dict)
+    targets: dict[str, dict[int, Tensor]] = field(default_factory=lambda: {"mean": {}, "max": {}})
 
-    def target(self, layers: range) -> Tensor:
-        """[Q, T], the mean over layers."""
-        return torch.stack([self.targets[layer] for layer in layers]).mean(dim=0)
+    def target(self, layers: range, over: str = "mean") -> Tensor:
+        """[Q, T], over layers and heads."""
+        stacked = torch.stack([self.targets[over][layer] for layer in layers])
+        return stacked.mean(dim=0) if over == "mean" else stacked.amax(dim=0)
 
 
 @torch.no_grad()
@@ -180,7 +186,8 @@ def observed_attention(
         tokens = torch.arange(key.shape[2], device=key.device)
         logits = scores.logits(query[:, :, seen.queries], key)
         weights = scores.weights(logits, tokens <= seen.queries[:, None])
-        seen.targets[module.layer_idx] = weights.mean(dim=(1, 2))[0]
+        seen.targets["mean"][module.layer_idx] = weights.mean(dim=(1, 2))[0]
+        seen.targets["max"][module.layer_idx] = weights.amax(dim=(1, 2))[0]
     return out, None
 
 
@@ -192,9 +199,9 @@ def index_loss(index: Index, seen: Observation, forced: Tensor, layers: int) -> 
     """Mean over sources and queries of KL(target || index) in nats, outside of what is forced.
 
     ``forced`` [Q, T] are tokens that are read whatever the index says. The target's mass on the
-    others weighs each query.
+    others weighs each query. The sum of a target that is a maximum may be above 1.
     """
-    query_ids, tokens = seen.queries, seen.targets[seen.first].shape[1]
+    query_ids, tokens = seen.queries, seen.states[seen.first].shape[0]
     token = torch.arange(tokens, device=forced.device)
     open_ = (token <= query_ids[:, None]) & ~forced
     losses = []
@@ -202,7 +209,7 @@ def index_loss(index: Index, seen: Observation, forced: Tensor, layers: int) -> 
         query, key = index.project(place, seen.states[index.config.sources[place]], 0)
         logits = index.logits(query[query_ids], key).masked_fill(~open_, -torch.inf)
         log_q = logits.log_softmax(dim=1).masked_fill(~open_, 0.0)
-        target = seen.target(group).masked_fill(~open_, 0.0)
+        target = seen.target(group, index.config.target).masked_fill(~open_, 0.0)
         mass = target.sum(dim=1, keepdim=True).clamp(min=1e-9)
         log_p = (target / mass).clamp(min=1e-30).log()
         losses.append((target * (log_p - log_q)).sum(dim=1).mean())

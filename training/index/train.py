@@ -11,7 +11,9 @@ All variants learn from the same passes of the model:
 | each | the first F | one in every other layer |
 | replaced | DELTA's dense layers | one in the place of each of DELTA's Δ-layers |
 
-F is how many layers DELTA's plan reads in full, so all but the last read as much as DELTA.
+``one-max``, ``four-max`` and ``replaced-max`` learn the largest weight over layers and heads, the
+others the mean. F is how many layers DELTA's plan reads in full, so all but ``replaced`` read as
+much as DELTA.
 A killed run goes on from its last checkpoint with the same command.
 """
 
@@ -61,19 +63,20 @@ def parse() -> argparse.Namespace:
 
 
 def variants(model: Any, plan: DeltaConfig, given: list[str] | None) -> dict[str, tuple[int, ...]]:
-    """Sources by name of variant."""
+    """Sources by name of variant; a name that ends in -max says the target."""
     if given:
         named = (text.partition("=") for text in given)
         return {name: tuple(map(int, layers.split("+"))) for name, _, layers in named}
     layers = Layout.of(model).layers
     full = len(plan.dense_layers) + len(plan.delta_layers)
     step = (len(layers) - full) / 4
-    return {
+    found = {
         "one": layers[full : full + 1],
         "four": tuple(sorted({layers[full + int(i * step)] for i in range(4)})),
         "each": layers[full:],
         "replaced": plan.delta_layers,
     }
+    return found | {f"{name}-max": found[name] for name in ("one", "four", "replaced")}
 
 
 def forced(queries: Tensor, tokens: int, plan: DeltaConfig) -> Tensor:
@@ -100,6 +103,7 @@ class Training:
                 IndexConfig(
                     sources, config.hidden_size, args.width, args.rotary,
                     token=2 * dim * (kv_heads(config) or heads),
+                    target="max" if name.endswith("-max") else "mean",
                 )
             ).to(model.device)
             for name, sources in variants(model, self.plan, args.variant).items()
