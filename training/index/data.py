@@ -27,8 +27,8 @@ from deltadecode.lab.tasks.text import _MODULES, Text, read_text
 from deltadecode.lab.tasks.vocabulary import NAMES
 
 KINDS = ("docs", "code", "needle", "chain")
-CONTEXTS = (2000, 4000, 6000, 7500)  # of evaluations
-PIECES, TOKENS = 8, 128  # of each
+CONTEXTS = (2000, 4000, 7500)  # of the comparison of policies
+PIECES, TOKENS = 4, 128  # of each
 _GRAM = 16  # tokens in a row by which a piece is found again
 
 

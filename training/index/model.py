@@ -199,7 +199,7 @@ def index_loss(index: Index, seen: Observation, forced: Tensor, layers: int) -> 
     """Mean over sources and queries of KL(target || index) in nats, outside of what is forced.
 
     ``forced`` [Q, T] are tokens that are read whatever the index says. The target's mass on the
-    others weighs each query. The sum of a target that is a maximum may be above 1.
+    others, at most 1, weighs each query.
     """
     query_ids, tokens = seen.queries, seen.states[seen.first].shape[0]
     token = torch.arange(tokens, device=forced.device)
@@ -211,8 +211,9 @@ def index_loss(index: Index, seen: Observation, forced: Tensor, layers: int) -> 
         log_q = logits.log_softmax(dim=1).masked_fill(~open_, 0.0)
         target = seen.target(group, index.config.target).masked_fill(~open_, 0.0)
         mass = target.sum(dim=1, keepdim=True).clamp(min=1e-9)
-        log_p = (target / mass).clamp(min=1e-30).log()
-        losses.append((target * (log_p - log_q)).sum(dim=1).mean())
+        p = target / mass
+        divergence = (p * (p.clamp(min=1e-30).log() - log_q)).sum(dim=1)
+        losses.append((mass[:, 0].clamp(max=1) * divergence).mean())
     return torch.stack(losses).mean()
 
 
