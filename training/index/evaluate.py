@@ -33,7 +33,7 @@ from index.model import Index
 from index.policy import known
 
 FIRST_SEED = 4_000_000_000  # of problems; those of training are below 2**31
-PEERS = ("quest-kv", "oracle")
+PEERS = ("quest-kv", "streaming", "oracle")
 TASKS = (
     "text:stdlib-docs:context=4000:tokens=128",
     "text:stdlib-code:context=4000:tokens=128",
