@@ -207,8 +207,8 @@ def test_training_lowers_the_loss_leaves_the_model_and_goes_on(index, model, tmp
 
     def train(folder, stop=1e9):
         monkeypatch.setattr(sys, "argv", [
-            "train.py", "--model=tiny", f"--workdir={folder}", "--steps=40", "--rows=2",
-            "--width=8", "--rotary=4", "--queries=16", "--lr=0.02",
+            "train.py", "--model=tiny", f"--workdir={folder}", "--steps=20", "--rows=2",
+            "--repeats=2", "--width=8", "--rotary=4", "--queries=16", "--lr=0.02",
         ])  # fmt: skip
         folder.mkdir(exist_ok=True)
         return index.train.Training(index.train.parse(), model, Words()).train(stop)

@@ -36,7 +36,7 @@ from deltadecode.architecture import kv_heads, num_layers, text_config
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.policies.base import Layout
 from index.data import KINDS, Rows
-from index.model import Index, IndexConfig, index_loss, observe
+from index.model import Index, IndexConfig, Observation, index_loss, observe
 
 WARMUP_STEPS = 10
 NEWEST = 32  # last tokens of a row that are always asked for: answers stand there
@@ -54,7 +54,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--queries", type=int, default=512, help="of a row that the loss is taken of")
     p.add_argument("--width", type=int, default=64)
     p.add_argument("--rotary", type=int, default=32, help="channels that rotate with the position")
-    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--lr", type=float, default=5e-3)
+    p.add_argument("--repeats", type=int, default=1, help="updates from the same rows")
     p.add_argument("--variant", action="append", help="NAME=LAYER+LAYER: others than the four")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", help="default: bfloat16 on a GPU, else float32")
@@ -129,29 +130,38 @@ class Training:
         newest = torch.arange(max(first, tokens - NEWEST), tokens)
         return torch.cat([some, newest]).unique().to(self.model.device)
 
-    def train_step(self) -> dict[str, Tensor]:
-        sources = {layer for index in self.indexes.values() for layer in index.config.sources}
-        found = dict.fromkeys(self.indexes, torch.zeros((), device=self.model.device))
-        for row in range(self.args.rows):
-            i = self.step * self.args.rows + row
-            ids = self.rows.row(i).to(self.model.device)
-            queries = self.queries(i, len(ids))
-            seen = observe(self.model, ids, queries, sources)
-            out = forced(queries, len(ids), self.plan)
-            for name, index in self.indexes.items():
-                loss = index_loss(index, seen, out, self.layers) / self.args.rows
-                loss.backward()  # type: ignore[no-untyped-call]
-                found[name] = found[name] + loss.detach()
+    def train_step(self) -> dict[str, float]:
+        """Losses on rows that were not seen before; then learn from them."""
+        seen = [self.observed(self.step * self.args.rows + row) for row in range(self.args.rows)]
         done = self.step / self.args.steps
         rate = min(1.0, (self.step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * done))
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * rate
-        for index in self.indexes.values():
-            torch.nn.utils.clip_grad_norm_(index.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        found: dict[str, float] = {}
+        for _ in range(self.args.repeats):
+            losses = {name: self.update(index, seen) for name, index in self.indexes.items()}
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            found = found or {name: float(loss) for name, loss in losses.items()}
         self.step += 1
         return found
+
+    def observed(self, i: int) -> tuple[Observation, Tensor]:
+        """What the model does with row i, and what its queries read anyway."""
+        sources = {layer for index in self.indexes.values() for layer in index.config.sources}
+        ids = self.rows.row(i).to(self.model.device)
+        queries = self.queries(i, len(ids))
+        return observe(self.model, ids, queries, sources), forced(queries, len(ids), self.plan)
+
+    def update(self, index: Index, seen: list[tuple[Observation, Tensor]]) -> Tensor:
+        """Mean loss of an index, whose gradients are left clipped."""
+        total = torch.zeros((), device=self.model.device)
+        for one, out in seen:
+            loss = index_loss(index, one, out, self.layers) / len(seen)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        torch.nn.utils.clip_grad_norm_(index.parameters(), 1.0)
+        return total
 
     def save(self) -> None:
         """Write the checkpoint in one piece."""
@@ -171,7 +181,7 @@ class Training:
             now = time.monotonic()
             if self.step in (1, self.args.steps) or now - said > 10 or now > until:
                 self.say(step=self.step, seconds=round(now - start, 1),
-                         **{name: round(float(x), 4) for name, x in found.items()})  # fmt: skip
+                         **{name: round(x, 4) for name, x in found.items()})  # fmt: skip
                 said = now
             if now - kept > 60 or now > until or self.step == self.args.steps:
                 self.save()
