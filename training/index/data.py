@@ -15,17 +15,21 @@ from __future__ import annotations
 import random
 import re
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltadecode.errors import EvaluationError
 from deltadecode.lab.tasks.chain import make_problem
+from deltadecode.lab.tasks.registry import TASKS
 from deltadecode.lab.tasks.ruler import Needle
 from deltadecode.lab.tasks.text import _MODULES, Text, read_text
 from deltadecode.lab.tasks.vocabulary import NAMES
 
+FIRST_SEED = 4_000_000_000  # of evaluations; those of training are below 2**31
 KINDS = ("docs", "code", "needle", "chain")
 CONTEXTS = (2000, 4000, 7500)  # of the comparison of policies
 PIECES, TOKENS = 4, 128  # of each
@@ -112,3 +116,37 @@ class Rows:
             problem = make_problem(rng.getrandbits(31), steps, rng.randint(0, spare))
             text = problem.prompt + problem.solution
         return torch.tensor(self._encode(text)[: self.length])
+
+
+class ChainText(Text):
+    """Chain problems led along their solutions: a text's losses, of the embedded model's task.
+
+    The prompt and what stands before token ``context`` are in the cache. Seeds count from those
+    that evaluations have.
+    """
+
+    name = "chain-text"
+    positional = None
+
+    def __init__(
+        self, steps: int = 24, distractors: int = 200, context: int = 2000, tokens: int = 256
+    ) -> None:
+        self.steps, self.distractors = steps, distractors
+        self.context, self.tokens = context, tokens
+
+    def pieces(self, tokenizer: Any, seeds: Sequence[int]) -> list[list[int]]:
+        """Token ids of a problem and its solution for each seed."""
+        pieces = []
+        for seed in seeds:
+            problem = make_problem(FIRST_SEED + seed, self.steps, self.distractors)
+            ids = tokenizer(problem.prompt + problem.solution, add_special_tokens=False).input_ids
+            if len(ids) < self.needed:
+                raise EvaluationError(
+                    f"a problem of task 'chain-text' has {len(ids)} tokens, and context + tokens "
+                    f"+ 1 are {self.needed}"
+                )
+            pieces.append(ids[: self.needed])
+        return pieces
+
+
+TASKS[ChainText.name] = ChainText

@@ -29,10 +29,10 @@ from deltadecode.lab.evaluation.summary import summarize
 from deltadecode.lab.results import commit, result, write_result
 from deltadecode.lab.tasks.registry import make_task
 from deltadecode.lab.tasks.text import Text
+from index.data import FIRST_SEED
 from index.model import Index
 from index.policy import known
 
-FIRST_SEED = 4_000_000_000  # of problems; those of training are below 2**31
 PEERS = ("quest-kv", "streaming", "oracle")
 TASKS = (
     "text:stdlib-docs:context=4000:tokens=128",
@@ -150,7 +150,7 @@ def main() -> None:
     of_problems = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     rows, done = [], True
     for task in args.task or TASKS:
-        dtype = "float32" if task.startswith("text:") else of_problems
+        dtype = "float32" if "text" in task.partition(":")[0] else of_problems
         if dtype not in models:
             models[dtype] = load_model(folder, dtype, device)
         try:

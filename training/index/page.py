@@ -22,7 +22,7 @@ NAMES = {
 }
 COLUMNS = {
     "stdlib-docs": "docs, KL", "stdlib-code": "code, KL", "single": "needle, %",
-    "multikey": "multi-key, %", "chain": "chain, %",
+    "multikey": "multi-key, %", "chain-text": "led, KL", "chain": "right, %",
 }  # fmt: skip
 
 
