@@ -8,6 +8,7 @@ All variants learn from the same passes of the model:
 |---|---|---|
 | one | the first F | one, at layer F |
 | four | the first F | four, from layer F on, evenly |
+| placed | the first F | as four, at layer F and at DELTA's Δ-layers behind it |
 | each | the first F | one in every other layer |
 | replaced | DELTA's dense layers | one in the place of each of DELTA's Δ-layers |
 
@@ -74,6 +75,7 @@ def variants(model: Any, plan: DeltaConfig, given: list[str] | None) -> dict[str
     found = {
         "one": layers[full : full + 1],
         "four": tuple(sorted({layers[full + int(i * step)] for i in range(4)})),
+        "placed": (layers[full], *(i for i in plan.delta_layers if i > layers[full])),
         "each": layers[full:],
         "replaced": plan.delta_layers,
     }
@@ -95,20 +97,18 @@ class Training:
         self.plan = DeltaConfig.for_model(model)
         self.layers = num_layers(text_config(model))
         self.rows = Rows(tokenizer, tuple(args.kinds.split(",")), args.length, args.seed)
-        torch.manual_seed(args.seed)
         config = text_config(model)
         heads = config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.indexes = {
-            name: Index(
-                IndexConfig(
-                    sources, config.hidden_size, args.width, args.rotary,
-                    token=2 * dim * (kv_heads(config) or heads),
-                    target="max" if name.endswith("-max") else "mean",
-                )
-            ).to(model.device)
-            for name, sources in variants(model, self.plan, args.variant).items()
-        }  # fmt: skip
+        self.indexes: dict[str, Index] = {}
+        for name, sources in variants(model, self.plan, args.variant).items():
+            torch.manual_seed(args.seed)  # whatever else is trained
+            shape = IndexConfig(
+                sources, config.hidden_size, args.width, args.rotary,
+                token=2 * dim * (kv_heads(config) or heads),
+                target="max" if name.endswith("-max") else "mean",
+            )  # fmt: skip
+            self.indexes[name] = Index(shape).to(model.device)
         # One optimizer: what an index learns has no part in another's gradient.
         self.optimizer = torch.optim.Adam(
             [p for index in self.indexes.values() for p in index.parameters()], args.lr, (0.9, 0.95)
