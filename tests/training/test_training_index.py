@@ -15,6 +15,7 @@ from deltadecode.lab.policies import make_policy
 from deltadecode.lab.rows import RowsText
 
 TRAINING = Path(__file__).resolve().parents[2] / "training"
+RESULTS = TRAINING.parent / "benchmarks" / "results"
 LAYERS, VOCABULARY = 5, 40
 
 
@@ -225,3 +226,12 @@ def test_training_lowers_the_loss_leaves_the_model_and_goes_on(index, model, tmp
     sources = {name: index.model.Index.load(whole / f"{name}.pt").config.sources
                for name in ("one", "each", "replaced")}  # fmt: skip
     assert sources == {"one": (3,), "each": (3, 4), "replaced": (1, 3)}
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("index-*.json")), ids=lambda path: path.name)
+def test_the_page_has_the_tables_of_its_files(index, file):
+    page = (TRAINING.parent / "docs" / "clsa.md").read_text(encoding="utf-8")
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert file.name in page
+    for line in importlib.import_module("index.page").lines(rows):
+        assert line in page
