@@ -162,7 +162,7 @@ def main() -> None:
         show(found)
         rows += found
     if args.out and rows:
-        command = "python " + " ".join(sys.argv)
+        command = "python " + " ".join(sys.argv).replace(str(args.workdir), "RUN")
         print(write_result(result("index", command, rows), args.out, args.tag))
     if not done:
         sys.exit("out of time; the same command goes on from here")
