@@ -21,8 +21,8 @@ NAMES = {
     "oracle": "oracle: each layer chooses",
 }
 COLUMNS = {
-    "stdlib-docs": "docs, KL", "stdlib-code": "code, KL", "single": "needle, %",
-    "multikey": "multi-key, %", "chain-text": "led, KL", "chain": "right, %",
+    "stdlib-docs": "docs, KL · same", "stdlib-code": "code, KL · same", "single": "needle, %",
+    "multikey": "multi-key, %", "chain-text": "chain, KL · same", "chain": "chain, %",
 }  # fmt: skip
 
 
@@ -46,7 +46,10 @@ def column_of(row: Row) -> str:
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """The table in Markdown: a line for each policy, those of DELTA and its peers first."""
+    """The table in Markdown: a line for each policy, those of DELTA and its peers first.
+
+    Behind a KL stands the share of steps at which full attention would write the same token.
+    """
     budget = next(row["budget"] for row in rows if row["policy"] == "delta")
     titles = [title for title in COLUMNS.values() if any(column_of(r) == title for r in rows)]
     found: dict[str, dict[str, Row]] = {}
@@ -72,7 +75,10 @@ def _reads(row: Row) -> str:
 def _value(row: Row | None) -> str:
     if row is None:
         return "–"
-    return f"{row['kl']:.4f}" if "kl" in row else f"{100 * row['score']:.0f}"
+    if "kl" not in row:
+        return f"{100 * row['score']:.0f}"
+    # Rounding may leave a KL of 0 below it.
+    return f"{max(row['kl'], 0):.4f} · {100 * row['score']:.1f}"
 
 
 if __name__ == "__main__":
