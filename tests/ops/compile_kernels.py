@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
 from deltadecode.ops import dispatch
-from deltadecode.ops.triton import attention, index, plans, selection, wide
+from deltadecode.ops.triton import attention, finish, index, plans, selection, wide
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -106,7 +106,7 @@ def int8_with_scales(dtype):
 
 def main(dtype):
     attention.attend = Compiled(attention.attend)
-    attention.finish = Compiled(attention.finish)
+    finish.finish = Compiled(finish.finish)
     selection.select = Compiled(selection.select)
     index.score = Compiled(index.score)
     for name in ("count", "tally", "place"):
@@ -149,7 +149,7 @@ def main(dtype):
         index_of_tokens(dtype)
         int8_with_scales(dtype)
     kernels = (
-        attention.attend, attention.finish, selection.select, index.score, wide.count, wide.tally,
+        attention.attend, finish.finish, selection.select, index.score, wide.count, wide.tally,
         wide.place,
     )  # fmt: skip
     print(sum(len(kernel.seen) for kernel in kernels))

@@ -19,7 +19,7 @@ from torch import Tensor
 from deltadecode.config import DeltaConfig
 from deltadecode.ops.inputs import DecodeInputs
 from deltadecode.ops.memory import HasAddress, Pointer
-from deltadecode.ops.triton import attention, selection
+from deltadecode.ops.triton import attention, finish, selection
 from deltadecode.ops.triton.direct import Launch
 from deltadecode.ops.triton.launch import (
     attention_shape,
@@ -170,7 +170,7 @@ class AttentionPlan:
             )
             merges = heads * (dim_pad // dims) if parts > 1 else 0
             self._finish = Launch(
-                attention.finish,
+                finish.finish,
                 (rows, (scoring if scored else 0) + merges, 1),
                 (reach, self.pages, kind.v_scale),
                 dict(
