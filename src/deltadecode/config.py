@@ -19,6 +19,8 @@ Role = Literal["dense", "delta", "sparse", "own"]
 SHARE_DEN = 10_000
 # Drafts before a verification in lossless mode, in every engine (R12).
 MOST_DRAFTS = 16
+# What caches hold keys and values in, if not in the model's type.
+KV_DTYPES = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,11 @@ class DeltaConfig:
     def pages_for(self, pages: int) -> int:
         """Most pages that a sparse layer reads of a row of N pages, K(N); see docs/semantics.md."""
         return max(self.budget_pages, -(-self.share_num * pages // SHARE_DEN))
+
+    def reads_all(self, tokens: int) -> bool:
+        """Whether a sparse layer reads every page of a row of so many tokens."""
+        pages = -(-tokens // self.page_size)
+        return pages <= self.pages_for(pages)
 
     def table_width(self, pages: int) -> int:
         """Columns of the page ids of rows of up to ``pages`` pages.

@@ -13,14 +13,13 @@ import typer
 
 from deltadecode.cli.files import check_file, check_folder, picture_file
 from deltadecode.cli.output import BadInput, check_tag
-from deltadecode.config import MOST_DRAFTS
+from deltadecode.config import KV_DTYPES, MOST_DRAFTS
 
 EMBEDDED, SMOLLM2 = "embedded", "smollm2"
 LARGEST_SEED = 2**32 - 1  # of NumPy's generator, which Transformers seeds too
 FIRST_PROBLEM = 3_000_000_000  # seed of evaluations, apart from those of training and calibration
 _LARGEST_COUNT = 2**31 - 1  # page ids are int32
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
-_KV_DTYPES = ("int8", "fp8")
 PLAN_PANEL, _SAMPLING = "DELTA", "Sampling"  # of --help
 
 
@@ -83,8 +82,8 @@ def _dtype(value: str) -> str:
 
 
 def _kv_dtype(value: str | None) -> str | None:
-    if value is not None and value not in _KV_DTYPES:
-        raise BadInput(f"--kv-dtype must be {' or '.join(_KV_DTYPES)}, got {value!r}")
+    if value is not None and value not in KV_DTYPES:
+        raise BadInput(f"--kv-dtype must be {' or '.join(KV_DTYPES)}, got {value!r}")
     return value
 
 
@@ -215,7 +214,7 @@ KvDtype = Annotated[
     str | None,
     typer.Option(
         help="Keys and values in eight bits; by default the model's type.",
-        metavar="|".join(_KV_DTYPES), rich_help_panel=PLAN_PANEL, callback=_kv_dtype,
+        metavar="|".join(KV_DTYPES), rich_help_panel=PLAN_PANEL, callback=_kv_dtype,
     ),
 ]  # fmt: skip
 Compare = Annotated[

@@ -42,7 +42,7 @@ class Part:
         """Select by the scores [layers, R, pages] of the last of the rows' tokens."""
         whole, tail = divmod(group.length, cfg.page_size)
         pages = whole + (tail > 0)
-        if pages <= cfg.pages_for(pages):
+        if cfg.reads_all(group.length):
             return cls(group, None)
         lengths = group.seq_lens.to(scores.device).repeat(len(scores))
         ids, _ = select_pages(scores.flatten(0, 1), lengths, cfg)

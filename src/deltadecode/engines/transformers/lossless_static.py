@@ -162,5 +162,4 @@ class StaticDrafting:
 
     def _leaves_out(self, lengths: list[int]) -> bool:
         """Whether the longest row has more pages than a draft may read."""
-        pages = -(-max(lengths) // self.state.cfg.page_size)
-        return pages > self.state.cfg.pages_for(pages)
+        return not self.state.cfg.reads_all(max(lengths))

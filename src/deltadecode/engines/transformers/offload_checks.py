@@ -62,5 +62,5 @@ def check_host(model: Any, cache: DeltaOffloadedCache, rows: int, tokens: int) -
     for device in sorted(devices, key=str):
         shared.transfer.check(device)
     of_token = token_bytes(model.config, model.dtype.itemsize, cache.kv_dtype)
-    if of_token is not None and not shared.fits(tokens):
+    if of_token is not None and not shared.cfg.reads_all(tokens):
         shared.check_room(tokens, rows * of_token)

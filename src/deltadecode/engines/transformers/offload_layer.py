@@ -40,11 +40,6 @@ class Offload:
         # be freed late.
         self.rooms: list[int] = []
 
-    def fits(self, tokens: int) -> bool:
-        """Whether so many tokens lie within the budget, so that the host would save nothing."""
-        pages = -(-tokens // self.cfg.page_size)
-        return pages <= self.cfg.pages_for(pages)
-
     @staticmethod
     def room_for(tokens: int) -> int:
         """Slots to take for so many tokens: host memory is large and pinning is slow."""
@@ -187,16 +182,6 @@ class OffloadedLayer(StoredLayer):
 
         As :class:`StoredLayer` does it; within the budget as :class:`DeltaLayer` does.
 
-        Parameters
-        ----------
-        key_states, value_states : Tensor
-            [B, Hkv, new tokens, D].
-
-        Returns
-        -------
-        tuple of Tensor
-            Keys and values [B, Hkv, n, D] on the device.
-
         Raises
         ------
         UnsupportedCacheError
@@ -213,7 +198,7 @@ class OffloadedLayer(StoredLayer):
     def _put(self, key_states: Tensor, value_states: Tensor) -> None:
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if self._host is None and self._shared.fits(end):
+        if self._host is None and self._shared.cfg.reads_all(end):
             super()._put(key_states, value_states)
             return
         if key_states.dtype != value_states.dtype or (start and key_states.dtype != self.dtype):
@@ -337,7 +322,7 @@ class OffloadedLayer(StoredLayer):
             return
         self._drop_pool()
         self._tokens = max(0, self._tokens + tokens_to_remove)
-        if self._shared.fits(self._tokens):
+        if self._shared.cfg.reads_all(self._tokens):
             keys, values = self._loaded()
             self._shared.transfer.settle()
             self._forget_host()

@@ -56,8 +56,7 @@ def cache_bytes(
         return None
     layers, sparse = len(plan.attention_layers), plan.roles.count("sparse")
     whole = tokens * of_token
-    pages = -(-tokens // cfg.page_size)
-    if pages <= cfg.pages_for(pages):
+    if cfg.reads_all(tokens):
         return CacheBytes(tokens, layers * whole, layers * whole, 0)
     # One more page of a row is spare.
     pool = (pool_pages(cfg, tokens) + 1) * cfg.page_size * of_token

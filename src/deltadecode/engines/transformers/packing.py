@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltadecode.config import KV_DTYPES
 from deltadecode.errors import ArgumentError
 from deltadecode.ops import kernels_refuse
 
@@ -31,8 +32,8 @@ def check_kv_dtype(kv_dtype: str | None) -> None:
     ArgumentError
         Naming it.
     """
-    if kv_dtype is not None and kv_dtype not in _NUMBERS:
-        names = ", ".join(map(repr, _NUMBERS))
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        names = ", ".join(map(repr, KV_DTYPES))
         raise ArgumentError(f"kv_dtype must be {names} or None, got {kv_dtype!r}")
 
 
