@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -11,12 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import deltadecode as dd
-from benchmarks.memory.rounding import ROUNDINGS, UNIT, RoundedCache
-from benchmarks.memory.selections import pieces_of
-from benchmarks.report import Progress
-from deltadecode.lab.results import row
-
-KV_DTYPES = ("int8", "fp8")
+from benchmarks.memory.rounding import ROUNDINGS, RoundedCache, loss_rows
+from deltadecode.config import KV_DTYPES
 
 
 @torch.inference_mode()
@@ -25,39 +20,11 @@ def eight_bit_losses(
     tokenizer: Any,
     plans: Sequence[dd.DeltaConfig],
     contexts: Sequence[int],
-    *,
-    texts: int,
-    steps: int,
-    file: str = "",
-    progress: Progress = lambda case, done: None,
+    **asked: Any,
 ) -> list[dict[str, Any]]:
-    """A row for each context and type: KL(full attention ‖ DELTA), the mean over all steps.
-
-    Full attention has a cache of the model's type. ``added`` is what a cache adds to the KL of one
-    that holds bfloat16; ``of_texts`` has that of each text.
-    """
-    rows: list[dict[str, Any]] = []
-    parts = len(plans) * len(contexts)
-    for at, (context, plan) in enumerate(product(contexts, plans)):
-        found = []
-        for number, ids in enumerate(pieces_of(tokenizer, context + steps + 1, texts, file)):
-            case = f"context {context}, text {number}: K {plan.budget_pages}"
-            progress(case, (at + number / texts) / parts)
-            found.append(_text_losses(model, plan, ids, context, steps))
-        base, *others = torch.stack(found).T
-        for kv_dtype, means in zip(KV_DTYPES, others, strict=True):
-            added = means - base
-            rows.append(
-                row(
-                    f"context {context}, K {plan.budget_pages}: {kv_dtype}", "bfloat16", UNIT,
-                    float(means.mean()), float(base.mean()), context=context,
-                    budget_pages=plan.budget_pages, page_size=plan.page_size, texts=len(found),
-                    steps=steps, kv_dtype=kv_dtype, added=round(float(added.mean()), 6),
-                    of_texts=[round(one, 6) for one in added.tolist()],
-                )
-            )  # fmt: skip
-    dd.disable(model)
-    return rows
+    """A row for each context and type, as :func:`benchmarks.memory.rounding.loss_rows` has them."""
+    kinds = {kv_dtype: {"kv_dtype": kv_dtype} for kv_dtype in KV_DTYPES}
+    return loss_rows(model, tokenizer, plans, contexts, kinds, _text_losses, **asked)
 
 
 def _text_losses(model: Any, plan: dd.DeltaConfig, ids: Tensor, context: int, steps: int) -> Tensor:

@@ -6,7 +6,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -201,17 +201,41 @@ def losses(
     tokenizer: Any,
     plans: Sequence[dd.DeltaConfig],
     contexts: Sequence[int],
+    **asked: Any,
+) -> list[dict[str, Any]]:
+    """A row for each context and rounding, as :func:`loss_rows` makes them.
+
+    A prompt's tokens attend to each other before they are rounded.
+    """
+    roundings = {
+        one.name: {
+            "number": one.number, "scales": one.scales, "protected": one.protected, "of": one.of,
+            "centred": one.centred,
+        }
+        for one in ROUNDINGS[1:]
+    }  # fmt: skip
+    return loss_rows(model, tokenizer, plans, contexts, roundings, _text_losses, **asked)
+
+
+def loss_rows(
+    model: Any,
+    tokenizer: Any,
+    plans: Sequence[dd.DeltaConfig],
+    contexts: Sequence[int],
+    kinds: Mapping[str, Mapping[str, Any]],
+    measure: Callable[..., Tensor],
     *,
     texts: int,
     steps: int,
     file: str = "",
     progress: Progress = lambda case, done: None,
 ) -> list[dict[str, Any]]:
-    """A row for each context and rounding: KL(full attention ‖ DELTA), the mean over all steps.
+    """A row for each context, plan and kind of cache: KL(full attention ‖ DELTA), over all steps.
 
-    Full attention has a cache of the model's type. A prompt's tokens attend to each other before
-    they are rounded. ``added`` is what a rounding adds to the KL of a bfloat16 cache; ``of_texts``
-    has that of each text.
+    ``kinds`` are names of caches and what rows say of them. ``measure`` gives the mean KL over the
+    steps of one text, of a cache that holds bfloat16 and then of each kind. Full attention has a
+    cache of the model's type. ``added`` is what a kind adds to the KL of bfloat16; ``of_texts`` has
+    that of each text.
     """
     rows: list[dict[str, Any]] = []
     parts = len(plans) * len(contexts)
@@ -220,29 +244,20 @@ def losses(
         for number, ids in enumerate(pieces_of(tokenizer, context + steps + 1, texts, file)):
             case = f"context {context}, text {number}: K {plan.budget_pages}"
             progress(case, (at + number / texts) / parts)
-            found.append(_text_losses(model, plan, ids, context, steps))
-        rows += _rows(torch.stack(found), plan, context, steps)
+            found.append(measure(model, plan, ids, context, steps))
+        base, *others = torch.stack(found).T
+        for (name, facts), means in zip(kinds.items(), others, strict=True):
+            added = means - base
+            rows.append(
+                row(
+                    f"context {context}, K {plan.budget_pages}: {name}", "bfloat16", UNIT,
+                    float(means.mean()), float(base.mean()), context=context,
+                    budget_pages=plan.budget_pages, page_size=plan.page_size, texts=len(found),
+                    steps=steps, **facts, added=round(float(added.mean()), 6),
+                    of_texts=[round(one, 6) for one in added.tolist()],
+                )
+            )  # fmt: skip
     dd.disable(model)
-    return rows
-
-
-def _rows(means: Tensor, plan: dd.DeltaConfig, context: int, steps: int) -> list[dict[str, Any]]:
-    """Rows of the mean KL [texts, roundings]."""
-    base = means[:, 0]
-    rows = []
-    for rounding, mean in list(zip(ROUNDINGS, means.T, strict=True))[1:]:
-        added = mean - base
-        rows.append(
-            row(
-                f"context {context}, K {plan.budget_pages}: {rounding.name}", "bfloat16", UNIT,
-                float(mean.mean()), float(base.mean()), context=context,
-                budget_pages=plan.budget_pages, page_size=plan.page_size, texts=len(means),
-                steps=steps, number=rounding.number, scales=rounding.scales,
-                protected=rounding.protected, of=rounding.of, centred=rounding.centred,
-                added=round(float(added.mean()), 6),
-                of_texts=[round(one, 6) for one in added.tolist()],
-            )
-        )  # fmt: skip
     return rows
 
 
