@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deltadecode.ops.triton.direct import Launch
+from deltadecode.ops.triton.finish import highest
 
 # Added and taken away again, it leaves the nearest whole number of a float32, ties to even.
 _WHOLE = tl.constexpr(12582912.0)
@@ -50,11 +51,6 @@ def _launch(
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _pack(
     keys, values, numbers, scales, k_row, k_head, v_row, v_head, size,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr,
@@ -68,7 +64,7 @@ def _pack(
     else:
         at = values + row.to(tl.int64) * v_row + head * v_head
         states = tl.load(at + dim, mask=dim < DIM, other=0.0).to(tl.float32)
-    most = tl.reduce(tl.abs(states), 0, _larger)
+    most = highest(tl.abs(states))
     scale = tl.maximum(tl.div_rn(most, 127.0), _TINY, propagate_nan=tl.PropagateNan.ALL)
     # To the nearest bfloat16, ties to even: the upper half of a float32. The interpreter would cut.
     bits = scale.to(tl.int32, bitcast=True)

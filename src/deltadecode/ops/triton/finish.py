@@ -125,7 +125,7 @@ def _scores_of(
         mask=(heads < HEADS)[:, None] & valid[None, :],
         other=float("-inf"),
     )
-    best = _highest(logits - whole[:, None])
+    best = highest(logits - whole[:, None])
     # exp2 is monotonic: one for the largest instead of one per head.
     weight = tl.where(valid, tl.exp2(best), 0.0)
     return tl.sum(tl.reshape(weight, [PAGES, PAGE_PAD]), 1)
@@ -137,6 +137,6 @@ def _larger(a, b):
 
 
 @triton.jit
-def _highest(logits):
-    """Largest over the heads [heads, tokens]; NaN if any is."""
-    return tl.reduce(logits, 0, _larger)
+def highest(numbers):
+    """Largest over the first dimension; NaN if any is."""
+    return tl.reduce(numbers, 0, _larger)
