@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deltadecode.config import DeltaConfig
+from deltadecode.engines.draft_pages import count_older, list_pages
 from deltadecode.engines.serving.settings import ServingSettings, budget_tokens
 
 # What drafts have to gain by the bytes that are read, for all that those leave out.
@@ -108,12 +109,10 @@ class DraftPages:
         fresh = self._lengths[0] > 0
         window = (newest - (cfg.budget_pages - cfg.sink_pages)).clamp(min=0)
         first = torch.where(fresh, newest, window)
-        older = ((found >= 0) & (found < first[:, None])).sum(-1, dtype=torch.int32)
+        older = count_older(found, first)
         older = torch.where(fresh, older, first.clamp(max=cfg.sink_pages))
-        found = torch.nn.functional.pad(found, (0, len(columns) - found.shape[-1]))
-        listed = torch.where(fresh[:, None], found, columns)
-        newer = first[:, None] + columns - older[..., None]
-        torch.where(columns < older[..., None], listed, newer, out=self.ids)
+        listed = torch.where(fresh[:, None], found, columns[: found.shape[-1]])
+        list_pages(listed, older, first, columns, self.ids)
         self._older.copy_(older)
         self._first.copy_(first)
         self.forget()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deltadecode.engines.draft_pages import count_older, list_pages
 from deltadecode.engines.transformers.lossless import Phase
 from deltadecode.engines.transformers.static import decode_rows
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
@@ -150,13 +151,10 @@ class StaticDrafting:
         lens = tokens - self.first_slots
         scores = self._scores[:, :, kept - 1]
         ids, _ = select_pages(scores.flatten(0, 1), lens.repeat(len(scores)), cfg)
-        ids, columns = ids.view(*scores.shape[:2], -1), self._columns
-        newest = lens // cfg.page_size
-        older = ((ids >= 0) & (ids < newest[:, None])).sum(-1, dtype=torch.int32)
-        ids = torch.nn.functional.pad(ids, (0, len(columns) - ids.shape[-1]))
-        newer = newest[:, None] + columns - older[..., None]
+        ids, newest = ids.view(*scores.shape[:2], -1), lens // cfg.page_size
+        older = count_older(ids, newest)
         # In place: graphs of drafts read these.
-        torch.where(columns < older[..., None], ids, newer, out=self._ids)
+        list_pages(ids, older, newest, self._columns, self._ids)
         self._older.copy_(older)
         self._newest.copy_(newest)
 
