@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
 
 from deltadecode.engines.transformers.lossless import Phase
 from deltadecode.engines.transformers.lossless_static import StaticDrafting
 from deltadecode.engines.transformers.state import ModelState
-from deltadecode.engines.transformers.static_cache import DeltaStaticCache
+from deltadecode.engines.transformers.static_cache import DeltaStaticCache, static_layers
 from deltadecode.ops.graphs import Graph
 
 # What a pass makes for itself, or gets anew. With another tensor no graph is captured.
@@ -171,7 +170,7 @@ class Kept:
 
     def lend(self, cache: DeltaStaticCache, rows: int) -> bool:
         """Give them to a cache that has none, unless it differs, or somebody holds the first."""
-        layers: list[Any] = [layer for layer in self._layers if isinstance(layer, StaticLayer)]
+        layers = static_layers(self._layers)
         keys = layers[0].keys
         if (
             self._owner() is not None
@@ -205,8 +204,7 @@ def graph_pool() -> Any:
 
 def on_gpu(cache: DeltaStaticCache) -> bool:
     """Whether all of a cache is on one GPU."""
-    layers: list[Any] = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
-    devices = {layer.device for layer in layers if layer.is_initialized}
+    devices = {layer.device for layer in static_layers(cache.layers) if layer.is_initialized}
     return len(devices) == 1 and devices.pop().type == "cuda"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -155,8 +156,8 @@ class DeltaStaticCache(StaticCache):
     @property
     def lengths(self) -> list[Tensor]:
         """Tokens of each layer that holds some, int64 scalars."""
-        layers: list[Any] = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
-        return [layer.cumulative_length for layer in layers if layer.is_initialized]
+        held = static_layers(self.layers)
+        return [layer.cumulative_length for layer in held if layer.is_initialized]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -171,6 +172,11 @@ class DeltaStaticCache(StaticCache):
         stored: tuple[Tensor, Tensor]
         stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return stored
+
+
+def static_layers(layers: Iterable[Any]) -> list[Any]:
+    """Those of a cache's layers that have buffers of a fixed size."""
+    return [layer for layer in layers if isinstance(layer, StaticLayer)]
 
 
 def replace_static(
