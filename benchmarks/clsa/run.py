@@ -21,7 +21,7 @@ from deltadecode.errors import ArgumentError
 from deltadecode.lab.results import result, rounded, row
 from deltadecode.models.clsa import ClsaCache, ClsaConfig, ClsaForCausalLM, ClsaStaticCache
 from deltadecode.models.clsa.configuration import MODES
-from deltadecode.models.clsa.decode import selection
+from deltadecode.ops.tokens import selection
 
 __all__ = ["MODES", "Task", "run"]
 _SMALL: dict[str, Any] = {

@@ -10,6 +10,7 @@ from clsa_models import make_model
 from deltadecode import ops
 from deltadecode.errors import UnsupportedCacheError
 from deltadecode.models.clsa import ClsaStaticCache, decode
+from deltadecode.ops import tokens
 
 MODES = ("clsa", "yoco", "transformer")
 
@@ -63,6 +64,8 @@ def test_the_kernels_compute_a_step(mode, monkeypatch):
 
     kernels = {name: functools.partial(kernel, name) for name in names}
     monkeypatch.setattr(decode, "ops", SimpleNamespace(**kernels))
+    for name in names[1:]:
+        monkeypatch.setattr(tokens, name, kernels[name])
     cache = ClsaStaticCache(model.config, 2, 20, torch.float32, ids.device)
     model(ids[:, :11], past_key_values=cache)
     used.clear()

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from deltadecode import ops
-from deltadecode.config import DeltaConfig
-
-
-@functools.lru_cache(maxsize=64)
-def selection(topk: int) -> DeltaConfig:
-    """The exact top-k of tokens, as a selection of pages of one token, none of them forced."""
-    return DeltaConfig(page_size=1, budget_pages=topk, recent_pages=0, sink_pages=0)
+from deltadecode.ops.tokens import select_tokens
 
 
 class Paged:
@@ -52,8 +44,8 @@ def pick(query: Tensor, keys: Tensor, table: Tensor, lengths: Tensor, topk: int)
 
     ``query`` is [B, d], scaled, and ``keys`` [B, T, d]; the rest as for :class:`Paged`.
     """
-    scores = ops.index_scores(query, _blocks(keys, table), table, lengths)
-    return Paged(table, lengths, *ops.select_pages(scores, lengths, selection(topk)))
+    selected = select_tokens(query, _blocks(keys, table), table, lengths, topk)
+    return Paged(table, lengths, *selected)
 
 
 def rows_of(keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

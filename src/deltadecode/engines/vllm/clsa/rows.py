@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deltadecode import ops
-from deltadecode.config import DeltaConfig
 from deltadecode.engines.vllm.clsa.caches import CacheMetadata, TokenCache
+from deltadecode.ops.tokens import select_tokens
 
 # Queries whose index scores are in memory at a time: of a long prompt they are many bytes.
 CHUNK = 256
@@ -98,13 +98,10 @@ def select(
     query: Tensor, keys: Tensor, table: Tensor, lengths: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
     """Tokens of the largest scores of query [Q, d], scaled, against index keys in blocks."""
-    # Pages of one token, none of them forced.
-    config = DeltaConfig(page_size=1, budget_pages=topk, recent_pages=0, sink_pages=0)
     found = []
     for first in range(0, max(1, query.shape[0]), CHUNK):
         part = slice(first, first + CHUNK)
-        scores = ops.index_scores(query[part], keys, table[part], lengths[part])
-        found.append(ops.select_pages(scores, lengths[part], config))
+        found.append(select_tokens(query[part], keys, table[part], lengths[part], topk))
     if len(found) == 1:
         return found[0]
     ids, counts = zip(*found, strict=True)
