@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, Qwen2Config
 
 import deltadecode as dd
+from deltadecode.engines.transformers import attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -181,3 +182,18 @@ def test_lossless_mode_samples_in_bfloat16():
         texts.append(text)
     assert torch.equal(*texts)
     assert dd.stats(model).accepted > 0
+
+
+def test_decode_steps_leave_the_stock_function_alone(monkeypatch):
+    # It may plan a kernel anew for every number of tokens, which takes longer than a step.
+    queries, full = [], attention.full_attention
+
+    def noted(module, query, *arguments, **options):
+        queries.append(query.shape[2])
+        return full(module, query, *arguments, **options)
+
+    monkeypatch.setattr(attention, "full_attention", noted)
+    model = make("llama", torch.bfloat16)
+    tokens, _ = left_padded((60,))  # within the budget at first
+    generate(model, tokens, torch.ones_like(tokens))
+    assert set(queries) == {60}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deltadecode.engines.transformers.full import full_attention
+from deltadecode.engines.transformers.layers import StoredLayer
 from deltadecode.engines.transformers.lossless import Phase
 from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.engines.transformers.state import ROLE, Role
@@ -154,7 +155,7 @@ def _eager_step(
         if step.cache is not None and step.cache.fetches and not (rows.every_page or step.full):
             state.stats.offload.add_step()
     whole = role.kind == "dense" or rows.every_page
-    if step.full or (whole and (held is None or not held.in_place)):
+    if step.full or (whole and not _in_place(held, rows, query, key)):
         if held is None:
             return None
         key, value = held.whole()
@@ -168,6 +169,21 @@ def _eager_step(
     query = query[:, :, 0] if query.dtype == key.dtype else query[:, :, 0].to(key.dtype)
     options = _options(role, query, scaling, kwargs)
     return _attend_to_pages(role, step, rows, query, key, value, options)
+
+
+def _in_place(held: StoredLayer | None, rows: Rows, query: Tensor, key: Tensor) -> bool:
+    """Whether a layer that reads all tokens reads them where they are, without the stock function.
+
+    On a GPU that one may plan its kernel anew for every number of tokens, which takes longer than
+    the rest of a step. Rows of different starts would be a launch each, where it needs one.
+    """
+    if held is not None:
+        return held.in_place
+    return rows.together and _kernels_read(query, key)
+
+
+def _kernels_read(query: Tensor, key: Tensor) -> bool:
+    return query.is_cuda and kernels_refuse(query[:, :, 0], key.transpose(1, 2)) is None
 
 
 def _step_outside(role: Role, query: Tensor, key: Tensor) -> Step:
@@ -254,7 +270,7 @@ def _attend_to_pages(
         step.selections[role.layer] = {}
         if step.cache is not None and not whole:
             step.cache.select(role.layer, rows.groups[0], key.shape[2])
-    elif role.source not in step.selections:
+    elif not whole and role.source not in step.selections:
         raise MissingSelectionError(role.layer, role.source)
     return rows.each_group(
         query,

@@ -70,6 +70,12 @@ class Rows:
             sparse += rows * (budget * page - missing)
         return cls(groups, key.device, mask, every_page, full, sparse)
 
+    @property
+    def together(self) -> bool:
+        """Whether all rows have a token in every slot."""
+        group = self.groups[0]
+        return group.rows is None and group.slots is None and group.offset == 0
+
     def each_group(
         self, query: Tensor, attend: Callable[[int, RowGroup, Tensor], Tensor]
     ) -> Tensor:
