@@ -52,16 +52,17 @@ def parse() -> argparse.Namespace:
         "--stop-after", type=float, help="stop after so many minutes; run again to go on"
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dense-tokens", type=float, default=24e6)
-    p.add_argument("--index-tokens", type=float, default=4e6)
-    p.add_argument("--long-tokens", type=float, default=10e6, help="of the long and joint phases")
-    p.add_argument("--dense-length", type=int, default=1024)
+    p.add_argument("--dense-tokens", type=float, default=40e6)
+    p.add_argument("--index-tokens", type=float, default=3e6)
+    p.add_argument("--long-tokens", type=float, default=12e6, help="of the long and joint phases")
+    p.add_argument("--dense-length", type=int, default=512)
     p.add_argument("--length", type=int, default=4096)
     p.add_argument("--batch-tokens", type=int, default=65_536)
-    p.add_argument("--rows-at-once", type=int, default=4, help="long rows of a forward pass")
+    p.add_argument("--rows-at-once", type=int, default=8, help="long rows of a forward pass")
     p.add_argument("--hidden", type=int, default=256)
     p.add_argument("--intermediate", type=int, default=832)
     p.add_argument("--layers", type=int, default=16)
+    p.add_argument("--kv-heads", type=int, help="default: as many as query heads, of 64")
     p.add_argument("--topk", type=int, default=256)
     p.add_argument("--window", type=int, default=128)
     p.add_argument("--muon-lr", type=float, default=0.01)
@@ -76,10 +77,12 @@ def parse() -> argparse.Namespace:
 
 def make_config(args: argparse.Namespace, mode: str) -> ClsaConfig:
     """One shape for all modes, but that a Transformer has keys and values in every layer."""
+    heads = args.hidden // 64
     return ClsaConfig(
         vocab_size=VOCABULARY, hidden_size=args.hidden, intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-        num_key_value_heads=1, head_dim=64, mode=mode, sliding_window=args.window,
+        num_hidden_layers=args.layers, num_attention_heads=heads,
+        num_key_value_heads=args.kv_heads or heads, head_dim=64, mode=mode,
+        sliding_window=args.window,
         index_topk=args.topk, index_head_dim=64, max_position_embeddings=2 * args.length,
         bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
