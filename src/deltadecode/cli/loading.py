@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 
 from deltadecode.architecture import attention_layers, config_hash, num_layers, text_config
-from deltadecode.cli.options import EMBEDDED, SMOLLM2
+from deltadecode.cli.options import CLSA, EMBEDDED, SMOLLM2
 from deltadecode.cli.output import BadInput, note, one_line, quiet_libraries, stderr
 from deltadecode.config import DeltaConfig, load_meta
 from deltadecode.errors import DeltaConfigError
@@ -47,8 +47,16 @@ def _smollm2() -> Path:
         status.stop()
 
 
+def _clsa() -> Path:
+    from deltadecode.models.clsa.shipped import model_path
+
+    return model_path()
+
+
 # Names that stand for a folder, and what finds it. A further name is one row.
-NAMED_MODELS: dict[str, Callable[[], Path]] = {EMBEDDED: _embedded, SMOLLM2: _smollm2}
+NAMED_MODELS: dict[str, Callable[[], Path]] = {
+    EMBEDDED: _embedded, SMOLLM2: _smollm2, CLSA: _clsa
+}  # fmt: skip
 
 
 def named_folder(model: str) -> str:

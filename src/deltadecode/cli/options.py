@@ -15,7 +15,7 @@ from deltadecode.cli.files import check_file, check_folder, picture_file
 from deltadecode.cli.output import BadInput, check_tag
 from deltadecode.config import KV_DTYPES, MOST_DRAFTS
 
-EMBEDDED, SMOLLM2 = "embedded", "smollm2"
+EMBEDDED, SMOLLM2, CLSA = "embedded", "smollm2", "clsa"
 LARGEST_SEED = 2**32 - 1  # of NumPy's generator, which Transformers seeds too
 FIRST_PROBLEM = 3_000_000_000  # seed of evaluations, apart from those of training and calibration
 _LARGEST_COUNT = 2**31 - 1  # page ids are int32
@@ -112,7 +112,7 @@ def _folder(param: typer.CallbackParam, value: Path | None) -> Path | None:
 
 
 # What a command works on
-MODEL_HELP = f"Folder or hub name of a model, '{EMBEDDED}' or '{SMOLLM2}'."
+MODEL_HELP = f"Folder or hub name of a model, '{EMBEDDED}', '{SMOLLM2}' or '{CLSA}'."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 OptionalModel = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
 Dtype = Annotated[
