@@ -62,6 +62,23 @@ def test_the_bits_are_those_of_the_default_cache(dtype, cfg, gather):
     assert 0 < hit_rate < 1
 
 
+def test_a_short_prompt_moves_out_and_the_kernel_writes_its_tokens(monkeypatch):
+    from deltadecode.engines.transformers import offload_kernel
+
+    append, written = offload_kernel.append_token, []
+
+    def noted(host, token, *states):
+        written.append(token)
+        append(host, token, *states)
+
+    monkeypatch.setattr(offload_kernel, "append_token", noted)
+    model = make("llama", torch.bfloat16)
+    tokens, _ = left_padded((90, 90))
+    assert_same(model, caches(model), tokens, None, 41)
+    # The budget is 96 tokens; a slot is written in each of three sparse layers.
+    assert sorted(written) == sorted([*range(96, 130)] * 3)
+
+
 def test_hits_are_counted_and_pages_fetched():
     model = make("qwen2", torch.bfloat16)
     tokens, mask = left_padded()

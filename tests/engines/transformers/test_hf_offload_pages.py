@@ -94,6 +94,39 @@ def test_the_kernel_copies_what_the_plain_transfer_copies() -> None:
         assert ours.any()
 
 
+# Sizes of a head that fill the kernel's blocks, leave some of one free, and need more than one.
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [(torch.float32, 12), (torch.bfloat16, 64), (torch.float64, 600), (torch.int8, 48)],
+)
+def test_the_kernel_appends_what_the_plain_transfer_appends(dtype: torch.dtype, dim: int) -> None:
+    kernel = pytest.importorskip("deltadecode.engines.transformers.offload_kernel")
+    heads = 1 if dtype == torch.int8 else 2
+    host = torch.randint(-100, 100, (120, 2, ROWS, heads, dim)).to(dtype)
+    pool = torch.zeros(ROWS * (2 * BUDGET + 1), PAGE, 2, heads, dim, dtype=dtype)
+    states = torch.randint(-100, 100, (2, ROWS, heads, 1, dim)).to(dtype)
+    # One after the other, one in a row, heads behind numbers, and one for all rows.
+    keys, values = states
+    odd = keys.transpose(1, 3).contiguous().transpose(1, 3), values[1:2].expand(ROWS, -1, -1, -1)
+    apart = torch.cat([states, states], dim=4)[..., ::2].unbind()
+    assert odd[0].stride(3) == heads and apart[0].stride(3) == 2
+    directory = PageDirectory()
+    for key, value in ((keys, values), odd, apart):
+        for members in ([0, 1, 2], [2, 0], [1]):
+            plain, ours = ((host.clone(), pool.clone()) for _ in range(2))
+            for length, _, request in steps(directory, range(60, 63), members):
+                token = length + 1
+                # Of the host the plain one writes all rows.
+                Transfer().append(plain[0], token, plain[1], [request], key, value)
+                kernel.append_token(ours[0], token, ours[1], request, key, value)
+                others = [row for row in range(ROWS) if row not in members]
+                assert torch.equal(ours[0][token][:, others], host[token][:, others])
+                ours[0][token][:, others] = plain[0][token][:, others]
+            assert torch.equal(ours[0], plain[0])
+            assert torch.equal(ours[1], plain[1])
+            assert ours[1].any()
+
+
 def test_stats() -> None:
     cfg = small_config()
     model = make_model("llama", "sdpa")
@@ -104,9 +137,9 @@ def test_stats() -> None:
     copied = []
 
     class Counting(Transfer):
-        def fetch(self, host, pool, request):
+        def fetch(self, host, pool, request, *ticket):
             copied.append(int(request.missing.sum()))
-            return super().fetch(host, pool, request)
+            return super().fetch(host, pool, request, *ticket)
 
     cache.shared.transfer = Counting()
     model.generate(make_prompt(41, rows=2), past_key_values=cache, max_new_tokens=31)

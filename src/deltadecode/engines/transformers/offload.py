@@ -14,7 +14,7 @@ from deltadecode.engines.transformers.cache import DeltaCache, check_unshared
 from deltadecode.engines.transformers.layers import DeltaLayer, StoredLayer
 from deltadecode.engines.transformers.offload_host import CudaTransfer, Transfer
 from deltadecode.engines.transformers.offload_layer import Offload, OffloadedLayer
-from deltadecode.engines.transformers.offload_pages import PageDirectory, PageRequest
+from deltadecode.engines.transformers.offload_pages import PageDirectory
 from deltadecode.engines.transformers.packing import Packing
 from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.errors import UnsupportedCacheError
@@ -142,13 +142,16 @@ class DeltaOffloadedCache(DeltaCache):
         request = directory.request(cfg, group, ids, counts)
         cells = group.batch * (directory.capacity + 1)
         layers: list[Any] = [self.layers[number] for number in self._sparse[source]]
-        moved: dict[torch.device, PageRequest] = {}
+        together: dict[torch.device, list[Any]] = {}
         for layer in layers:
-            device = layer.device
-            if device not in moved:
-                moved[device] = request.to(device)
-                transfer.begin(device)
-            layer.expect(place, moved[device], cells, cfg.page_size)
+            together.setdefault(layer.device, []).append(layer)
+        for device, those in together.items():
+            moved = request.to(device)
+            for layer in those:
+                layer.expect(place, moved, cells, cfg.page_size)
+            with transfer.fetching(device):
+                for layer in those:
+                    layer.fetch(place)
         pages = -(-group.length // cfg.page_size)
         read = len(group.members) * min(pages, cfg.pages_for(pages)) * len(layers)
         of_page = cfg.page_size * sum(layer.token_bytes for layer in layers)

@@ -10,6 +10,8 @@ import contextlib
 import math
 import warnings
 import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,18 +57,42 @@ class Transfer:
             key[:, :, first:stop].copy_(staged[:, 0].permute(1, 2, 0, 3))
             value[:, :, first:stop].copy_(staged[:, 1].permute(1, 2, 0, 3))
 
-    def begin(self, device: torch.device) -> None:
-        """Before pages are fetched or a pool is new: what was launched until now comes first."""
+    def append(
+        self,
+        host: Tensor,
+        token: int,
+        pool: Tensor | None,
+        requests: Sequence[PageRequest],
+        key: Tensor,
+        value: Tensor,
+    ) -> None:
+        """Write a new token [B, Hkv, 1, D] to its slot on the host and, as requests say, to a pool.
 
-    def fetch(self, host: Tensor, pool: Tensor, request: PageRequest) -> Any:
-        """Copy the missing pages of a request to a pool; gives what :meth:`wait` takes."""
+        What they fetch must have been waited for: it may write to the place of the token.
+        """
+        staged = stage(key, value)
+        host[token : token + 1].copy_(staged, non_blocking=True)
+        newest = staged[0].transpose(0, 1)
+        for request in requests:
+            assert pool is not None
+            pool[request.newest, request.place] = newest[request.row_numbers]
+
+    def fetching(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Where :meth:`fetch` is called: behind what was launched until now."""
+        return contextlib.nullcontext()
+
+    def fetch(self, host: Tensor, pool: Tensor, request: PageRequest, ticket: Any = None) -> Any:
+        """Copy the missing pages of a request to a pool.
+
+        Gives what :meth:`wait` takes; ``ticket`` is what the pool's last fetch gave.
+        """
         row, place = request.missing.nonzero(as_tuple=True)
         tokens = request.tokens[row, place]
         # Tokens that are not on the host yet are copied from another one, and written later.
         held = tokens.clamp(min=0).cpu()
         pages = host[held, :, request.row_numbers[row].cpu()[:, None]]
         pool[request.cells[row, place]] = pages.to(pool.device)
-        return None
+        return ticket
 
     def wait(self, ticket: Any, device: torch.device) -> None:
         """Let the device's work from now on come after a fetch."""
@@ -80,8 +106,8 @@ class CudaTransfer(Transfer):
 
     Each device has one stream of copies: prompts stream out on it and pages are fetched on it, both
     while layers compute. With ``gather`` one kernel per layer fetches pages straight from host
-    memory, without the CPU learning which; else, and where memory cannot be pinned, the CPU
-    gathers them first.
+    memory, without the CPU learning which, and another one writes the new token to the host and to
+    the pool; else, and where memory cannot be pinned, the CPU gathers pages first.
     """
 
     def __init__(self, gather: bool = True) -> None:
@@ -141,23 +167,51 @@ class CudaTransfer(Transfer):
         torch.cuda.current_stream(key.device).wait_stream(self._stream(key.device))
         super().load(host, tokens, key, value)
 
-    def begin(self, device: torch.device) -> None:
-        """Fetch behind the attention that reads the pools, and behind what stores tokens."""
-        self._stream(device).wait_stream(torch.cuda.current_stream(device))
+    def append(
+        self,
+        host: Tensor,
+        token: int,
+        pool: Tensor | None,
+        requests: Sequence[PageRequest],
+        key: Tensor,
+        value: Tensor,
+    ) -> None:
+        """Write a new token in the order of the model's own work; a kernel for each request."""
+        rows = sum(request.newest.shape[0] for request in requests)
+        # A step of full attention requests nothing, and one that broke off perhaps too little.
+        if pool is None or rows != key.shape[0] or not (self.gather and self.pinned):
+            super().append(host, token, pool, requests, key, value)
+            return
+        from deltadecode.engines.transformers.offload_kernel import append_token
 
-    def fetch(self, host: Tensor, pool: Tensor, request: PageRequest) -> Any:
+        with torch.cuda.device_of(key):
+            for request in requests:
+                append_token(host, token, pool, request, key, value)
+
+    def fetching(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Fetch behind the attention that reads the pools, and behind what stores tokens.
+
+        What is allocated within belongs to the stream of copies: a pool must not be.
+        """
+        stream = self._stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(stream)
+
+    def fetch(self, host: Tensor, pool: Tensor, request: PageRequest, ticket: Any = None) -> Any:
         """Fetch on the stream of copies; gives the event of the last copy."""
         stream = self._stream(pool.device)
-        with torch.cuda.stream(stream):
-            if self.gather and self.pinned:
-                from deltadecode.engines.transformers.offload_kernel import gather_pages
+        if self.gather and self.pinned:
+            from deltadecode.engines.transformers.offload_kernel import gather_pages
 
-                gather_pages(host, pool, request)
-            else:
-                # The CPU reads the host: what was stored must have arrived.
-                stream.synchronize()
-                super().fetch(host, pool, request)
-            return stream.record_event()
+            gather_pages(host, pool, request)
+        else:
+            # The CPU reads the host: what was stored must have arrived.
+            stream.synchronize()
+            super().fetch(host, pool, request)
+        # To make one takes longer than to record it again.
+        event = torch.cuda.Event() if ticket is None else ticket
+        event.record(stream)
+        return event
 
     def wait(self, ticket: Any, device: torch.device) -> None:
         """Let the current stream wait for a fetch."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.layers import Reading, StoredLayer
-from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes, stage
+from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes
 from deltadecode.engines.transformers.offload_pages import PageDirectory, PageRequest
 from deltadecode.engines.transformers.packing import Packing
 from deltadecode.engines.transformers.rows import RowGroup
@@ -17,10 +17,6 @@ from deltadecode.errors import UnsupportedCacheError
 
 # Slots behind the tokens of states that are loaded for a prompt, as DeltaLayer has them.
 _SLACK = 64
-
-
-# In place of what a transfer gives, before anything was fetched.
-_NOT_FETCHED = object()
 
 
 class Offload:
@@ -89,7 +85,7 @@ class OffloadedLayer(StoredLayer):
     ) -> None:
         self._states: dict[str, Any] = {}
         self._host: Tensor | None = None
-        self._requests: dict[int, tuple[PageRequest, Any]] = {}
+        self._requests: dict[int, PageRequest] = {}
         super().__init__(reading, packing)
         self._shared, self._directory = shared, directory
         self._number = len(shared.rooms)
@@ -106,9 +102,9 @@ class OffloadedLayer(StoredLayer):
         if self._requests:  # a step broke off
             self._shared.transfer.settle()
         self._pool: Tensor | None = None
-        # Row group -> what was requested in this step, and when it will have come.
+        # Row group -> what was requested in this step; and what says when all of it has come.
         self._requests = {}
-        self._newest: Tensor | None = None
+        self._ticket: Any = None
 
     @property
     def keys(self) -> Any:
@@ -249,12 +245,21 @@ class OffloadedLayer(StoredLayer):
         assert self._host is not None
         if end > self._host.shape[0]:
             self._grow_host(end, self._host.shape[1:])
-        if key_states.shape[2] == 1:
-            staged = stage(key_states, value_states)
-            self._host[self._tokens : end].copy_(staged, non_blocking=True)
-            self._newest = staged[0].transpose(0, 1)
+        transfer = self._shared.transfer
+        if key_states.shape[2] > 1:
+            transfer.store(self._host, self._tokens, key_states, value_states)
         else:
-            self._shared.transfer.store(self._host, self._tokens, key_states, value_states)
+            if self._requests and self._pool is None:  # it has moved out in this very step
+                self._make_pool()
+                with transfer.fetching(self.device):
+                    for place in self._requests:
+                        self.fetch(place)
+            requests = list(self._requests.values())
+            if requests:
+                transfer.wait(self._ticket, self.device)
+            transfer.append(
+                self._host, self._tokens, self._pool, requests, key_states, value_states
+            )
         self._tokens = end
 
     def _grow_host(self, tokens: int, of_slot: tuple[int, ...]) -> None:
@@ -268,24 +273,30 @@ class OffloadedLayer(StoredLayer):
             self._host[: self._tokens].copy_(older[: self._tokens])
 
     def expect(self, place: int, request: PageRequest, cells: int, page_size: int) -> None:
-        """Have the missing pages of a row group copied to the pool, which has so many cells."""
-        self._requests[place] = request, _NOT_FETCHED
+        """Note what a row group reads in this step, from a pool of so many cells."""
+        if place == 0 and self._requests:  # a step broke off
+            self._shared.transfer.settle()
+            self._requests = {}
+        self._requests[place] = request
         self._cells = cells, page_size
         if self._host is not None:  # else it moves out in this very step
-            self._fetch(place)
+            self._make_pool()
 
-    def _fetch(self, place: int) -> None:
+    def _make_pool(self) -> None:
         assert self._host is not None
         cells, page_size = self._cells
-        pool = self._pool
-        if pool is None or pool.shape[0] != cells:
+        if self._pool is None or self._pool.shape[0] != cells:
             shape = cells, page_size, 2, *self._host.shape[3:]
-            pool = self._pool = torch.empty(shape, dtype=self.dtype, device=self.device)
-            # Earlier work of the model may still use its memory.
-            self._shared.transfer.begin(self.device)
-        request, _ = self._requests[place]
-        ticket = self._shared.transfer.fetch(self._host, pool, request)
-        self._requests[place] = request, ticket
+            self._pool = torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def fetch(self, place: int) -> None:
+        """Have the missing pages of a row group copied, within :meth:`Transfer.fetching`."""
+        if self._host is None:
+            return
+        assert self._pool is not None
+        self._ticket = self._shared.transfer.fetch(
+            self._host, self._pool, self._requests[place], self._ticket
+        )
 
     def pages(self, place: int, group: RowGroup, page_size: int, whole: bool) -> dict[str, Any]:
         """Inputs of :func:`deltadecode.ops.decode_attention` for a row group, but the query.
@@ -295,14 +306,8 @@ class OffloadedLayer(StoredLayer):
         """
         if self._host is None:
             return super().pages(place, group, page_size, whole)
-        if self._requests[place][1] is _NOT_FETCHED:
-            self._fetch(place)
-        request, ticket = self._requests.pop(place)
-        pool, newest = self._pool, self._newest
+        request, pool = self._requests.pop(place), self._pool
         assert pool is not None
-        assert newest is not None
-        self._shared.transfer.wait(ticket, pool.device)
-        pool[request.newest, request.place] = newest if group.rows is None else newest[group.rows]
         if not whole:
             return self._inputs(pool[:, :, 0], pool[:, :, 1], request.table, group.seq_lens)
         _, page, _, heads, dim = pool.shape
@@ -368,7 +373,7 @@ class OffloadedLayer(StoredLayer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the pool; the tokens alone, and not the room behind them."""
         state = dict(vars(self))
-        state.update(_pool=None, _requests={}, _newest=None)
+        state.update(_pool=None, _requests={}, _ticket=None)
         if self._host is not None:
             self._shared.transfer.settle()
             state["_host"] = self._host[: self._tokens].clone()
