@@ -5,6 +5,28 @@ from gpu_cases import make_gpu_case
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
+from deltadecode.engines.transformers.offload_host import CudaTransfer
+from deltadecode.engines.transformers.offload_kernel import append_token, gather_pages
+from deltadecode.engines.transformers.offload_pages import PageDirectory
+from deltadecode.engines.transformers.rows import RowGroup
+
+
+def pages_and_a_token_of_an_offloaded_cache(device):
+    """One row of two, whose runs are longer than a block of the kernels."""
+    cfg = DeltaConfig(page_size=16, budget_pages=6, recent_pages=1)
+    host = CudaTransfer().allocate((301, 2, 2, 20, 72), torch.bfloat16)
+    host.fill_(1)
+    group, directory = RowGroup([1], 2, 1, 300, device), PageDirectory()
+    directory.begin(cfg, 2, 301, device)
+    ids = torch.tensor([[0, 3, 4, 9, 17, 18]], dtype=torch.int32, device=device)
+    request = directory.request(cfg, group, ids, torch.full_like(ids[:, 0], 6))
+    pool = torch.zeros(2 * (directory.capacity + 1), 16, 2, 20, 72, device=device).bfloat16()
+    gather_pages(host, pool, request)
+    states = torch.full((2, 2, 72, 1, 20), 2.0, device=device).bfloat16().transpose(2, 4)
+    append_token(host, 300, pool, request, *states)
+    # Five whole pages, 11 tokens of the last one, and the new one.
+    assert pool.float().sum() == 2 * 20 * 72 * (5 * 16 + 11 + 2)
+    assert (host[300, :, 1] == 2).all()
 
 
 def main():
@@ -50,6 +72,7 @@ def main():
     wide = torch.tensor([70000, 499, 0], dtype=torch.int32, device="cuda")
     ops.select_pages(torch.rand(3, 70000, device="cuda"), wide, cfg, backend="triton")
     ops.index_scores(keys[:3, 0], keys, table.int(), lens, backend="triton")
+    pages_and_a_token_of_an_offloaded_cache(torch.device("cuda"))
     torch.cuda.synchronize()
 
 

@@ -1,13 +1,14 @@
 """Compile every kernel for Hopper, which takes no GPU: a process of its own, without interpreter.
 
 ``python compile_kernels.py DTYPE`` takes queries of a dtype, and prints how many kernels there are.
-With bfloat16, the selection, which has no queries, is compiled too. Queries of float8 are those of
-plans, whose output is bfloat16. The interpreter runs kernels as
-Python and lets pass what the compiler refuses.
+With bfloat16, what has no queries is compiled too: the selection, and the kernels of Transformers'
+caches. Queries of float8 are those of plans, whose output is bfloat16. The interpreter runs kernels
+as Python and lets pass what the compiler refuses.
 """
 
 import itertools
 import sys
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from triton.compiler import ASTSource
 
 from deltadecode import ops
 from deltadecode.config import DeltaConfig
+from deltadecode.engines.transformers import offload_kernel, packing_kernel
 from deltadecode.ops import dispatch
 from deltadecode.ops.triton import attention, finish, index, plans, selection, wide
 
@@ -23,8 +25,11 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.int8: "*i8",
+    torch.bool: "*i1",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 
@@ -104,11 +109,34 @@ def int8_with_scales(dtype):
     ops.decode_attention(q, kv, kv, table, lens, **options, page_ids=ids, page_counts=lens)
 
 
+def caches_of_transformers():
+    """A new token in eight bits; pages from the host and a token to it, in both types."""
+    rows, width, page = 2, 8, 16
+    for key in (
+        torch.zeros(rows, 8, 1, 128, dtype=torch.bfloat16),
+        packing_kernel.pack_token(*torch.zeros(2, rows, 8, 1, 128), 1040, 1024)[0],
+    ):
+        _, heads, _, dim = key.shape
+        host = torch.zeros(100, 2, rows, heads, dim, dtype=key.dtype)
+        pool = torch.zeros(20, page, 2, heads, dim, dtype=key.dtype)
+        numbers = torch.zeros(rows, dtype=torch.int64)
+        request = SimpleNamespace(
+            missing=torch.zeros(rows, width, dtype=torch.bool), row_numbers=numbers,
+            tokens=torch.zeros(rows, width, page, dtype=torch.int64),
+            cells=torch.zeros(rows, width, dtype=torch.int64), newest=numbers, place=3,
+        )  # fmt: skip
+        offload_kernel.gather_pages(host, pool, request)
+        offload_kernel.append_token(host, 50, pool, request, key, key)
+
+
 def main(dtype):
     attention.attend = Compiled(attention.attend)
     finish.finish = Compiled(finish.finish)
     selection.select = Compiled(selection.select)
     index.score = Compiled(index.score)
+    packing_kernel._pack = Compiled(packing_kernel._pack)
+    for name in ("_gather", "_append"):
+        setattr(offload_kernel, name, Compiled(getattr(offload_kernel, name)))
     for name in ("count", "tally", "place"):
         setattr(wide, name, Compiled(getattr(wide, name)))
     dispatch.triton_backend().unsupported = lambda *tensors: None
@@ -148,9 +176,10 @@ def main(dtype):
         ops.select_pages(torch.zeros(2, 4, 100), lens, DeltaConfig(), backend="triton")
         index_of_tokens(dtype)
         int8_with_scales(dtype)
+        caches_of_transformers()
     kernels = (
         attention.attend, finish.finish, selection.select, index.score, wide.count, wide.tally,
-        wide.place,
+        wide.place, packing_kernel._pack, offload_kernel._gather, offload_kernel._append,
     )  # fmt: skip
     print(sum(len(kernel.seen) for kernel in kernels))
 
