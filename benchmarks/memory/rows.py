@@ -25,7 +25,7 @@ def point_rows(
 
     Each has the step time of one other cache (``theirs``) beside the offloaded one of DELTA
     (``ours``), one row for each way to select pages. Stock caches read everything, whatever is
-    selected.
+    selected. ``tokens`` is the length after all steps.
     """
     ours = found[OURS]
     case = f"batch {batch}, {context:,} tokens"
@@ -44,7 +44,7 @@ def point_rows(
             times = theirs[mode if name == DELTA else RANDOM], ours[mode]
             shared: dict[str, Any] = {}
             for side, place, taken in (("theirs", theirs, times[0]), ("ours", ours, times[1])):
-                for key in ("gpu_bytes", "gpu_peak", "host_bytes", "fill_s"):
+                for key in ("tokens", "gpu_bytes", "gpu_peak", "host_bytes", "fill_s"):
                     shared[f"{key}_{side}"] = place[key]
                 shared[f"p10_{side}"], shared[f"p90_{side}"] = (
                     rounded(taken["p10"]), rounded(taken["p90"])

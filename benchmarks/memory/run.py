@@ -78,15 +78,17 @@ class Bench:
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
     def measure(self, kind: Kind, batch: int, context: int) -> dict[str, Any]:
-        """Fill a cache and time steps of it, that end with ``context`` tokens.
+        """Fill a cache and time steps of it, that end with ``context`` tokens or little less.
 
         Gives ``why`` where it does not fit, else bytes, and for each way to select pages the times
         in ms and, of an offloaded cache, what was fetched.
         """
         free_all()
         modes = [RANDOM] if self.options.missed is None or not kind.is_ours else [RANDOM, MEASURED]
-        steps = self.options.steps
-        tokens = context - len(modes) * (_WARMUP + steps)
+        # PyTorch's cuDNN attention keeps a plan for each length. So every kind has lengths of its
+        # own: else the first one would make the plans that the others find.
+        end = context - self.kinds.index(kind) * _lengths(self.options)
+        tokens = end - len(modes) * (_WARMUP + self.options.steps)
         why = kind.refused(batch, context, self.device)
         if why is not None:
             return {"why": why}
@@ -97,7 +99,8 @@ class Bench:
             cache = kind.make(self.config, self.device)
             fill(cache, self.options.shape, self.like, batch, tokens)
             self._synchronize()
-            found: dict[str, Any] = {"fill_s": round(time.perf_counter() - began, 2)}
+            seconds = round(time.perf_counter() - began, 2)
+            found: dict[str, Any] = {"tokens": end, "fill_s": seconds}
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             for mode in modes:
@@ -184,8 +187,25 @@ class Bench:
             torch.cuda.synchronize()
 
 
+def _lengths(options: Options) -> int:
+    """Lengths that a kind of cache decodes at, at most: with both ways to select pages."""
+    return 2 * (_WARMUP + options.steps)
+
+
 def run(options: Options, progress: Progress = lambda case, done: None) -> dict[str, Any]:
-    """Measure every batch and context from every kind of cache, then the longest contexts."""
+    """Measure every batch and context from every kind of cache, then the longest contexts.
+
+    Raises
+    ------
+    ValueError
+        For a context that is too short for the lengths of all kinds.
+    """
+    least = len(kinds(options.shape, options.plan)) * _lengths(options) + 1
+    if min(options.contexts) < least:
+        raise ValueError(
+            f"--context must be at least {least} tokens for {options.steps} steps of every cache, "
+            f"got {min(options.contexts)}"
+        )
     progress("make the model", 0.0)
     bench = Bench(options)
     points = [(batch, context) for batch in options.batches for context in options.contexts]

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -93,6 +94,29 @@ def test_rows_of_steps_of_every_cache(call, tmp_path):
         assert (
             row["gpu_bytes_ratio"] > 1.2 and row["host_bytes_ours"] > 0 == row["host_bytes_theirs"]
         )
+
+
+def test_every_cache_decodes_at_lengths_of_its_own(monkeypatch):
+    one_step, steps = bench.Bench._step, []
+
+    def step(self, cache, batch):
+        seconds = one_step(self, cache, batch)
+        steps.append((type(cache).__name__, cache.get_seq_length()))
+        return seconds
+
+    monkeypatch.setattr(bench.Bench, "_step", step)
+    result = bench.run(bench.Options(TINY, CFG, [1], [300], 2, "", MISSED))
+    # Ours and DELTA's twice, with both ways to select pages.
+    assert len(steps) == len({length for _, length in steps}) == (2 + 2 + 1) * (3 + 2)
+    assert max(steps, key=itemgetter(1)) == (OURS, 300)
+    last = dict(steps)
+    for row in result["rows"]:
+        assert (row["tokens_ours"], row["tokens_theirs"]) == (300, last[row["peer"]])
+
+
+def test_a_context_must_have_room_for_the_lengths_of_all_caches(call):
+    code, out, err = call("--shape", "tiny", "--context", 40, "--steps", 2)
+    assert (code, out) == (2, "") and "at least 41 tokens for 2 steps of every cache, got 40" in err
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
