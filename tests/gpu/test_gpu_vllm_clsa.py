@@ -50,6 +50,7 @@ def ran(tmp_path_factory):
         job = {
             "folder": str(folder), "prompts": PROMPTS, "max_tokens": 80, "engine": ENGINE,
             "shape": SHAPE, "runs": {name: run}, "reference": list({run["mode"]} - set(found)),
+            "judged": [name] if name.startswith("half") else [],
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(job))
         done = subprocess.run(
@@ -81,7 +82,8 @@ def test_eager_steps_give_them_too(ran):
     assert ran["clsa eager"]["tokens"][0] == ran["clsa"]["tokens"]
 
 
-def test_in_bfloat16_graphs_give_what_eager_steps_give(ran):
-    # The batches are the same, and so are the sums, but for the padding of graphs.
-    pairs = zip(ran["half graphs"]["tokens"][0], ran["half eager"]["tokens"][0], strict=True)
-    assert sum(some == others for some, others in pairs) >= len(PROMPTS) - 2
+def test_in_bfloat16_graphs_are_as_right_as_eager_steps(ran):
+    # Rounding makes other tokens of near ties, and graphs are of other sizes: no two runs agree.
+    graphs, eager = ran["half graphs"]["lost"], ran["half eager"]["lost"]
+    assert eager < 0.05
+    assert graphs < 2 * eager + 0.02

@@ -3,7 +3,8 @@
 A job has ``folder`` (for the models), ``prompts``, ``max_tokens``, ``engine`` (arguments of
 ``vllm.LLM`` for all) and ``runs`` by name: each has ``mode`` and ``engine``, the ``rounds`` that
 the prompts come, ``params`` of sampling, or ``configure``: then only a configuration is made. For
-each mode, or those of ``reference``, Transformers says what the tokens are, and their logprobs.
+each mode, or those of ``reference``, Transformers says what the tokens are, and their logprobs; of
+each run in ``judged``, by how many nats a token its own fall behind the likeliest, in float32.
 """
 
 import json
@@ -55,6 +56,23 @@ def by_transformers(path, job):
         with torch.no_grad():
             logprobs.append(model(out).logits[0].log_softmax(-1).tolist())
     return {"tokens": tokens, "logprobs": logprobs}
+
+
+def lost(path, job, written):
+    """Mean nats by which the written tokens fall behind those that Transformers takes there."""
+    import torch
+
+    from deltadecode.models.clsa import ClsaForCausalLM
+
+    model = ClsaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    nats = []
+    for prompt, tokens in zip(job["prompts"], written, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1)
+        taken = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        nats.append((logprobs.amax(1) - taken).mean())
+    return torch.stack(nats).mean().item()
 
 
 def by_vllm(path, run, job):
@@ -118,4 +136,7 @@ if __name__ == "__main__":
     found = {name: attempt(run, job) for name, run in job["runs"].items()}
     for mode in job.get("reference", {run["mode"] for run in job["runs"].values()}):
         found[mode] = by_transformers(make(mode, job), job)
+    for name in job.get("judged", ()):
+        path = make(job["runs"][name]["mode"], job)
+        found[name]["lost"] = lost(path, job, found[name]["tokens"][0])
     Path(sys.argv[2]).write_text(json.dumps(found))
