@@ -11,7 +11,7 @@ import numpy as np
 
 import deltadecode_vllm
 from benchmarks.e2e.profile import summarize
-from benchmarks.e2e.workloads import own_drafts
+from benchmarks.e2e.workloads import PACE_STEPS, own_drafts
 from benchmarks.processes import serve_process, write_entry_point
 from benchmarks.watch import watch
 from deltadecode.engines.serving.settings import KEY
@@ -134,8 +134,8 @@ class Engine:
         With asynchronous scheduling a call gives the GPU its next step and waits for the one
         before, so from one return to the next is one step all the same.
         """
-        # The GPU has been idle since the last command; the first call brings it into pace.
-        self._engine.step()
+        for _ in range(PACE_STEPS):
+            self._engine.step()
         before, verified = self._lengths(), self._verified
         ends = [time.perf_counter()]
         for _ in range(steps):

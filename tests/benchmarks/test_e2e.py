@@ -83,9 +83,9 @@ def test_kv_bytes_are_those_of_both_caches_of_all_layers():
 
 def test_measured_steps_end_at_the_context():
     (one,) = workloads(["step"], [(64, 8192)], steps=64, rounds=3)
-    # Each of the four commands makes one step more than it times.
-    assert one.prompt + (8 + 1) + 3 * (64 + 1) == 8192
-    assert one.new_tokens > (8 + 1) + 3 * (64 + 1) + 64 * one.prompt / 2048
+    # Each of the four commands makes three steps more than it times.
+    assert one.prompt + (8 + 3) + 3 * (64 + 3) == 8192
+    assert one.new_tokens > (8 + 3) + 3 * (64 + 3) + 64 * one.prompt / 2048
     assert one.kv_tokens > 64 * 8192
 
 
