@@ -2,7 +2,8 @@
 
 A job has ``folder`` (for the models), ``prompts``, ``max_tokens``, ``engine`` (arguments of
 ``vllm.LLM`` for all) and ``runs`` by name: each has ``mode`` and ``engine``, the ``rounds`` that
-the prompts come, ``params`` of sampling, or ``configure``: then only a configuration is made. For
+the prompts come, ``params`` of sampling, or ``configure``: then only a configuration is made. A run
+of a saved model has its ``path`` and ``prompts`` of its own, and is compared with it. For
 each mode, or those of ``reference``, Transformers says what the tokens are, and their logprobs; of
 each run in ``judged``, by how many nats a token its own fall behind the likeliest, in float32.
 """
@@ -94,7 +95,7 @@ def by_vllm(path, run, job):
         temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False,
         **run.get("params", {}),
     )  # fmt: skip
-    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    prompts = [{"prompt_token_ids": prompt} for prompt in run.get("prompts", job["prompts"])]
     rounds = [llm.generate(prompts, params, use_tqdm=False) for _ in range(run.get("rounds", 1))]
     core = llm.llm_engine.engine_core.engine_core
     return {
@@ -125,6 +126,9 @@ def bytes_of_a_token(cache):
 
 def attempt(run, job):
     try:
+        if "path" in run:
+            found = by_vllm(run["path"], run, job)
+            return found | {"expected": by_transformers(run["path"], {**job, **run})["tokens"]}
         return by_vllm(make(run["mode"], job), run, job)
     except Exception as error:
         traceback.print_exc()
@@ -134,7 +138,8 @@ def attempt(run, job):
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
     found = {name: attempt(run, job) for name, run in job["runs"].items()}
-    for mode in job.get("reference", {run["mode"] for run in job["runs"].values()}):
+    modes = {run["mode"] for run in job["runs"].values() if "mode" in run}
+    for mode in job.get("reference", modes):
         found[mode] = by_transformers(make(mode, job), job)
     for name in job.get("judged", ()):
         path = make(job["runs"][name]["mode"], job)

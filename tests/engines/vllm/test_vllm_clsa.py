@@ -45,12 +45,28 @@ RUNS = {
 }  # fmt: skip
 
 
+def shipped():
+    """The model that is shipped, asked for needles among more tokens than it reads, and fewer."""
+    from deltadecode_clsa import model_path
+    from transformers import AutoTokenizer
+
+    from deltadecode.lab.tasks.chain import make_problem
+
+    tokenizer, prompts = AutoTokenizer.from_pretrained(model_path()), []
+    for seed, facts in ((1, 3), (2, 12), (3, 40)):
+        lines = make_problem(seed, 1, facts).prompt.split("\n")[1 : facts + 1]
+        lines.insert(1, "the code of kumo is 7204316")
+        text = "\n".join(["Facts", *lines, "Question the code of kumo is"])
+        prompts.append(tokenizer(text)["input_ids"])
+    return {"path": str(model_path()), "prompts": prompts}, tokenizer
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clsa")
     job = {
         "folder": str(folder), "prompts": PROMPTS, "max_tokens": MAX_TOKENS, "engine": CHUNKED,
-        "runs": RUNS,
+        "runs": {**RUNS, "shipped": shipped()[0]},
     }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))
     with (folder / "log").open("w") as log:
@@ -72,6 +88,16 @@ def test_cached_prefixes_give_the_tokens_of_transformers(ran, mode):
     found = ran[f"{mode} here"]
     assert max(found["cached"][1]) >= 128
     assert found["tokens"][1] == ran[mode]["tokens"]
+
+
+def test_the_shipped_model_writes_what_it_writes_in_transformers(ran):
+    run, tokenizer = shipped()
+    assert len(run["prompts"][0]) < 256 < len(run["prompts"][2])
+    found = ran["shipped"]
+    # Transformers ends with the end of a text, which vLLM is told to ignore.
+    for tokens, expected in zip(found["tokens"][0], found["expected"], strict=True):
+        assert tokens[: len(expected)] == expected
+        assert tokenizer.decode(expected, skip_special_tokens=True).strip() == "7204316"
 
 
 def test_the_index_decides_tokens(ran):
