@@ -33,8 +33,8 @@ class Engine:
     """A vLLM engine with greedy requests.
 
     ``spec`` has ``model``, ``dtype``, ``concurrency``, ``longest`` (tokens of a sequence),
-    ``blocks`` (of the KV cache; None: what fits), ``eager``, ``seed``, and ``plan``: values of a
-    DeltaConfig, or None for stock attention.
+    ``blocks`` (of the KV cache; None: what fits), ``kv_bytes`` (of its memory; None: what the share
+    leaves), ``eager``, ``seed``, and ``plan``: values of a DeltaConfig, or None for stock attention.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -52,7 +52,8 @@ class Engine:
         self._engine = LLM(
             model=spec["model"], dtype=spec["dtype"], seed=0, max_num_seqs=spec["concurrency"],
             max_model_len=spec["longest"], block_size=BLOCK, num_gpu_blocks_override=spec["blocks"],
-            gpu_memory_utilization=spec["memory_share"], enforce_eager=spec["eager"],
+            gpu_memory_utilization=spec["memory_share"], kv_cache_memory_bytes=spec["kv_bytes"],
+            enforce_eager=spec["eager"],
             **(ours if spec["plan"] is not None else {}),
         ).llm_engine  # fmt: skip
         self._scheduler = self._engine.engine_core.engine_core.scheduler

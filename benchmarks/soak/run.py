@@ -24,6 +24,7 @@ _BETWEEN = 500  # requests between two of them, at most
 _ENOUGH = 1000  # requests, to say how much the memory grows
 _FLAT = 0.02  # growth of the memory that is none, of what it was
 _PLAN_PAGE = 8
+_KV_BYTES = 2**30  # some 170,000 tokens of the embedded model
 # Nats: by less than that, a token may turn to the second one. In bfloat16, sums in another order
 # move a logit of 20 by some tenths; what a wrong page writes loses by several nats.
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 1.0}
@@ -66,6 +67,8 @@ class SoakOptions:
             "memory_share": self.memory_share,
             # Stock answers each prompt once, and needs no pressure for that.
             "blocks": self.blocks if delta else None,
+            # Else vLLM measures what is free, and stops when another process frees some meanwhile.
+            "kv_bytes": None if self.blocks is None or self.eager else _KV_BYTES,
             "plan": self.plan(longest).to_dict() if delta else None,
         }  # fmt: skip
 

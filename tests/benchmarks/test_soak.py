@@ -111,3 +111,11 @@ def test_the_exit_code_says_whether_all_held(outcome, monkeypatch, mistakes, end
     assert code == ended
     assert json.loads(out)["benchmark"] == "soak"
     assert ("leaked" in err) == bool(ended)
+
+
+@pytest.mark.parametrize(("eager", "blocks", "fixed"), [(0, 9, True), (0, None, 0), (1, 9, 0)])
+def test_a_cache_of_so_many_blocks_is_not_measured_on_a_gpu(eager, blocks, fixed):
+    given = options(eager=bool(eager), blocks=blocks)
+    stock, delta = (given.spec(16, side) for side in (False, True))
+    assert (stock["blocks"], delta["blocks"]) == (None, blocks)
+    assert (stock["kv_bytes"] is not None) == (delta["kv_bytes"] is not None) == bool(fixed)
