@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import random
 import re
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
+from python_library import library_files, read
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -35,12 +34,7 @@ _PIECES = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 @functools.cache
 def python_text(validation: bool) -> list[str]:
     """Texts of Python's library and its topics of help, those held out or the others."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(
-        path for path in folder.rglob("*.py")
-        if not {"test", "tests", "site-packages", "idlelib"} & set(path.parts)
-    )  # fmt: skip
-    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
+    texts = [read(path) for path in library_files()]
     docs = read_text("stdlib-docs", "")
     texts += [docs[start : start + 20_000] for start in range(0, len(docs), 20_000)]
     return [text for i, text in enumerate(texts) if (i % HELD_OUT == 0) == validation]

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import random
 import re
-import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from python_library import library_files, read
 from torch import Tensor
 
 from deltadecode.errors import EvaluationError
 from deltadecode.lab.tasks.chain import make_problem
 from deltadecode.lab.tasks.registry import TASKS
 from deltadecode.lab.tasks.ruler import Needle
-from deltadecode.lab.tasks.text import _MODULES, Text, read_text
+from deltadecode.lab.tasks.text import Text, code_files, read_text
 from deltadecode.lab.tasks.vocabulary import NAMES
 
 FIRST_SEED = 4_000_000_000  # of evaluations; those of training are below 2**31
@@ -38,15 +37,10 @@ _GRAM = 16  # tokens in a row by which a piece is found again
 
 def code_text() -> str:
     """Python's library without what evaluations read, in an order that mixes its packages."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    evaluated = {folder / f"{module}.py" for module in _MODULES}
-    paths = sorted(
-        path for path in folder.rglob("*.py")
-        if path not in evaluated
-        and not {"test", "tests", "site-packages", "idlelib", "encodings"} & set(path.parts)
-    )  # fmt: skip
+    evaluated = set(code_files())
+    paths = [path for path in library_files("encodings") if path not in evaluated]
     random.Random(0).shuffle(paths)
-    return "\n\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
+    return "\n\n".join(read(path) for path in paths)
 
 
 def docs_ids(tokenizer: Any) -> list[int]:

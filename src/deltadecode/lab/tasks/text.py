@@ -94,6 +94,12 @@ class Text(Task):
         return Sample(seed, piece[:context], piece[context:], self.tokens, no_verdict)
 
 
+def code_files() -> list[Path]:
+    """The files of Python's library that ``stdlib-code`` is made of, in its order."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [folder / f"{module}.py" for module in _MODULES]
+
+
 def read_text(source: str, file: str) -> str:
     """The text of a source or a file; EvaluationError where it cannot be read."""
     if source == "stdlib-docs":
@@ -105,8 +111,7 @@ def read_text(source: str, file: str) -> str:
             ) from None
         return "\n\n".join(topics[name] for name in sorted(topics))
     if source == "stdlib-code":
-        folder = Path(sysconfig.get_paths()["stdlib"])
-        return "\n\n".join(_read(folder / f"{module}.py") for module in _MODULES)
+        return "\n\n".join(_read(path) for path in code_files())
     return _read(Path(file))
 
 
