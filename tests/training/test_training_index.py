@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.policies import make_policy
 from deltadecode.lab.rows import RowsText
+from deltadecode.lab.tasks.text import code_files
 
 TRAINING = Path(__file__).resolve().parents[2] / "training"
 RESULTS = TRAINING.parent / "benchmarks" / "results"
@@ -235,3 +236,13 @@ def test_the_page_has_the_tables_of_its_files(index, file):
     assert file.name in page
     for line in importlib.import_module("index.page").lines(rows):
         assert line in page
+
+
+def test_no_code_of_evaluations_is_trained_on(index, monkeypatch):
+    monkeypatch.setattr(index.data, "read", str)
+    files = index.data.code_text().split("\n\n")
+    evaluated = {str(path) for path in code_files()}
+    assert len(files) == len(set(files)) > 400 and not evaluated & set(files)
+    folders = {folder for path in files for folder in Path(path).parts}
+    assert not folders & {"test", "tests", "site-packages", "idlelib", "encodings"}
+    assert "json" in folders
