@@ -134,22 +134,14 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
 
 
 def kv_heads(config: Any) -> int | None:
-    """KV heads of a full-attention layer; None where a configuration says nothing of them.
-
-    Gemma 4 gives each layer numbers of its own, and raises where one is asked for all.
-    """
-    per_layer = getattr(config, "per_layer_config", None)
-    if per_layer is not None:
-        config = per_layer[attention_layers(config)[0]]
-    heads: int | None = getattr(config, "num_key_value_heads", None)
+    """KV heads of a full-attention layer; None where a configuration says nothing of them."""
+    heads: int | None = getattr(_full_layer(config), "num_key_value_heads", None)
     return heads
 
 
 def token_heads(config: Any) -> tuple[int, int] | None:
     """KV heads of a full-attention layer, and their size; None where nothing says it."""
-    per_layer = getattr(config, "per_layer_config", None)
-    if per_layer is not None:
-        config = per_layer[attention_layers(config)[0]]
+    config = _full_layer(config)
     heads = getattr(config, "num_attention_heads", None)
     own, dim = kv_heads(config) or heads, getattr(config, "head_dim", None)
     if dim is None and heads and getattr(config, "hidden_size", None):
@@ -217,6 +209,15 @@ def config_hash(model_or_config: Any) -> str:
         "vocab_size": getattr(config, "vocab_size", None),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _full_layer(config: Any) -> Any:
+    """The configuration of a full-attention layer.
+
+    Gemma 4 gives each layer numbers of its own, and raises where one is asked for all.
+    """
+    per_layer = getattr(config, "per_layer_config", None)
+    return config if per_layer is None else per_layer[attention_layers(config)[0]]
 
 
 def _slides(config: Any) -> bool:
