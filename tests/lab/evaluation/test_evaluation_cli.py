@@ -8,11 +8,9 @@ import sys
 from functools import partial
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from calibration_cases import save_tiny_checkpoint
 
 from deltadecode.cli import main
-from deltadecode.lab.tasks.tokenizer import build_tokenizer
 
 TASK = ["--task", "chain:steps=2:distractors=1", "--device", "cpu", "--samples", "2"]
 
@@ -21,16 +19,7 @@ TASK = ["--task", "chain:steps=2:distractors=1", "--device", "cpu", "--samples",
 def model(tmp_path_factory):
     """A random model that writes nonsense at once."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = build_tokenizer(512)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=6,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
-        eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_checkpoint(folder, eos_token_id=1)
 
 
 @pytest.fixture

@@ -5,25 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from calibration_cases import SHAPE
 from shared_kv_models import FAMILIES, shared_kv_model
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3NextConfig
 
 from deltadecode.lab.tasks import model_path
 
-VOCAB = 61
 COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    **SHAPE,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 512,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
     "tie_word_embeddings": False,
 }
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}

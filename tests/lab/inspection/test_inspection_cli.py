@@ -7,12 +7,10 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from calibration_cases import save_tiny_checkpoint
 
 from deltadecode.cli import main
 from deltadecode.lab.inspection.names import FIGURE_FILES
-from deltadecode.lab.tasks.tokenizer import build_tokenizer
 
 QUICK = ["--device", "cpu", "--max-new-tokens", "30", "--loss-tokens", "8"]
 TASK = ["--task", "chain:steps=8:distractors=4"]
@@ -22,16 +20,7 @@ TASK = ["--task", "chain:steps=8:distractors=4"]
 def model(tmp_path_factory):
     """A random model that writes nonsense and never ends it."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = build_tokenizer(512)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=6,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
-        initializer_range=0.4, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_checkpoint(folder, initializer_range=0.4, eos_token_id=None)
 
 
 @pytest.fixture

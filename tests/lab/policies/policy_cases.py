@@ -1,6 +1,7 @@
 """Rows, logits and models made by hand for the tests of policies."""
 
 import torch
+from calibration_cases import SHAPE, VOCAB
 from shared_kv_models import FAMILIES, shared_kv_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -9,7 +10,6 @@ from deltadecode.lab.policies import Layout
 from deltadecode.lab.policies.base import Scores, View
 from deltadecode.lab.policies.masked import LayerAttention
 
-VOCAB = 61
 LAYOUT = Layout(layers=(0, 1, 2, 3, 4, 5), query_heads=4, kv_heads=2)
 
 
@@ -47,25 +47,7 @@ def tiny_model(family="llama", **changes):
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }[family]
     torch.manual_seed(0)
-    return model(
-        config(
-            **{
-                "vocab_size": VOCAB,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "max_position_embeddings": 256,
-                "initializer_range": 0.4,
-                "pad_token_id": 0,
-                "bos_token_id": 1,
-                "eos_token_id": None,
-                **changes,
-            }
-        )
-    ).eval()
+    return model(config(**{**SHAPE, "num_hidden_layers": 6, **changes})).eval()
 
 
 def prompts(lengths, seed=0):
