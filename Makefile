@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --no-build-isolation: the build backend is pinned like everything else.
 INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
-# Two workers share two cores, so each gets one thread. Files keep their order, see tests/conftest.py.
+# Two workers share two cores, so each gets one thread. Files keep the order of conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -30,8 +30,8 @@ test-browser: $(VENV)/.dev ## the report of inspect in headless Chromium, which 
 	$(BIN)/python -m pytest -m browser tests/lab/inspection $(ARGS)
 
 test-vllm: $(VLLM)/.ready ## the tests of vLLM, in an environment of its own (Python >= 3.11, Linux x86-64)
-	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pytest -n 2 --dist loadfile -W ignore -m vllm \
-	    tests/engines/vllm $(ARGS)
+	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(VLLM)/bin/python -m pytest -n 2 --dist loadfile \
+	    --no-loadscope-reorder -W ignore -m vllm tests/engines/vllm $(ARGS)
 
 smoke-vllm: $(VLLM)-$(RELEASE)/.ready ## a few tests with another release of vLLM for CPUs: RELEASE=0.24.0 (network needed)
 	PATH="$(CURDIR)/$(VLLM)-$(RELEASE)/bin:$$PATH" $(VLLM)-$(RELEASE)/bin/python -m pytest -W ignore -m vllm \

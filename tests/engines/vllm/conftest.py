@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,32 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
+    # With drafts vLLM has two threads, each of which spins while it waits for the other.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "NUMBA_NUM_THREADS": "1",
 }
+# Beside it, for scripts.
+SCRIPTS = {
+    # The engine's core in the same process: its own would import vLLM again.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Engines are eager, but small functions of vLLM's would be compiled anew in every process.
+    "TORCH_COMPILE_DISABLE": "1",
+}
+
+
+# Files that take longest, in that order, so that no worker ends alone with one of them.
+LONGEST = (
+    "embedded", "parallel", "lossless", "e2e_engine", "batches", "drafts", "load", "data_parallel",
+    "server", "families", "matrix", "tiny", "clsa", "float8", "lossless_sampling", "refusals",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in Path(item.fspath).parents:
             item.add_marker(pytest.mark.vllm)
+    places = {f"test_vllm_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def environment(**more):
@@ -41,40 +61,55 @@ def environment(**more):
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory):
-    """Runs tests/engines/vllm/vllm_worker.py on a job and returns what it found."""
+def run_script(tmp_path_factory):
+    """Runs a script of this folder in a fork of a process that has imported vLLM."""
+    said = tmp_path_factory.mktemp("forks") / "log"
+    with said.open("w") as log, subprocess.Popen(
+        [sys.executable, str(HERE / "fork_server.py")], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=log, text=True, env=environment(**SCRIPTS),
+    ) as server:  # fmt: skip
 
-    def run(job, timeout=900, **more):
-        folder = tmp_path_factory.mktemp("vllm")
-        out = folder / "found.json"
+        def run(script, *arguments, folder, **more):
+            asked = {
+                "script": str(HERE / script), "arguments": arguments, "folder": str(folder),
+                "log": str(folder / "log"), "seconds": 900,
+                "environment": environment(**{**SCRIPTS, **more}),
+            }  # fmt: skip
+            server.stdin.write(json.dumps(asked) + "\n")
+            server.stdin.flush()
+            code = server.stdout.readline()
+            assert code, said.read_text()[-4000:]
+            assert int(code) == 0, (folder / "log").read_text()[-4000:]
+
+        yield run
+
+
+@pytest.fixture(scope="session")
+def run_job(run_script, tmp_path_factory):
+    """Runs a script on a job, in JSON, with ``more`` environment; returns what it found."""
+
+    def run(script, job, **more):
+        folder = tmp_path_factory.mktemp(Path(script).stem)
+        job = {"folder": str(folder), **job}
         (folder / "job.json").write_text(json.dumps(job))
-        with (folder / "log").open("w") as log:
-            done = subprocess.run(
-                [sys.executable, str(HERE / "vllm_worker.py"), str(folder / "job.json"), str(out)],
-                stdout=log, stderr=subprocess.STDOUT, timeout=timeout, env=environment(**more),
-                check=False,
-            )  # fmt: skip
-        assert done.returncode == 0, (folder / "log").read_text()[-4000:]
-        return json.loads(out.read_text())
+        run_script(script, "job.json", "out.json", folder=folder, **more)
+        return json.loads((folder / "out.json").read_text())
 
     return run
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def work(run_job):
+    """Runs tests/engines/vllm/vllm_worker.py on a job and returns what it found."""
+    return partial(run_job, "vllm_worker.py")
+
+
+@pytest.fixture(scope="session")
+def tiny(run_job):
     """Runs tests/engines/vllm/tiny_worker.py on named runs; returns what each gave, by name."""
 
     def start(runs, **more):
-        folder = tmp_path_factory.mktemp("tiny")
-        job = {"folder": str(folder), "runs": list(runs.values()), **more}
-        (folder / "job.json").write_text(json.dumps(job))
-        with (folder / "log").open("w") as log:
-            done = subprocess.run(
-                [sys.executable, str(HERE / "tiny_worker.py"), "job.json", "out.json"],
-                cwd=folder, stdout=log, stderr=subprocess.STDOUT, timeout=900,
-                env=environment(), check=False,
-            )  # fmt: skip
-        assert done.returncode == 0, (folder / "log").read_text()[-4000:]
-        return dict(zip(runs, json.loads((folder / "out.json").read_text()), strict=True))
+        found = run_job("tiny_worker.py", {"runs": list(runs.values()), **more})
+        return dict(zip(runs, found, strict=True))
 
     return start

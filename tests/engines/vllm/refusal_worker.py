@@ -40,5 +40,6 @@ def attempt(case):
 
 
 if __name__ == "__main__":
-    found = {name: attempt(case) for name, case in json.loads(sys.argv[1]).items()}
+    cases = json.loads(Path(sys.argv[1]).read_text())["cases"]
+    found = {name: attempt(case) for name, case in cases.items()}
     Path(sys.argv[2]).write_text(json.dumps(found))

@@ -1,16 +1,9 @@
 """CLSA in vLLM gives what Transformers gives, in all of its modes, from one process of engines."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import environment
 
 MODES = ("clsa", "yoco", "transformer")
-WORKER = Path(__file__).with_name("clsa_worker.py")
 # Longer than a window, than k tokens, and than the blocks that a prefix is found by.
 PROMPTS = [
     [(place * place + 5 * place + start) % 64 for place in range(length)]
@@ -62,20 +55,10 @@ def shipped():
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clsa")
-    job = {
-        "folder": str(folder), "prompts": PROMPTS, "max_tokens": MAX_TOKENS, "engine": CHUNKED,
-        "runs": {**RUNS, "shipped": shipped()[0]},
-    }  # fmt: skip
-    (folder / "job.json").write_text(json.dumps(job))
-    with (folder / "log").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, str(WORKER), "job.json", "out.json"], cwd=folder, stdout=log,
-            stderr=subprocess.STDOUT, timeout=900, env=environment(), check=False,
-        )  # fmt: skip
-    assert done.returncode == 0, (folder / "log").read_text()[-4000:]
-    return json.loads((folder / "out.json").read_text())
+def ran(run_job):
+    runs = {**RUNS, "shipped": shipped()[0]}
+    job = {"prompts": PROMPTS, "max_tokens": MAX_TOKENS, "engine": CHUNKED, "runs": runs}
+    return run_job("clsa_worker.py", job)
 
 
 @pytest.mark.parametrize("mode", MODES)

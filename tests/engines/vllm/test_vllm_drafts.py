@@ -18,11 +18,7 @@ def tokens(found):
 
 def run(work, requests, **engine):
     job = {"side": "vllm", "config": CONFIG, "rounds": [requests]}
-    # With drafts vLLM has two threads, each of which otherwise spins while it waits for the other.
-    return work(
-        {**job, "engine": {**engine, "disable_log_stats": False}}, OMP_WAIT_POLICY="PASSIVE",
-        NUMBA_NUM_THREADS="1",
-    )  # fmt: skip
+    return work({**job, "engine": {**engine, "disable_log_stats": False}})
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,8 @@ def lossless(work):
     engine = {**TIGHT, "speculative_config": DRAFTING, "disable_log_stats": False}
     # As on GPUs; test_vllm_lossless_sampling.py is without.
     job = {"side": "vllm", "config": CONFIG, "engine": engine, "async_scheduling": True}
-    return work({**job, "rounds": [REQUESTS, REQUESTS[::-1], SAMPLED, PENALTY, LONG]})
+    job["rounds"] = [REQUESTS, REQUESTS[::-1], SAMPLED, PENALTY, LONG]
+    return work(job, VLLM_ENABLE_V1_MULTIPROCESSING="1")  # so the engine has its own process
 
 
 def test_rule14_greedy_output_is_that_of_stock_vllm(stock, lossless):

@@ -60,5 +60,6 @@ def test_two_pipeline_stages_with_their_own_delta_layers(work, one_rank):
         "engine": {"pipeline_parallel_size": 2, "enforce_eager": False,
                    "compilation_config": {"mode": 2, "backend": "eager"}},
     }  # fmt: skip
-    two = [request["completions"][0] for request in work(job)["rounds"][0]]
+    found = work(job, TORCH_COMPILE_DISABLE="0")
+    two = [request["completions"][0] for request in found["rounds"][0]]
     assert tokens(two) == tokens(one_rank)

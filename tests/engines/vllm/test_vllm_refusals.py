@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import HERE, environment  # of this folder
+from conftest import environment  # of this folder
 
 import deltadecode
 from deltadecode.engines.vllm import checks
@@ -153,9 +153,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def said(folder, tmp_path_factory):
-    """Case -> exit code and last line, all from one process: importing vLLM takes seconds."""
-    out = tmp_path_factory.mktemp("refusals") / "found.json"
+def said(folder, run_job):
+    """Case -> exit code and what it said, all from one process."""
     cases = {
         name: {"config": config, "engine": {**engine, **_model(engine, folder)}}
         for name, (config, engine, _) in WORDS.items()
@@ -174,12 +173,7 @@ def said(folder, tmp_path_factory):
     cases["newer vLLM"] = {"config": {}, "engine": {"version": "0.33.0"}}
     cases["lossless"] = {"config": {}, "engine": {"speculative_config": LOSSLESS}}
     cases["fine"] = {"config": {"budget_pages": 32}, "engine": {}}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "refusal_worker.py"), json.dumps(cases), str(out)],
-        capture_output=True, text=True, timeout=300, env=environment(), check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())
+    return run_job("refusal_worker.py", {"cases": cases})
 
 
 def _model(engine, folder):

@@ -18,9 +18,6 @@ from pathlib import Path
 
 from tiny_models import MODELS, SHAPE
 
-# The engine core then runs here, where its batches can be seen.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
 
 def make(name, folder):
     import torch
@@ -289,6 +286,8 @@ def in_a_fork(job, folder):
 
 
 if __name__ == "__main__":
+    # The engine core then runs here, where its batches can be seen.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     job = json.loads(Path(sys.argv[1]).read_text())
     todo = attempt
     if job.get("fork"):

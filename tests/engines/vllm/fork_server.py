@@ -1,0 +1,66 @@
+"""Runs scripts in forks of one process, which imports vLLM once: that takes longer than most jobs.
+
+A line of JSON on stdin asks for a run: ``script``, ``arguments``, ``folder`` (to run in), ``log``
+(a file for all that it says), ``seconds`` (after which it is ended) and ``environment``. A line on
+stdout is its exit code.
+"""
+
+import gc
+import json
+import os
+import runpy
+import signal
+import sys
+
+
+def import_vllm():
+    import compressed_tensors  # noqa: F401
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.model_executor.models import registry
+
+    lazy = registry._LazyRegisteredModel
+    inspect = lazy.inspect_model_cls
+
+    def inspect_here(model):
+        """Without a process for each class, which imports vLLM again so that no GPU is touched."""
+        if model.module_name.startswith("vllm."):
+            return registry._ModelInfo.from_model_cls(model.load_model_cls())
+        return inspect(model)
+
+    lazy.inspect_model_cls = inspect_here
+    gc.freeze()  # what is shared is not looked through in every process
+
+
+def become(asked):
+    """Take on what was asked for, but for the script."""
+    signal.alarm(asked["seconds"])
+    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for new, old in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(new, old)
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    sys.argv = [asked["script"], *asked["arguments"]]
+
+
+def next_run(answers):
+    """What is asked for, in a process of its own; None at the end, in this one."""
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            return json.loads(line)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print what they like
+    import_vllm()
+    asked = next_run(answers)
+    if asked is not None:
+        become(asked)
+        runpy.run_path(asked["script"], run_name="__main__")
