@@ -78,8 +78,8 @@ def run_script(tmp_path_factory):
             server.stdin.write(json.dumps(asked) + "\n")
             server.stdin.flush()
             code = server.stdout.readline()
-            assert code, said.read_text()[-4000:]
-            assert int(code) == 0, (folder / "log").read_text()[-4000:]
+            assert code, said.read_text()[-6000:]
+            assert int(code) == 0, (folder / "log").read_text()[-6000:]
 
         yield run
 
