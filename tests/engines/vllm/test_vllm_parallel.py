@@ -8,6 +8,7 @@ import pytest
 from conftest import environment  # of this folder
 
 from deltadecode.lab.tasks import is_correct, make_problem
+from deltadecode_vllm import PROPOSER
 
 RANKS = Path(__file__).parents[2] / "gpu" / "rank_worker.py"
 # The second of two stages begins with layer 12.
@@ -50,6 +51,25 @@ def test_two_tensor_ranks_that_select_alone_give_the_same_answers(work, one_rank
     two = run(work, CONFIG, tensor_parallel_size=2)
     for problem, here, there in zip(PROBLEMS, one_rank, two, strict=True):
         assert is_correct(problem, here["text"]) and is_correct(problem, there["text"])
+
+
+def test_rule14_two_tensor_ranks_draft_and_verify_the_tokens_of_stock_vllm(work):
+    # So many tokens that drafts pay; they read 16 of some 43 pages.
+    problems = [make_problem(seed, steps=14 + seed % 6, distractors=28) for seed in range(8)]
+    requests = [{"prompt": each.prompt, "params": {"max_tokens": 24}} for each in problems]
+    engine = {"max_model_len": 600}
+    stock = work({"side": "vllm", "rounds": [requests], "engine": engine})["rounds"][0]
+    engine |= {
+        "tensor_parallel_size": 2, "disable_log_stats": False,
+        "speculative_config": {
+            "method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 4,
+        },
+    }  # fmt: skip
+    config = {"page_size": 8, "budget_pages": 16, "recent_pages": 3}
+    found = work({"side": "vllm", "config": config, "rounds": [requests], "engine": engine})
+    for ours, theirs in zip(found["rounds"][0], stock, strict=True):
+        assert tokens(ours["completions"]) == tokens(theirs["completions"])
+    assert found["accepted"] > 0.7 * found["drafted"] > 0
 
 
 def test_two_pipeline_stages_with_their_own_delta_layers(work, one_rank):
