@@ -6,6 +6,7 @@ caches. Queries of float8 are those of plans, whose output is bfloat16. The inte
 as Python and lets pass what the compiler refuses.
 """
 
+import dataclasses
 import itertools
 import sys
 from types import SimpleNamespace
@@ -90,6 +91,9 @@ def index_of_tokens(dtype):
     scores = ops.index_scores(q[:, 0], kv[:, :, 0], table, lens, backend="triton")
     cfg = DeltaConfig(page_size=1, budget_pages=2048, recent_pages=0, sink_pages=0)
     ids, counts = ops.select_pages(scores, lens, cfg, backend="triton")
+    ops.select_pages(torch.zeros(2, 300_000), lens, cfg, backend="triton")
+    many = dataclasses.replace(cfg, budget_pages=9000)  # by digits
+    ops.select_pages(scores, lens, many, backend="triton")
     ops.decode_attention(
         q, kv, kv, table, lens, scale=0.1, page_size=1, page_ids=ids, page_counts=counts,
         backend="triton",

@@ -11,16 +11,17 @@ plans = pytest.importorskip("deltadecode.ops.triton.plans")
 
 
 @pytest.mark.parametrize("budget", [1, 64, 100, 512, 4096, 9000])
-@pytest.mark.parametrize("width", [0, 1, 512, 2048, 2049, 4096, 8193, 65536, 100000])
-def test_what_the_pieces_find_fits_in_one(width, budget):
-    shape = selection_shape(4, width, budget)
+@pytest.mark.parametrize("width", [0, 1, 512, 2048, 2049, 4096, 8193, 65536, 100000, 524288])
+@pytest.mark.parametrize("rows", [4, 256])
+def test_what_the_pieces_find_fits_in_one(rows, width, budget):
+    shape = selection_shape(rows, width, budget)
     longest = shape.least << (shape.sizes - 1)
     if shape.pieces == 1:
         assert shape.piece == 0 and longest <= 8192
         return
     assert width > longest >= shape.piece  # so a row in pieces has more than one
     assert shape.pieces * shape.piece >= width
-    assert shape.pieces * budget <= shape.piece
+    assert shape.pieces * budget <= shape.piece and budget <= 4096
 
 
 def test_few_long_rows_are_selected_from_in_pieces():
@@ -28,7 +29,18 @@ def test_few_long_rows_are_selected_from_in_pieces():
     for width, pieces, piece in ((8192, 8, 1024), (65536, 32, 2048)):
         shape = selection_shape(1, width, 64)
         assert (shape.pieces, shape.piece) == (pieces, piece)
-        assert selection_shape(64, width, 64).pieces == 1
+    assert selection_shape(64, 32768, 64).pieces == 1
+
+
+@pytest.mark.parametrize("rows", [1, 256])
+@pytest.mark.parametrize(
+    ("width", "pieces", "piece"),
+    [(32769, 3, 16384), (131072, 8, 16384), (131073, 5, 32768), (524288, 16, 32768)],
+)
+def test_rows_of_an_index_go_in_pieces_however_many_they_are(rows, width, pieces, piece):
+    shape = selection_shape(rows, width, 2048)
+    assert (shape.pieces, shape.piece, shape.warps) == (pieces, piece, piece // 1024)
+    assert selection_shape(rows, 524289, 2048).pieces == 1
 
 
 @pytest.mark.parametrize("tile", [16, 64, 128])

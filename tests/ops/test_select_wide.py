@@ -38,9 +38,24 @@ def test_long_rows_are_selected_from_as_the_definition_says(
 
 
 @needs_triton
+def test_pieces_of_long_rows_find_what_the_definition_says():
+    width, lengths = 40_000, [40_000, 33_001, 16_384, 5_000, 2_048, 17, 0]
+    scores = torch.randn(len(lengths), width)
+    scores[0, 1000:30_000] = scores[0].sort().values[-1500]  # ties across pieces
+    scores[1, ::3] = torch.nan
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    cfg = DeltaConfig(page_size=1, budget_pages=2048, recent_pages=0, sink_pages=0)
+    made = ops.select_pages(scores, lens, cfg, backend="triton")
+    wanted = ops.select_pages(scores, lens, cfg, backend="reference")
+    assert torch.equal(made[1], wanted[1])
+    assert torch.equal(made[0], wanted[0])
+
+
+@needs_triton
 def test_rows_are_long_from_where_one_thread_block_would_read_them_in_turns(monkeypatch):
     kernels, called = dispatch.triton_backend(), []
     monkeypatch.setattr(kernels, "_select_wide", lambda *a: called.append(a[0].shape[1]))
-    for width in (32768, 32769):
-        kernels.select_pages(torch.zeros(1, width), torch.ones(1, dtype=torch.int32), DeltaConfig())
+    large = DeltaConfig(budget_pages=16_000)  # too many for pieces
+    for width, cfg in ((32768, large), (32769, large), (32769, DeltaConfig())):
+        kernels.select_pages(torch.zeros(1, width), torch.ones(1, dtype=torch.int32), cfg)
     assert called == [32769]

@@ -38,8 +38,8 @@ MOST_GROUP = 32
 # Logits of a Δ-layer that may exist at a time. Engines capture batches of hundreds of rows, each as
 # long as the model allows: those go some rows at a time.
 _LOGITS_BYTES = 2**29
-# Rows of more pages than that are selected from by many thread blocks, each of which has a tile;
-# digits of 11 bits have so many values.
+# Rows of more pages than that are selected from by many thread blocks, in pieces or, where a budget
+# is too large for those, in tiles by their digits. Digits of 11 bits have so many values.
 _WIDE, _WIDE_TILE, _BINS = 32768, 4096, 2048
 # Tokens that a thread block scores for an index.
 _SCORED = 128
@@ -83,16 +83,17 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
         page_scores = page_scores.flatten(0, 1)
     if width and page_scores.stride(1) != 1:
         page_scores = page_scores.contiguous()
+    kind = selection_kind(cfg, queries, width, page_scores.dtype, page_scores.stride(0))
+    plan = selection_plan(kind)
     # With every page in the budget there is nothing to look for.
     is_long = width > max(_WIDE, cfg.budget_pages) and not cfg.share_num
-    if len(queries) == 1 and is_long:
+    if len(queries) == 1 and is_long and not plan.in_pieces:
         return _select_wide(page_scores, seq_lens, cfg)
-    kind = selection_kind(cfg, queries, width, page_scores.dtype, page_scores.stride(0))
-    return selection_plan(kind).run(page_scores, seq_lens)
+    return plan.run(page_scores, seq_lens)
 
 
 def _select_wide(scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:
-    """Select pages of rows that are too long for a thread block each."""
+    """Select pages of rows that are too long for a thread block each, by digits."""
     rows, width = scores.shape
     pieces, budget = -(-width // _WIDE_TILE), cfg.budget_pages
     ids = torch.empty((rows, budget), dtype=torch.int32, device=scores.device)

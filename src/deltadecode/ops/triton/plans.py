@@ -22,6 +22,7 @@ from deltadecode.ops.memory import HasAddress, Pointer
 from deltadecode.ops.triton import attention, finish, selection
 from deltadecode.ops.triton.direct import Launch
 from deltadecode.ops.triton.launch import (
+    MOST_OF_A_PIECE,
     attention_shape,
     finish_shape,
     padded,
@@ -33,7 +34,7 @@ from deltadecode.ops.triton.launch import (
 # Block size where one block is the whole row: a cache that grows compiles nothing anew.
 _WHOLE_ROW = 1 << 30
 # Page ids that the selection writes at a time, where it need not rank them; pieces select no more.
-_FILL = 4096
+_FILL = MOST_OF_A_PIECE
 # Where in a plan's memory something may begin: at a multiple of so many numbers, 256 bytes.
 _STEP = 64
 
@@ -340,6 +341,11 @@ class SelectionPlan:
             )
             for last in range(2 if self._candidates else 1)
         ]
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether a long row is selected from in pieces."""
+        return self._candidates > 0
 
     def run(self, scores: HasAddress, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Page ids and counts; see :func:`deltadecode.ops.select_pages`."""

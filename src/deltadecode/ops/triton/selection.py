@@ -97,7 +97,7 @@ def place_chosen(key, exists, page, threshold, ties, above_before, equal_before,
     """Write the selected pages of a chunk at their ranks; returns the counts with it included."""
     above = exists & (key > threshold)
     equal = exists & (key == threshold)
-    # Two counts in one scan; a chunk has fewer than 2^15 pages.
+    # Two counts in one scan. A chunk has fewer than 2^16 pages, and fewer than 2^15 lie above.
     seen = tl.cumsum((above.to(tl.int32) << 16) + equal.to(tl.int32), 0)
     above_seen = above_before + (seen >> 16)
     equal_seen = equal_before + (seen & 0xFFFF)
