@@ -254,7 +254,7 @@ class SelectionShape:
 @functools.lru_cache(maxsize=4096)
 def selection_shape(rows: int, width: int, budget: int) -> SelectionShape:
     """Shape of the selection of ``budget`` pages from rows of up to ``width`` pages."""
-    sizes = _PIECES if width > _WHOLE_PAGES and rows <= _FEW_ROWS else ()
+    sizes: tuple[int, ...] = _PIECES if width > _WHOLE_PAGES and rows <= _FEW_ROWS else ()
     if width > _LONG_ROWS and budget <= MOST_OF_A_PIECE:
         sizes += _LONG_PIECES
     # What all pieces of a row find has to fit in one.
