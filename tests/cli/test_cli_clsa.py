@@ -1,11 +1,14 @@
 """``deltadecode generate`` on a model that selects its tokens by itself."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deltadecode.cli import loading
 from deltadecode.lab.tasks.tokenizer import build_tokenizer
 from deltadecode.models.clsa import ClsaConfig, ClsaForCausalLM
 
@@ -36,6 +39,34 @@ def test_generate_runs_the_model_without_a_plan(run, clsa):
     assert found["text"] == build_tokenizer(64).decode(tokens, skip_special_tokens=True)
     code, _, err = run("generate", clsa, prompt, "--max-new-tokens", "3")
     assert (code, "the model's own attention: 3 tokens in" in err) == (0, True)
+
+
+@pytest.mark.parametrize("command", ["info", "serve", "calibrate", "inspect", "eval"])
+def test_commands_about_plans_refuse_it_before_its_weights(
+    refused, clsa, monkeypatch, tmp_path, command
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    err = refused(command, clsa)
+    assert "ClsaConfig selects the tokens that it reads by itself: use it without DELTA" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["generate", "clsa", "x"], ["serve", "clsa", "--dry-run"]])
+def test_without_its_distribution_the_shipped_model_is_refused_in_one_line(
+    refused, monkeypatch, nothing_loads, command
+):
+    monkeypatch.setitem(sys.modules, "deltadecode_clsa", None)
+    err = refused(*command)
+    assert "pip install 'deltadecode[clsa]' brings it" in err and "./packages/clsa" in err
+
+
+def test_its_name_imports_no_library():
+    find = "from deltadecode.cli.loading import named_folder; print(named_folder('clsa'))"
+    show = "import sys; print(sys.modules.keys() & {'torch', 'transformers'})"
+    ran = [sys.executable, "-c", f"{find}; {show}"]
+    out = subprocess.run(ran, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[1] == "set()"
 
 
 def test_options_of_delta_are_refused(refused, clsa):

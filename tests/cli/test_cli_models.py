@@ -44,7 +44,8 @@ def test_without_its_distribution_the_embedded_model_is_refused_in_one_line(
     monkeypatch.setitem(sys.modules, "deltadecode_embedded", None)
     assert refused(*named(command, "embedded")) == (
         "deltadecode: error: the embedded model is not installed; "
-        "pip install 'deltadecode[demo]' brings it\n"
+        "pip install 'deltadecode[demo]' brings it, and in a clone of the repository "
+        "pip install ./packages/embedded\n"
     )
 
 

@@ -236,9 +236,11 @@ def test_a_local_model_has_its_layers_checked(refused, line, vllm, model):
 def test_a_local_model_with_nothing_to_plan_needs_leave(refused, line, vllm, tmp_path):
     vllm(True)
     DeepseekV3Config().save_pretrained(tmp_path / "mla")
-    refused(tmp_path / "mla")
+    assert "--on-unsupported stock serves it without DELTA" in refused(tmp_path / "mla")
     command = line(tmp_path / "mla", "--on-unsupported", "stock")
     assert settings(command) == {"deltadecode": {"on_unsupported": "stock"}}
+    err = refused(tmp_path / "mla", "--on-unsupported", "stock", "--lossless")
+    assert "multi-head latent attention" in err and "stock" not in err
 
 
 def test_a_model_that_transformers_does_not_know_is_left_to_vllm(line, tmp_path):

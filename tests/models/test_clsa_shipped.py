@@ -12,7 +12,8 @@ from deltadecode.cli import loading
 from deltadecode.errors import DeltaDecodeError
 from deltadecode.lab.tasks.chain import make_problem
 from deltadecode.lab.tasks.vocabulary import NAMES
-from deltadecode.models.clsa import ClsaForCausalLM, shipped
+from deltadecode.models import shipped
+from deltadecode.models.clsa import ClsaForCausalLM
 
 pytest.importorskip("deltadecode_clsa")
 SEED = 20261129  # of no training

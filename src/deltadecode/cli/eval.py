@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deltadecode.architecture import attention_layers, signature
 from deltadecode.cli import loading, options
 from deltadecode.cli.files import OutputError, attempt, check_file, check_folder, write_each
 from deltadecode.cli.output import (
@@ -150,13 +151,18 @@ def eval_command(
     folder = loading.resolve_model(model)
     quiet_libraries()
     destination.check()
+    from deltadecode.lab.evaluation.cells import check_policies
     from deltadecode.lab.evaluation.runner import Evaluation
     from deltadecode.lab.evaluation.statistics import can_report
     from deltadecode.lab.tasks.registry import make_task
 
     problems = make_task(task)
+    config, place = loading.load_config(folder), loading.find_device(device)
+    attention_layers(config)  # says why where there are none
+    if not ablation:
+        check_policies(request.policies, request.budgets, request.fractions, config)
     tokenizer = loading.load_tokenizer(folder)
-    loaded = loading.load_model(folder, dtype, loading.find_device(device))
+    loaded = loading.load_model(folder, dtype, place)
     if lm_eval is not None:
         _harness(loaded, tokenizer, request, _names(lm_eval), lm_eval_include, samples, batch, seed,
                  out, as_json)  # fmt: skip
@@ -174,7 +180,6 @@ def eval_command(
 
 
 def _cells(evaluation: Any, request: _Request) -> list[Any]:
-    from deltadecode.architecture import attention_layers, signature
     from deltadecode.config import DeltaConfig, load_meta
     from deltadecode.lab.evaluation.ablations import cells_of
     from deltadecode.lab.evaluation.cells import check_cells, make_cells

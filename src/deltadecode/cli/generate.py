@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: options.Model,
+    model: options.AnyModel,
     prompt: options.PromptArgument = None,
     prompt_file: options.PromptFile = None,
     system: options.System = None,

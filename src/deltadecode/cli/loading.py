@@ -48,7 +48,7 @@ def _smollm2() -> Path:
 
 
 def _clsa() -> Path:
-    from deltadecode.models.clsa.shipped import model_path
+    from deltadecode.models.shipped import model_path
 
     return model_path()
 

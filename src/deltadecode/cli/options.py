@@ -112,8 +112,12 @@ def _folder(param: typer.CallbackParam, value: Path | None) -> Path | None:
 
 
 # What a command works on
-MODEL_HELP = f"Folder or hub name of a model, '{EMBEDDED}', '{SMOLLM2}' or '{CLSA}'."
+MODEL_HELP = f"Folder or hub name of a model, '{EMBEDDED}' or '{SMOLLM2}'."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+# Also one that DELTA has no part in.
+AnyModel = Annotated[
+    str, typer.Argument(help=f"Folder or hub name, '{EMBEDDED}', '{SMOLLM2}' or '{CLSA}'.")
+]
 OptionalModel = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
 Dtype = Annotated[
     str, typer.Option(help="auto: that of the checkpoint.", metavar="|".join(_DTYPES),

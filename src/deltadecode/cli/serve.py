@@ -98,7 +98,7 @@ def serve(
     )
     additional, rest = split_additional(context.args)
     folder = named_folder(model)
-    settings = plan_settings(folder, plan, fields, on_unsupported)
+    settings = plan_settings(folder, plan, fields, on_unsupported, lossless=lossless)
     if sync_heads:
         settings["sync_heads"] = True
     if min_tokens is not None:
@@ -174,7 +174,12 @@ def merged(additional: dict[str, Any], settings: dict[str, Any]) -> dict[str, An
 
 
 def plan_settings(
-    model: str, plan: Path | None, fields: dict[str, Any], on_unsupported: OnUnsupported | None
+    model: str,
+    plan: Path | None,
+    fields: dict[str, Any],
+    on_unsupported: OnUnsupported | None,
+    *,
+    lossless: bool = False,
 ) -> dict[str, Any]:
     """Settings for the plugin, checked as far as that can be done before the model is loaded.
 
@@ -199,9 +204,13 @@ def plan_settings(
         return settings  # vLLM knows models that Transformers does not
     try:
         make_plan(config, plan, fields)
-    except UnsupportedModelError:
-        if on_unsupported is not OnUnsupported.stock:
+    except UnsupportedModelError as error:
+        if lossless:  # stock attention has nothing to draft with
             raise
+        if on_unsupported is not OnUnsupported.stock:
+            raise UnsupportedModelError(
+                f"{error}; --on-unsupported stock serves it without DELTA"
+            ) from error
     return settings
 
 

@@ -10,7 +10,8 @@ from functools import partial
 import pytest
 from calibration_cases import save_tiny_checkpoint
 
-from deltadecode.cli import main
+from deltadecode.cli import loading, main
+from deltadecode.models.clsa import ClsaConfig
 
 TASK = ["--task", "chain:steps=2:distractors=1", "--device", "cpu", "--samples", "2"]
 
@@ -104,11 +105,40 @@ def test_an_ablation_runs_by_name(run, model, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(run, model, tmp_path, arguments, message):
-    task = [] if "--task" in arguments else TASK
+    task = ["--policies", "full"] if "--task" in arguments else TASK
     code, out, err = run(model, *task, "--out", tmp_path / "s", *arguments)
     assert code == 2 and out == ""
     assert err.startswith("deltadecode: error: ") and message in err and err.count("\n") == 1
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policies", "h2o"], "policy 'h2o' needs --budgets or --attended-fraction"),
+        (["--policies", "quset", "--budgets", "64"], "unknown policy 'quset'"),
+        (["--policies", "streaming", "--budgets", "3"], "'streaming' cannot keep to 3 tokens"),
+        (["--policies", "h2o", "--attended-fraction", "2"], "must be between 0 and 1, got 2.0"),
+        (["--policies", ","], "--policies names no policy"),
+        (["--policies", "full", "--device", "cuda:9"], "--device must be one of"),
+    ],
+)
+def test_mistakes_about_policies_come_before_the_weights(
+    run, model, monkeypatch, tmp_path, arguments, message
+):
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    code, _, err = run(model, *TASK, "--out", tmp_path / "s", *arguments)
+    assert (code, message in err) == (2, True)
+
+
+def test_a_model_without_attention_to_plan_is_refused_before_its_weights(
+    run, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    ClsaConfig(mode="clsa").save_pretrained(tmp_path / "clsa")
+    code, _, err = run(tmp_path / "clsa", *TASK, "--policies", "full", "--out", tmp_path / "s")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "selects the tokens that it reads by itself; its own generate" in err
 
 
 def test_a_model_without_a_tokenizer_is_one_line(run, model, tmp_path):

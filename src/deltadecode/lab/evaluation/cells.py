@@ -63,20 +63,40 @@ def make_cells(
     PolicyError when a policy is unknown or cannot keep to a budget, EvaluationError when there is
     nothing to run.
     """
-    if not policies:
-        raise EvaluationError("--policies names no policy")
+    check_policies(policies, budgets, fractions, model)
     cells: list[Cell] = []
     for text in policies:
         if parse_policy(text)[0] == "full":
             cells.append(Cell("full", 0))
             continue
-        if not budgets and not fractions:
-            raise EvaluationError(f"policy {text!r} needs --budgets or --attended-fraction")
         cells += [Cell(text, budget) for budget in budgets]
         for fraction in fractions:
             budget = solve_budget(text, model, fraction, trace, overhead=overhead)
             cells.append(Cell(text, budget, fraction))
     return check_cells(cells, model, trace)
+
+
+def check_policies(
+    policies: Sequence[str], budgets: Sequence[int], fractions: Sequence[float], config: Any
+) -> None:
+    """Refuse what cannot be run on any task, by a model's configuration or a model.
+
+    Raises
+    ------
+    PolicyError, EvaluationError
+        As :func:`make_cells`.
+    """
+    if not policies:
+        raise EvaluationError("--policies names no policy")
+    for fraction in fractions:
+        _check_fraction(fraction)
+    for text in policies:
+        if parse_policy(text)[0] == "full":
+            continue
+        if not budgets and not fractions:
+            raise EvaluationError(f"policy {text!r} needs --budgets or --attended-fraction")
+        for budget in budgets:
+            make_policy(text, config, budget)
 
 
 def check_cells(cells: Iterable[Cell], model: Any, trace: Trace) -> list[Cell]:
@@ -98,8 +118,7 @@ def solve_budget(
     bound of them is taken, so that the policy may read less. Raises PolicyError when the policy
     reads more with any budget that it can keep to.
     """
-    if not 0 < fraction < 1:
-        raise EvaluationError(f"an attended fraction must be between 0 and 1, got {fraction}")
+    _check_fraction(fraction)
 
     def expected(budget: int) -> float | None:
         try:
@@ -126,6 +145,11 @@ def solve_budget(
         )
     over = _bisect(least, top, lambda budget: (expected(budget) or 0.0) > fraction)
     return top if over is None else over - 1
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise EvaluationError(f"an attended fraction must be between 0 and 1, got {fraction}")
 
 
 def expected_fraction(policy: Policy, trace: Trace) -> float:

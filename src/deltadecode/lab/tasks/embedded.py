@@ -18,6 +18,7 @@ def model_path() -> Path:
         import deltadecode_embedded
     except ModuleNotFoundError:
         raise DeltaDecodeError(
-            "the embedded model is not installed; pip install 'deltadecode[demo]' brings it"
+            "the embedded model is not installed; pip install 'deltadecode[demo]' brings it, and "
+            "in a clone of the repository pip install ./packages/embedded"
         ) from None
     return Path(deltadecode_embedded.model_path())

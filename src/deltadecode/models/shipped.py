@@ -1,4 +1,7 @@
-"""Where the small trained model lies: in a distribution of its own, ``deltadecode-clsa``."""
+"""Where the small trained CLSA model lies: in a distribution of its own, ``deltadecode-clsa``.
+
+Not beside CLSA's classes: the command line asks for it, and their import takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ def model_path() -> Path:
         import deltadecode_clsa
     except ModuleNotFoundError:
         raise DeltaDecodeError(
-            "the CLSA model is not installed; pip install 'deltadecode[clsa]' brings it"
+            "the CLSA model is not installed; pip install 'deltadecode[clsa]' brings it, and in a "
+            "clone of the repository pip install ./packages/clsa"
         ) from None
     return Path(deltadecode_clsa.model_path())
