@@ -194,6 +194,35 @@ def test_what_training_gave_is_on_the_page_of_clsa():
             assert shown[f"{name}, answers right"] == right
 
 
+def test_speeds_of_clsa_are_those_of_the_file():
+    name = "clsa-20261129-h200.json"
+    found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    first, *shown = [cells for cells in page("docs/clsa.md").rows if len(cells) == 7]
+    cells = {(cell["mode"], f"{cell['context']:,}"): cell for cell in found["cells"]}
+    speeds = "prefill", "decode", "end_to_end_new"
+    for mode, context, *numbers in shown[: len(cells)]:
+        cell = cells.pop((mode, context))
+        prefill, decode, end = (rounded(cell[f"{kind}_tokens_per_s"], 0) for kind in speeds)
+        of_token = rounded(cell["kv_bytes_per_token"], 0)
+        assert numbers == [prefill, str(cell["batch"]), decode, end, of_token]
+    assert not cells and first[0] == "mode"
+    _, *parts = shown[len(found["cells"]) :]
+    layers = found["layer_ms"]
+    names = "ffn", "attention_sparse", "attention_dense", "index_scores", "top_k", "top_k_of_torch"
+    assert len(parts) == len(layers)
+    for context, *times in parts:
+        layer = layers[context.replace(",", "")]
+        assert times == [rounded(layer[part], 3) for part in names]
+    text = " ".join((ROOT / "docs" / "clsa.md").read_text(encoding="utf-8").split())
+    for case, said in {
+        "decode": "CLSA decodes {} times as fast as the Transformer",
+        "end to end": "End to end it is {} times as fast",
+        "prefill": "Prefill decides that: {} times as fast here",
+    }.items():
+        (row,) = rows_of(name, case=f"{case}, 131072 tokens", peer="transformer")
+        assert said.format(rounded(row["ratio"], 1)) in text
+
+
 def test_what_a_context_needs_is_worked_out():
     config = AutoConfig.for_model(**find_shape("qwen3-8b").config())
     cfg = dd.DeltaConfig.for_model(config)

@@ -29,7 +29,7 @@ def clsa(
     """Time prefill and decoding of the paper's 4 B shape with random weights, mode by mode.
 
     Each mode at its own best batch of those that fit. A step is one CUDA graph. End to end is
-    reckoned from both: a prompt of context less the new tokens, then those.
+    computed from both: a prompt of context less the new tokens, then those.
     """
     with cli.checking(out, tag):
         from benchmarks.clsa.run import MODES, Task, run
