@@ -331,6 +331,27 @@ def test_meta_is_kept_in_the_file_and_out_of_the_configuration(tmp_path):
     assert load_meta(tmp_path / "plain.json") == {}
 
 
+@pytest.mark.parametrize("path", [None, 3, b"plan.json"])
+def test_paths_of_other_types_are_refused(path):
+    for use in (DeltaConfig.load, DeltaConfig(delta_layers=(2,)).save):
+        with refused("path must be a str or a path", repr(path)):
+            use(path)
+
+
+def test_what_json_cannot_hold_is_refused_and_nothing_written(tmp_path):
+    cfg = DeltaConfig(delta_layers=(2,))
+    for meta, words in ((3, "a mapping, got 3"), ({"a": {1}}, "what JSON can hold")):
+        with refused("meta must be", words):
+            cfg.save(tmp_path / "plan.json", meta=meta)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("values", [None, 3, [("page_size", 8)]])
+def test_values_that_are_no_mapping_are_refused(values):
+    with refused("values must be a mapping", type(values).__name__):
+        DeltaConfig.from_dict(values)
+
+
 def test_every_profile_is_a_config_that_fits_its_model():
     assert len(profiles()) >= 3
     for name, profile in profiles().items():

@@ -110,7 +110,8 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
     config = text_config(model_or_config)
     if selects_tokens(config):
         raise UnsupportedModelError(
-            f"{_name(config)} selects the tokens that it reads by itself: use it without DELTA"
+            f"{_name(config)} selects the tokens that it reads by itself; its own generate, "
+            "'deltadecode generate' and vLLM run it as it is, without DELTA"
         )
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedModelError(

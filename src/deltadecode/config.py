@@ -268,6 +268,8 @@ class DeltaConfig:
         DeltaConfigError
             For an unknown key, a wrong type, or a broken rule.
         """
+        if not isinstance(values, Mapping):
+            raise DeltaConfigError(f"values must be a mapping, got {type(values).__name__}")
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known and key != "meta":
@@ -299,10 +301,24 @@ class DeltaConfig:
         meta : mapping, optional
             Where the plan comes from, under the key ``meta``; anything that JSON can hold. It is
             no part of the configuration: :meth:`load` leaves it out, :func:`load_meta` reads it.
+
+        Raises
+        ------
+        DeltaConfigError
+            For another type of path or meta, or what JSON cannot hold; nothing is written then.
+        OSError
+            When the file cannot be written.
         """
-        values = self.to_dict() if meta is None else {**self.to_dict(), "meta": dict(meta)}
-        text = json.dumps(values, indent=2, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        place, values = _path(path), self.to_dict()
+        if meta is not None:
+            if not isinstance(meta, Mapping):
+                raise DeltaConfigError(f"meta must be a mapping, got {meta!r}")
+            values["meta"] = dict(meta)
+        try:
+            text = json.dumps(values, indent=2, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise DeltaConfigError(f"meta must be what JSON can hold: {error}") from error
+        place.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> DeltaConfig:
@@ -351,9 +367,16 @@ def load_meta(path: str | PathLike[str]) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
+def _path(path: object) -> Path:
+    if not isinstance(path, (str, PathLike)):
+        raise DeltaConfigError(f"path must be a str or a path, got {path!r}")
+    return Path(path)
+
+
 def _read(path: str | PathLike[str]) -> dict[str, Any]:
+    place = _path(path)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        values = json.loads(place.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DeltaConfigError(
             f"cannot read a DeltaConfig from {str(path)!r}: {error.strerror or error}"

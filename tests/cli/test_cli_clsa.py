@@ -48,7 +48,8 @@ def test_commands_about_plans_refuse_it_before_its_weights(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     err = refused(command, clsa)
-    assert "ClsaConfig selects the tokens that it reads by itself: use it without DELTA" in err
+    assert "ClsaConfig selects the tokens that it reads by itself; its own generate, " in err
+    assert "'deltadecode generate' and vLLM run it as it is, without DELTA" in err
     assert not list(tmp_path.iterdir())
 
 

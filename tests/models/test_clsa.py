@@ -12,7 +12,7 @@ from deltadecode.errors import (
     UnsupportedCacheError,
     UnsupportedModelError,
 )
-from deltadecode.models.clsa import ClsaConfig, ClsaForCausalLM, ClsaModel, reference
+from deltadecode.models.clsa import ClsaCache, ClsaConfig, ClsaForCausalLM, ClsaModel, reference
 from deltadecode.models.clsa.attention import Window, largest, seen
 
 MODES = ("clsa", "yoco", "transformer")
@@ -217,11 +217,20 @@ def test_chunks_of_a_window_are_the_window(queries, tokens, padded):
         ({"mode": "dense"}, "mode must be one of clsa, yoco, transformer, got 'dense'"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads, got 4 and 3"),
         ({"head_dim": 7}, "head_dim must be even for rotary positions, got 7"),
+        ({"rope_theta": "x"}, "rope_theta must be a number greater than 0, got 'x'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number greater than 0, got nan"),
+        ({"initializer_range": -1}, "initializer_range must be a number greater than 0, got -1"),
     ],
 )
 def test_shapes_that_no_model_has_are_refused(changes, message):
     with pytest.raises(ModelConfigError, match=message):
         make_config(**changes)
+
+
+@pytest.mark.parametrize("make", [ClsaForCausalLM, ClsaModel, ClsaCache])
+def test_configurations_of_other_models_are_refused(make):
+    with pytest.raises(ArgumentError, match="config must be a ClsaConfig, got LlamaConfig"):
+        make(LlamaConfig())
 
 
 def test_checkpoints_of_other_models_are_refused(tmp_path):
@@ -243,6 +252,9 @@ def test_what_a_model_cannot_do_is_refused():
         model(ids)
     with pytest.raises(ArgumentError, match="the model's 16 positions, got 20 tokens"):
         model.generate(ids[:, :10], max_new_tokens=10)
+    for forward in (model, model.model):
+        with pytest.raises(ArgumentError, match="gives no attention weights"):
+            forward(ids[:, :4], output_attentions=True)
     with pytest.raises(ArgumentError, match=r"attention_mask must be \[1, 4\]"):
         model(ids[:, :4], attention_mask=torch.ones(1, 3))
     with pytest.raises(UnsupportedModelError, match="selects the tokens that it reads by itself"):

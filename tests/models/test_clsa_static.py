@@ -8,7 +8,7 @@ import torch
 from clsa_models import make_model
 
 from deltadecode import ops
-from deltadecode.errors import UnsupportedCacheError
+from deltadecode.errors import ArgumentError, UnsupportedCacheError
 from deltadecode.models.clsa import ClsaStaticCache, decode
 from deltadecode.ops import tokens
 
@@ -80,6 +80,11 @@ def test_the_kernels_compute_a_step(mode, monkeypatch):
 @torch.no_grad()
 def test_what_a_static_cache_cannot_do_is_refused():
     model, ids = make_model(), _ids(2, 6)
+    for rows, most, name in ((0, 10, "rows"), (2, 10.0, "max_length"), (2, -1, "max_length")):
+        with pytest.raises(ArgumentError, match=f"{name} must be an int of 1 or more"):
+            ClsaStaticCache(model.config, rows, most, torch.float64, ids.device)
+    with pytest.raises(ArgumentError, match="config must be a ClsaConfig, got ClsaForCausalLM"):
+        ClsaStaticCache(model, 2, 10, torch.float64, ids.device)
     cache = ClsaStaticCache(model.config, 2, 10, torch.float64, ids.device)
     with pytest.raises(UnsupportedCacheError, match="of 2 rows got a batch of 1"):
         model(ids[:1], past_key_values=cache)

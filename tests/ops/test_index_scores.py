@@ -74,6 +74,12 @@ def test_inputs_that_do_not_fit_are_refused():
         ((q, keys[..., :4], table, lens), "keys must be"),
         ((q, keys, table.long(), lens), "block_table must be int32"),
         ((q, keys, table, lens + 12), "must not exceed the 16 tokens"),
+        ((q, keys, table, -lens), "must not be negative, got -5"),
+        ((q, keys[:, :0], table, lens), "keys must be"),
+        ((q, keys, None, lens), "block_table must be a tensor, got NoneType"),
     ):
         with pytest.raises(OperationError, match=message):
             ops.index_scores(*arguments)
+    for scale in ("x", None, float("nan")):
+        with pytest.raises(OperationError, match="scale must be a finite number"):
+            ops.index_scores(q, keys, table, lens, scale=scale)

@@ -82,6 +82,30 @@ def test_auto_is_one_of_the_backends(case):
         ({"softcap": -1.0}, ("softcap", "-1.0")),
         ({"page_ids": torch.zeros(2, 1, dtype=INT)}, ("page_counts", "only one")),
         ({"page_counts": torch.zeros(2, dtype=INT)}, ("page_ids", "only one")),
+        ({"seq_lens": torch.tensor([-1, 2], dtype=INT)}, ("seq_lens must not be negative", "-1")),
+        *(
+            ({name: [1.0]}, (f"{name} must be a tensor", "list"))
+            for name in (
+                "q",
+                "k_cache",
+                "v_cache",
+                "block_table",
+                "seq_lens",
+                "page_ids",
+                "page_counts",
+                "sinks",
+                "k_scales",
+                "v_scales",
+            )
+        ),
+        ({"q": None}, ("q must be a tensor", "NoneType")),
+        *(
+            ({name: value}, (f"{name} must be a finite number", repr(value)))
+            for name in ("scale", "k_scale", "v_scale", "softcap")
+            for value in ("x", float("nan"), float("inf"))
+        ),
+        ({"page_size": 2.0}, ("page_size must be an int", "2.0")),
+        ({"page_size": None}, ("page_size must be an int", "None")),
     ],
 )
 def test_decode_attention_refuses(case, change, words):
@@ -199,6 +223,9 @@ def test_decode_attention_refuses_strided_heads(case):
         (torch.zeros(2, 3), torch.zeros(3, dtype=INT), ("seq_lens", "[2]", "[3]")),
         (torch.zeros(2, 3), torch.zeros(2), ("seq_lens", "int32", "float32")),
         (torch.zeros(2, 3), torch.tensor([0, 49], dtype=INT), ("48 tokens", "49")),
+        (torch.zeros(2, 3), torch.tensor([-1, 9], dtype=INT), ("not be negative", "-1")),
+        ([1.0], torch.zeros(2, dtype=INT), ("page_scores must be a tensor", "list")),
+        (torch.zeros(2, 3), 3, ("seq_lens must be a tensor", "int")),
     ],
 )
 def test_select_pages_refuses(scores, lengths, words):
@@ -206,6 +233,11 @@ def test_select_pages_refuses(scores, lengths, words):
         ops.select_pages(scores, lengths, DeltaConfig())
     for word in words:
         assert word in str(error.value), error.value
+
+
+def test_a_plan_of_another_type_is_refused():
+    with pytest.raises(OperationError, match="cfg must be a DeltaConfig, got dict"):
+        ops.select_pages(torch.zeros(2, 3), torch.zeros(2, dtype=INT), {"page_size": 8})
 
 
 def test_torch_backend_reads_no_memory_outside_the_cache(case):

@@ -17,8 +17,8 @@ def count_older(found: Tensor, first: Tensor) -> Tensor:
 def list_pages(older: Tensor, count: Tensor, first: Tensor, columns: Tensor, out: Tensor) -> None:
     """Fill ``out`` [..., R, C] with ``count`` [..., R] ``older`` pages, and all from ``first`` on.
 
-    ``older`` is [..., R, W] or narrower than the ``columns`` 0 ... C - 1; ``out`` stays in its
-    place, where graphs of drafts read it.
+    ``older`` is [..., R, W], and W at most C; ``columns`` are the numbers 0 ... C - 1. ``out``
+    stays in its place, where graphs of drafts read it.
     """
     older = torch.nn.functional.pad(older, (0, len(columns) - older.shape[-1]))
     newer = first[:, None] + columns - count[..., None]

@@ -17,6 +17,7 @@ from deltadecode.ops import torch as torch_backend
 from deltadecode.ops.inputs import (
     DecodeInputs,
     check_decode,
+    check_numbers,
     check_reach,
     each_token_alone,
     needs_gradients,
@@ -108,6 +109,7 @@ def plan_decode(
     OperationError
         As :func:`deltadecode.ops.decode_attention` does.
     """
+    check_numbers(inputs)
     check_decode(inputs)
     kernels = triton_backend()
     if inputs.k_scales is not None:

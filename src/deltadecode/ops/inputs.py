@@ -5,17 +5,21 @@ Each check raises a one-line OperationError that names both sides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltadecode.config import DeltaConfig
 from deltadecode.errors import OperationError
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 # What caches may hold beside the type of q.
 EIGHT_BITS = frozenset({torch.float8_e4m3fn, torch.int8})
+_OPTIONAL = ("page_ids", "page_counts", "sinks", "k_scales", "v_scales")
 
 
 @dataclass
@@ -51,8 +55,11 @@ class DecodeInputs:
         return tuple(queries[:1] if self.score_last else queries)
 
 
-def check_select(page_scores: Tensor, seq_lens: Tensor) -> None:
+def check_select(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> None:
     """Check the input of ``select_pages``."""
+    _check_tensors(page_scores=page_scores, seq_lens=seq_lens)
+    if not isinstance(cfg, DeltaConfig):
+        raise OperationError(f"cfg must be a DeltaConfig, got {type(cfg).__name__}")
     if page_scores.dim() not in (2, 3) or not page_scores.is_floating_point():
         raise OperationError(
             f"page_scores must be a float [B, pages] or [B, Q, pages], got {_show(page_scores)}"
@@ -60,14 +67,19 @@ def check_select(page_scores: Tensor, seq_lens: Tensor) -> None:
     _check_index("seq_lens", seq_lens, (page_scores.shape[0],), page_scores)
 
 
-def check_index(q: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor) -> None:
-    """Check the input of ``index_scores``; shapes, types and devices only, never values."""
+def check_index(
+    q: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
+) -> None:
+    """Check the input of ``index_scores``; never values of tensors."""
+    _check_tensors(q=q, keys=keys, block_table=block_table, seq_lens=seq_lens)
+    _check_number("scale", scale)
     if q.dim() != 2 or q.dtype not in _FLOATS:
         raise OperationError(f"q must be a float [B, D], got {_show(q)}")
     if (
         keys.dim() != 3
         or (keys.shape[2], keys.dtype, keys.device) != (q.shape[1], q.dtype, q.device)
         or keys.stride(2) != 1
+        or keys.shape[1] == 0
     ):
         raise OperationError(
             f"keys must be [blocks, block_size, D] like q, with last stride 1, got {_show(keys)} "
@@ -82,6 +94,12 @@ def check_index(q: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor) 
 def check_decode(inputs: DecodeInputs) -> None:
     """Check the input of ``decode_attention``; shapes, types and devices only, never values."""
     q, block_table, seq_lens = inputs.q, inputs.block_table, inputs.seq_lens
+    _check_tensors(
+        q=q, k_cache=inputs.k_cache, v_cache=inputs.v_cache, block_table=block_table,
+        seq_lens=seq_lens,
+    )  # fmt: skip
+    given = {name: getattr(inputs, name) for name in _OPTIONAL}
+    _check_tensors(**{name: value for name, value in given.items() if value is not None})
     if q.dim() not in (3, 4) or q.dtype not in _FLOATS or 0 in q.shape[1:-2]:
         raise OperationError(f"q must be a float [B, Hq, D] or [B, Q, Hq, D], got {_show(q)}")
     _check_caches(q, inputs.k_cache, inputs.v_cache)
@@ -106,6 +124,27 @@ def check_decode(inputs: DecodeInputs) -> None:
         raise OperationError(f"sinks must be a float [{heads}] on {q.device}, got {_show(sinks)}")
     if softcap is not None and not softcap > 0:
         raise OperationError(f"softcap must be greater than 0, got {softcap}")
+
+
+def check_numbers(inputs: DecodeInputs) -> None:
+    """Check the input of ``decode_attention`` that is no tensor; not while it is traced."""
+    if type(inputs.page_size) is not int:
+        raise OperationError(f"page_size must be an int, got {inputs.page_size!r}")
+    for name in ("scale", "k_scale", "v_scale"):
+        _check_number(name, getattr(inputs, name))
+    if inputs.softcap is not None:
+        _check_number("softcap", inputs.softcap)
+
+
+def _check_tensors(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise OperationError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise OperationError(f"{name} must be a finite number, got {value!r}")
 
 
 def _check_pages(inputs: DecodeInputs) -> None:
@@ -185,9 +224,12 @@ def _check_index(name: str, value: Tensor, shape: Sequence[int], like: Tensor) -
 
 
 def check_reach(seq_lens: Tensor, tokens: int, holder: str) -> None:
-    """Check that no sequence is longer than its table; only where reading values is free."""
+    """Check that a table can have rows so long; only where reading values is free."""
     if seq_lens.is_cpu:
-        longest = max(seq_lens.tolist(), default=0)
+        lengths = seq_lens.tolist()
+        shortest, longest = min(lengths, default=0), max(lengths, default=0)
+        if shortest < 0:
+            raise OperationError(f"seq_lens must not be negative, got {shortest}")
         if longest > tokens:
             raise OperationError(
                 f"seq_lens must not exceed the {tokens} tokens of {holder}, got {longest}"

@@ -16,7 +16,13 @@ from torch import Tensor
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import OperationError
 from deltadecode.ops.dispatch import run_decode, run_select
-from deltadecode.ops.inputs import DecodeInputs, check_decode, check_select, needs_gradients
+from deltadecode.ops.inputs import (
+    DecodeInputs,
+    check_decode,
+    check_numbers,
+    check_select,
+    needs_gradients,
+)
 
 _FIELDS = tuple(field.name for field in fields(DecodeInputs))
 _SCHEMA_TYPES = {
@@ -74,6 +80,7 @@ def register_decode(
     def _checked(inputs: DecodeInputs, backend: str) -> tuple[Tensor, Tensor | None]:
         if prepare is not None:
             inputs = prepare(inputs)
+        check_numbers(inputs)
         check_decode(inputs)
         return run_decode(inputs, backend)
 
@@ -113,8 +120,9 @@ def _config(page: int, budget: int, share: float, recent: int, sink: int) -> Del
 
 
 def _select_pages(page_scores: Tensor, seq_lens: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
-    check_select(page_scores, seq_lens)
-    return run_select(page_scores, seq_lens, _config(*values[:-1]), values[-1])
+    cfg = _config(*values[:-1])
+    check_select(page_scores, seq_lens, cfg)
+    return run_select(page_scores, seq_lens, cfg, values[-1])
 
 
 def _fake_select_pages(

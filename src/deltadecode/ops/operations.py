@@ -46,9 +46,10 @@ def select_pages(
     Raises
     ------
     OperationError
-        When a shape, dtype or device is wrong, or (CPU) a row is longer than its scores.
+        When a type, shape or device is wrong, or (CPU) a row is longer than its scores or shorter
+        than 0.
     """
-    check_select(page_scores, seq_lens)
+    check_select(page_scores, seq_lens, cfg)
     if torch.compiler.is_compiling():
         return select(page_scores, seq_lens, cfg, backend)
     return run_select(page_scores, seq_lens, cfg, backend)
@@ -140,8 +141,9 @@ def decode_attention(
     Raises
     ------
     OperationError
-        When shapes, dtypes or devices do not fit, (CPU) a row is longer than its table, or
-        gradients are needed of what computes none: ``"triton"``, or a compiled graph.
+        When types, shapes or devices do not fit, a number is not finite, (CPU) a row is longer
+        than its table or shorter than 0, or gradients are needed of what computes none:
+        ``"triton"``, or a compiled graph.
     """
     inputs = DecodeInputs(
         q, k_cache, v_cache, block_table, seq_lens, scale, page_size, page_ids, page_counts, sinks,
@@ -189,7 +191,8 @@ def index_scores(
     Raises
     ------
     OperationError
-        When a shape, dtype or device is wrong, or (CPU) a row is longer than its table.
+        When a type, shape or device is wrong, the scale is not finite, or (CPU) a row is longer
+        than its table or shorter than 0.
     """
-    check_index(q, keys, block_table, seq_lens)
+    check_index(q, keys, block_table, seq_lens, scale)
     return run_index(q, keys, block_table, seq_lens, scale, backend)

@@ -21,7 +21,8 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Select the ``topk`` tokens of one query a row: ids [B, k] and counts [B], int32.
 
-    ``query`` is [B, d], scaled, ``keys`` [blocks, block_size, d], and ``table`` [B, blocks_max].
+    ``query`` is [B, d], scaled, ``keys`` [blocks, block_size, d], ``table`` [B, blocks_max] int32,
+    and ``lengths`` [B] int32. A row of fewer tokens has as many ids, and -1 behind them.
     """
     scores = index_scores(query, keys, table, lengths)
     ids, counts = select_pages(scores, lengths, selection(topk))

@@ -336,6 +336,13 @@ def test_a_number_of_drafts_that_cannot_be(count: Any) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("flag", ["no", 1, None])
+def test_lossless_is_a_flag(flag: Any) -> None:
+    model = make_model("llama", "sdpa")
+    refused("lossless must be True or False", lambda: dd.enable(model, lossless=flag))
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_drafts_without_lossless() -> None:
     model = make_model("llama", "sdpa")
     refused("needs lossless=True", lambda: dd.enable(model, small_config(), draft_tokens=3))

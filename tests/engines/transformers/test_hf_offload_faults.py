@@ -80,6 +80,11 @@ def test_layers_that_cannot_be_offloaded(model) -> None:
         dd.DeltaOffloadedCache(config, small_config())
 
 
+def test_a_plan_of_another_type(model) -> None:
+    with pytest.raises(dd.ArgumentError, match="cfg must be a DeltaConfig, got dict"):
+        dd.DeltaOffloadedCache(model.config, {"page_size": 8})
+
+
 def test_a_model_that_changes_its_keys_behind_the_cache() -> None:
     model = tiny_model("jetmoe").float()
     cfg = small_config(dense_layers=(), delta_layers=(0,))

@@ -251,6 +251,19 @@ def refused(error: type[Exception], *parts: str, call: Any) -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("size", ["64", None, 64.0, True])
+def test_sizes_that_are_no_ints(size: Any) -> None:
+    config = enabled().config
+    for name in ("max_cache_len", "page_size"):
+        sizes = {"max_cache_len": 64, name: size}
+        refused(
+            dd.ArgumentError,
+            f"{name} must be an int",
+            repr(size),
+            call=lambda sizes=sizes: DeltaStaticCache(config, **sizes),
+        )
+
+
 def test_a_stock_static_cache_and_one_off_the_device() -> None:
     model = enabled()
     stock = StaticCache(model.config, max_cache_len=60)

@@ -150,14 +150,21 @@ class Drafting:
         return out.contiguous()  # type: ignore[no-any-return]
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Refuse with an ArgumentError what is neither True nor False: ``"no"`` would count as True."""
+    if type(value) is not bool:
+        raise ArgumentTypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_draft_tokens(lossless: bool, draft_tokens: int | None) -> int:
     """The largest number of drafts before a verification; 0 where decoding is not lossless.
 
     Raises
     ------
     ArgumentError
-        When it is outside 1 ... 16, or given without ``lossless``.
+        When it is outside 1 ... 16, or given without ``lossless``, or for other types.
     """
+    check_flag("lossless", lossless)
     if not lossless:
         if draft_tokens is not None:
             raise ArgumentError(

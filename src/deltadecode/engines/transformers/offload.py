@@ -17,7 +17,7 @@ from deltadecode.engines.transformers.offload_layer import Offload, OffloadedLay
 from deltadecode.engines.transformers.offload_pages import PageDirectory
 from deltadecode.engines.transformers.packing import Packing
 from deltadecode.engines.transformers.rows import RowGroup
-from deltadecode.errors import UnsupportedCacheError
+from deltadecode.errors import ArgumentTypeError, UnsupportedCacheError
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DeltaOffloadedCache(DeltaCache):
     UnsupportedCacheError
         When a sparse layer keeps more than keys and values, or shares them with others.
     ArgumentError
-        For another ``kv_dtype``.
+        For another ``kv_dtype``, or a plan of another type.
     """
 
     fetches = True
@@ -83,6 +83,8 @@ class DeltaOffloadedCache(DeltaCache):
     ) -> None:
         super().__init__(config, kv_dtype=kv_dtype)
         text = text_config(config)
+        if cfg is not None and not isinstance(cfg, DeltaConfig):
+            raise ArgumentTypeError(f"cfg must be a DeltaConfig, got {type(cfg).__name__}")
         cfg = DeltaConfig.for_model(config) if cfg is None else cfg
         plan = cfg.layer_plan(num_layers(text), attention_layers(config))
         check_unshared(config, "offloaded")

@@ -12,7 +12,7 @@ from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWind
 
 from deltadecode.architecture import attention_layers, num_layers, text_config
 from deltadecode.engines.transformers.layers import one_dtype
-from deltadecode.errors import ArgumentError, UnsupportedCacheError
+from deltadecode.errors import ArgumentError, ArgumentTypeError, UnsupportedCacheError
 
 
 class DeltaStaticLayer(StaticLayer):
@@ -91,7 +91,7 @@ class DeltaStaticCache(StaticCache):
     Raises
     ------
     ArgumentError
-        When a size is below 1.
+        When a size is below 1, or no int.
     UnsupportedCacheError
         When a planned layer keeps more than keys and values, or Transformers is too old.
     UnsupportedModelError
@@ -102,6 +102,8 @@ class DeltaStaticCache(StaticCache):
         self, config: Any, max_cache_len: int, page_size: int = 64, *, lossless: bool = False
     ) -> None:
         for name, value in (("max_cache_len", max_cache_len), ("page_size", page_size)):
+            if type(value) is not int:
+                raise ArgumentTypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
                 raise ArgumentError(f"{name} must be at least 1, got {value}")
         planned = attention_layers(config)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from deltadecode.errors import UnsupportedCacheError
-from deltadecode.models.clsa.configuration import ClsaConfig
+from deltadecode.models.clsa.configuration import ClsaConfig, check_config
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
@@ -39,6 +39,7 @@ class ClsaCache(Cache):
     """
 
     def __init__(self, config: ClsaConfig) -> None:
+        check_config(config)
         layers: list[Any]
         if config.mode == "transformer":
             layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]

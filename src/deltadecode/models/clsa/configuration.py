@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
-from deltadecode.errors import ModelConfigError
+from deltadecode.errors import ArgumentTypeError, ModelConfigError
 
 MODES = ("clsa", "yoco", "transformer")
 
@@ -110,6 +111,10 @@ class ClsaConfig(PretrainedConfig):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ModelConfigError(f"{name} must be an integer of 1 or more, got {value!r}")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ModelConfigError(f"{name} must be a number greater than 0, got {value!r}")
         layers = self.num_hidden_layers
         if layers % 2 and self.mode != "transformer":
             raise ModelConfigError(
@@ -145,3 +150,9 @@ class ClsaConfig(PretrainedConfig):
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made).check()
         return made
+
+
+def check_config(config: Any) -> None:
+    """Refuse another model's configuration, or a model, in one line (ArgumentTypeError)."""
+    if not isinstance(config, ClsaConfig):
+        raise ArgumentTypeError(f"config must be a ClsaConfig, got {type(config).__name__}")

@@ -23,7 +23,7 @@ from deltadecode.models.clsa.attention import (
     seen,
 )
 from deltadecode.models.clsa.cache import ClsaCache, check_cache
-from deltadecode.models.clsa.configuration import ClsaConfig
+from deltadecode.models.clsa.configuration import ClsaConfig, check_config
 from deltadecode.models.clsa.decode import pick, rows_of
 from deltadecode.models.clsa.layers import (
     ClsaCrossLayer,
@@ -83,6 +83,7 @@ class ClsaModel(ClsaPreTrainedModel):
     """Self-decoder, shared keys and values, index, cross-decoder."""
 
     def __init__(self, config: ClsaConfig) -> None:
+        check_config(config)
         config.check()
         super().__init__(config)
         first, layers = config.self_layers, config.num_hidden_layers
@@ -133,6 +134,7 @@ class ClsaModel(ClsaPreTrainedModel):
             For another class of cache.
         """
         config = self.config
+        _refuse_weights(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("give input_ids or inputs_embeds, one of them")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -254,6 +256,7 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> ClsaOutput:
         """Logits of the tokens kept, and the loss of ``labels`` [B, Q], -100 where none counts."""
+        _refuse_weights(kwargs)
         if isinstance(past_key_values, ClsaStaticCache):
             return self._static(input_ids, attention_mask, past_key_values)
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
@@ -347,6 +350,11 @@ def _noted(x: Tensor, states: list[Tensor] | None) -> Tensor:
     if states is not None:
         states.append(x)
     return x
+
+
+def _refuse_weights(options: dict[str, Any]) -> None:
+    if options.get("output_attentions"):
+        raise ArgumentError("a CLSA model gives no attention weights, got output_attentions=True")
 
 
 def check_length(config: ClsaConfig, tokens: int) -> None:

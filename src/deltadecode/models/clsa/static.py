@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from deltadecode.errors import UnsupportedCacheError
+from deltadecode.errors import ArgumentError, UnsupportedCacheError
 from deltadecode.models.clsa.cache import ClsaCache
-from deltadecode.models.clsa.configuration import ClsaConfig
+from deltadecode.models.clsa.configuration import ClsaConfig, check_config
 from deltadecode.models.clsa.decode import Paged, pick
 from deltadecode.models.clsa.layers import rotary
 from deltadecode.ops.graphs import Graph
@@ -34,6 +34,11 @@ class ClsaStaticCache(Cache):
         Sequences, and most tokens of one.
     dtype, device
         Of the model.
+
+    Raises
+    ------
+    ArgumentError
+        For another class of configuration, or a size below 1.
     """
 
     def __init__(
@@ -44,6 +49,10 @@ class ClsaStaticCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        check_config(config)
+        for name, value in (("rows", rows), ("max_length", max_length)):
+            if type(value) is not int or value < 1:
+                raise ArgumentError(f"{name} must be an int of 1 or more, got {value!r}")
         super().__init__(layers=[])
         self.config, self.rows, self.max_length = config, rows, max_length
         heads, first = (config.num_key_value_heads, config.head_dim), config.self_layers
