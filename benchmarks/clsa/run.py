@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.clsa.serving import Served
 from benchmarks.kernels.timing import Call, GraphTimer
 from deltadecode import ops
+from deltadecode.cli.loading import find_device
 from deltadecode.errors import ArgumentError
 from deltadecode.lab.results import result, rounded, row
 from deltadecode.models.clsa import ClsaCache, ClsaConfig, ClsaForCausalLM, ClsaStaticCache
@@ -59,8 +60,7 @@ class Task:
             )
         if self.vllm:
             return
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ArgumentError(f"--device {self.device} is not there")
+        find_device(self.device)
 
 
 @dataclass(frozen=True)

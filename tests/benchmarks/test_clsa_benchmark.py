@@ -53,6 +53,7 @@ class Engine:
 
 def test_vllm_is_timed_with_the_batches_that_fit(run, monkeypatch):
     monkeypatch.setattr("benchmarks.clsa.serving.Process", Engine)
+    monkeypatch.setattr("benchmarks.e2e.run.has_vllm", lambda: True)
     code, out, _ = run(
         "--vllm", "--small", "--context", 4096, "--new-tokens", 96, "--steps", 2,
         *(f"--batch={batch}" for batch in (1, 2, 3, 4)), "--json",
@@ -84,8 +85,11 @@ def test_end_to_end_is_prefill_and_steps():
     [
         (["--mode", "dense"], "--mode must be one of clsa, yoco, transformer"),
         (["--context", "64"], "--context must exceed --new-tokens"),
+        (["--device", "gpu"], "--device must be one of cpu"),
+        (["--vllm"], "vLLM is not installed"),
     ],
 )
-def test_bad_input_is_refused(run, options, message):
+def test_bad_input_is_refused(run, monkeypatch, options, message):
+    monkeypatch.setattr("benchmarks.e2e.run.has_vllm", lambda: False)
     code, _, err = run(*options)
     assert (code, err.count("\n")) == (2, 1) and message in err

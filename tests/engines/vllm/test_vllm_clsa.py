@@ -27,6 +27,13 @@ RUNS = {
         "mode": "clsa", "configure": True,
         "engine": {"attention_backend": "CUSTOM", "additional_config": {"deltadecode": {}}},
     },
+    "stock if told": {
+        "mode": "clsa",
+        "engine": {
+            "attention_backend": "CUSTOM",
+            "additional_config": {"deltadecode": {"on_unsupported": "stock"}},
+        },
+    },
     "drafts": {
         "mode": "clsa", "configure": True,
         "engine": {
@@ -124,6 +131,10 @@ def test_without_early_exit_a_prompt_has_logprobs(ran):
 )
 def test_what_the_model_cannot_do_is_refused_in_one_line(ran, run, error):
     assert error in ran[run]["error"]
+
+
+def test_on_unsupported_serves_the_model_as_it_is(ran):
+    assert ran["stock if told"]["tokens"][0] == ran["clsa"]["tokens"]
 
 
 def test_rows_without_a_new_token_change_nothing():
