@@ -93,7 +93,7 @@ _SHAPES = (
     ModelShape(
         name="smollm2", architecture="Llama", layers=30, hidden=576, intermediate=1536,
         heads=9, kv_heads=3, head_dim=64, vocabulary=49152, positions=8192,
-        plan=DeltaConfig(), plan_note="the default plan",
+        plan=DeltaConfig(), plan_note="the defaults of DeltaConfig",
     ),
     ModelShape(
         name="tiny", architecture="Qwen2", layers=6, hidden=128, intermediate=128,
