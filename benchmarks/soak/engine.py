@@ -34,7 +34,8 @@ class Engine:
 
     ``spec`` has ``model``, ``dtype``, ``concurrency``, ``longest`` (tokens of a sequence),
     ``blocks`` (of the KV cache; None: what fits), ``kv_bytes`` (of its memory; None: what the share
-    leaves), ``eager``, ``seed``, and ``plan``: values of a DeltaConfig, or None for stock attention.
+    leaves), ``eager``, ``seed``, and ``plan``: values of a DeltaConfig, or None for stock
+    attention.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
