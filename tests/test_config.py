@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltadecode.architecture import attention_layers
-from deltadecode.config import DeltaConfig, load_meta
+from deltadecode.config import DeltaConfig
 from deltadecode.errors import DeltaConfigError, DeltaDecodeError, UnsupportedModelError
+from deltadecode.plan_files import load_meta
 from deltadecode.profiles import find_profile, profiles
 
 

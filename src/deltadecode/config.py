@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 from deltadecode.architecture import attention_layers, signature
 from deltadecode.errors import DeltaConfigError
+from deltadecode.plan_files import read_plan, write_plan
 from deltadecode.profiles import find_profile
 
 Role = Literal["dense", "delta", "sparse", "own"]
@@ -300,7 +299,8 @@ class DeltaConfig:
             File to write; replaced if it exists.
         meta : mapping, optional
             Where the plan comes from, under the key ``meta``; anything that JSON can hold. It is
-            no part of the configuration: :meth:`load` leaves it out, :func:`load_meta` reads it.
+            no part of the configuration: :meth:`load` leaves it out, and
+            :func:`deltadecode.plan_files.load_meta` reads it.
 
         Raises
         ------
@@ -309,16 +309,7 @@ class DeltaConfig:
         OSError
             When the file cannot be written.
         """
-        place, values = _path(path), self.to_dict()
-        if meta is not None:
-            if not isinstance(meta, Mapping):
-                raise DeltaConfigError(f"meta must be a mapping, got {meta!r}")
-            values["meta"] = dict(meta)
-        try:
-            text = json.dumps(values, indent=2, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise DeltaConfigError(f"meta must be what JSON can hold: {error}") from error
-        place.write_text(text + "\n", encoding="utf-8")
+        write_plan(path, self.to_dict(), meta)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> DeltaConfig:
@@ -338,56 +329,11 @@ class DeltaConfig:
         DeltaConfigError
             When the file cannot be read, is not a JSON object, or breaks a rule.
         """
-        values = _read(path)
+        values = read_plan(path)
         try:
             return cls.from_dict(values)
         except DeltaConfigError as error:
             raise DeltaConfigError(f"{str(path)!r}: {error}") from error
-
-
-def load_meta(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read where a plan comes from, as :meth:`DeltaConfig.save` wrote it.
-
-    Parameters
-    ----------
-    path : path-like
-        File of a plan.
-
-    Returns
-    -------
-    dict
-        Empty where the file says nothing of it.
-
-    Raises
-    ------
-    DeltaConfigError
-        When the file cannot be read, or is not a JSON object.
-    """
-    meta = _read(path).get("meta")
-    return meta if isinstance(meta, dict) else {}
-
-
-def _path(path: object) -> Path:
-    if not isinstance(path, (str, PathLike)):
-        raise DeltaConfigError(f"path must be a str or a path, got {path!r}")
-    return Path(path)
-
-
-def _read(path: str | PathLike[str]) -> dict[str, Any]:
-    place = _path(path)
-    try:
-        values = json.loads(place.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DeltaConfigError(
-            f"cannot read a DeltaConfig from {str(path)!r}: {error.strerror or error}"
-        ) from error
-    except ValueError as error:
-        raise DeltaConfigError(f"{str(path)!r} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise DeltaConfigError(
-            f"{str(path)!r} must hold one JSON object, got {type(values).__name__}"
-        )
-    return values
 
 
 def default_config(attention_layers: Sequence[int]) -> DeltaConfig:

@@ -180,9 +180,10 @@ def eval_command(
 
 
 def _cells(evaluation: Any, request: _Request) -> list[Any]:
-    from deltadecode.config import DeltaConfig, load_meta
+    from deltadecode.config import DeltaConfig
     from deltadecode.lab.evaluation.ablations import cells_of
     from deltadecode.lab.evaluation.cells import check_cells, make_cells
+    from deltadecode.plan_files import load_meta
     from deltadecode.profiles import find_profile
 
     trace = evaluation.trace()

@@ -14,8 +14,9 @@ from rich.console import Console
 from deltadecode.architecture import attention_layers, config_hash, num_layers, text_config
 from deltadecode.cli.options import CLSA, EMBEDDED, SMOLLM2
 from deltadecode.cli.output import BadInput, note, one_line, quiet_libraries, stderr
-from deltadecode.config import DeltaConfig, load_meta
+from deltadecode.config import DeltaConfig
 from deltadecode.errors import DeltaConfigError
+from deltadecode.plan_files import load_meta
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltadecode import DeltaConfig
 from deltadecode.architecture import config_hash
-from deltadecode.config import load_meta
 from deltadecode.errors import CalibrationError
 from deltadecode.lab.tasks.tokenizer import build_tokenizer
+from deltadecode.plan_files import load_meta
 
 LAYERS = 6
 PAGES = ["--page-size", "2", "--budget-pages", "6", "--recent-pages", "2"]
