@@ -17,7 +17,7 @@ def test_long_rows_are_selected_from_as_the_definition_says(
     monkeypatch, recent, sinks, page_size, budget
 ):
     kernels = dispatch.triton_backend()
-    monkeypatch.setattr(kernels, "_WIDE", 100)
+    monkeypatch.setattr(kernels, "LONG_ROWS", 100)
     monkeypatch.setattr(kernels, "_WIDE_TILE", 128)
     lengths = [900, 41, 40, 1, 0, 700, 129, 895]
     scores = torch.randn(len(lengths), 900)

@@ -20,7 +20,7 @@ from deltadecode.config import DeltaConfig
 from deltadecode.ops.inputs import DecodeInputs
 from deltadecode.ops.triton import index, wide
 from deltadecode.ops.triton.decode import DecodePlan, compile_ahead
-from deltadecode.ops.triton.launch import hardware
+from deltadecode.ops.triton.launch import LONG_ROWS, hardware
 from deltadecode.ops.triton.plans import (
     attention_kind,
     attention_plan,
@@ -38,9 +38,9 @@ MOST_GROUP = 32
 # Logits of a Δ-layer that may exist at a time. Engines capture batches of hundreds of rows, each as
 # long as the model allows: those go some rows at a time.
 _LOGITS_BYTES = 2**29
-# Rows of more pages than that are selected from by many thread blocks, in pieces or, where a budget
-# is too large for those, in tiles by their digits. Digits of 11 bits have so many values.
-_WIDE, _WIDE_TILE, _BINS = 32768, 4096, 2048
+# Tiles of long rows whose budget is too large for pieces: thread blocks find it by digits of 11
+# bits, which have so many values.
+_WIDE_TILE, _BINS = 4096, 2048
 # Tokens that a thread block scores for an index.
 _SCORED = 128
 
@@ -86,7 +86,7 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     kind = selection_kind(cfg, queries, width, page_scores.dtype, page_scores.stride(0))
     plan = selection_plan(kind)
     # With every page in the budget there is nothing to look for.
-    is_long = width > max(_WIDE, cfg.budget_pages) and not cfg.share_num
+    is_long = width > max(LONG_ROWS, cfg.budget_pages) and not cfg.share_num
     if len(queries) == 1 and is_long and not plan.in_pieces:
         return _select_wide(page_scores, seq_lens, cfg)
     return plan.run(page_scores, seq_lens)

@@ -36,9 +36,9 @@ _WHOLE_PAGES, _FEW_ROWS = 4096, 32
 # Pages that a thread block selects from; the first size that fits.
 _PIECES = (1024, 2048, 4096, 8192)
 # Rows of more pages than that always go in pieces, if need be in these. They have room for what
-# the pieces of 512k tokens find, 2,048 each. A thread keeps 32 keys then, few of them
-# outside of its registers.
-_LONG_ROWS, _LONG_PIECES, _KEYS_OF_WARP = 32768, (16384, 32768), 1024
+# the pieces of 512k tokens find, 2,048 each. A thread keeps 32 keys then, few of them outside of
+# its registers.
+LONG_ROWS, _LONG_PIECES, _KEYS_OF_WARP = 32768, (16384, 32768), 1024
 # Pages that a piece may select: so many ids are written at a time where none is ranked.
 MOST_OF_A_PIECE = 4096
 # Pages for which a thread block has 8 warps. Beyond, twice as many: their code is half as long, and
@@ -255,14 +255,14 @@ class SelectionShape:
 def selection_shape(rows: int, width: int, budget: int) -> SelectionShape:
     """Shape of the selection of ``budget`` pages from rows of up to ``width`` pages."""
     sizes: tuple[int, ...] = _PIECES if width > _WHOLE_PAGES and rows <= _FEW_ROWS else ()
-    if width > _LONG_ROWS and budget <= MOST_OF_A_PIECE:
+    if width > LONG_ROWS and budget <= MOST_OF_A_PIECE:
         sizes += _LONG_PIECES
     # What all pieces of a row find has to fit in one.
     fitting = (size for size in sizes if math.ceil(width / size) * budget <= size < width)
     piece = next(fitting, 0)
     if piece in _LONG_PIECES:
         # Code for this many and for a half and a quarter of it: each takes long to compile.
-        warps = max(8, piece // _KEYS_OF_WARP)
+        warps = piece // _KEYS_OF_WARP
         return SelectionShape(piece // 4, 3, math.ceil(width / piece), piece, warps)
     if piece:
         most = max(_FEW_PAGES, piece)

@@ -33,8 +33,6 @@ from deltadecode.ops.triton.launch import (
 
 # Block size where one block is the whole row: a cache that grows compiles nothing anew.
 _WHOLE_ROW = 1 << 30
-# Page ids that the selection writes at a time, where it need not rank them; pieces select no more.
-_FILL = MOST_OF_A_PIECE
 # Where in a plan's memory something may begin: at a multiple of so many numbers, 256 bytes.
 _STEP = 64
 
@@ -327,7 +325,7 @@ class SelectionPlan:
         self._candidates = shape.pieces * kind.most if shape.pieces > 1 else 0
         constants: dict[str, Any] = dict(
             BUDGET=kind.budget, SHARE=kind.share_num, WIDTH=kind.columns,
-            FILL=min(triton.next_power_of_2(kind.columns), _FILL), PAGE=kind.page_size,
+            FILL=min(triton.next_power_of_2(kind.columns), MOST_OF_A_PIECE), PAGE=kind.page_size,
             LEAST=shape.least, SIZES=shape.sizes, PIECE=shape.piece,
             TOKENS=tokens, num_warps=shape.warps,
         )  # fmt: skip
