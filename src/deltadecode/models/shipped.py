@@ -1,10 +1,11 @@
-"""Where the small trained CLSA model lies: in a distribution of its own, ``deltadecode-clsa``.
+"""Where the small trained models lie: each in a distribution of its own.
 
 Not beside CLSA's classes: the command line asks for it, and their import takes seconds.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 from deltadecode.errors import DeltaDecodeError
@@ -17,11 +18,22 @@ def model_path() -> Path:
     trained on chain problems, needles and Python's library. Raises DeltaDecodeError when the
     distribution ``deltadecode-clsa`` is not installed.
     """
+    return shipped_model("clsa", "CLSA", "clsa")
+
+
+def shipped_model(name: str, title: str, extra: str) -> Path:
+    """Directory of the model in the distribution ``deltadecode-NAME``, which an extra brings.
+
+    Raises
+    ------
+    DeltaDecodeError
+        Where it is not installed; with the ``title`` of the model, and how to get it.
+    """
     try:
-        import deltadecode_clsa
+        module = import_module(f"deltadecode_{name}")
     except ModuleNotFoundError:
         raise DeltaDecodeError(
-            "the CLSA model is not installed; pip install 'deltadecode[clsa]' brings it, and in a "
-            "clone of the repository pip install ./packages/clsa"
+            f"the {title} model is not installed; pip install 'deltadecode[{extra}]' brings it, "
+            f"and in a clone of the repository pip install ./packages/{name}"
         ) from None
-    return Path(deltadecode_clsa.model_path())
+    return Path(module.model_path())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deltadecode.errors import DeltaDecodeError
+from deltadecode.models.shipped import shipped_model
 
 
 def model_path() -> Path:
@@ -14,11 +14,4 @@ def model_path() -> Path:
     trained on chain problems only. Raises DeltaDecodeError when the distribution
     ``deltadecode-embedded`` is not installed.
     """
-    try:
-        import deltadecode_embedded
-    except ModuleNotFoundError:
-        raise DeltaDecodeError(
-            "the embedded model is not installed; pip install 'deltadecode[demo]' brings it, and "
-            "in a clone of the repository pip install ./packages/embedded"
-        ) from None
-    return Path(deltadecode_embedded.model_path())
+    return shipped_model("embedded", "embedded", "demo")
