@@ -27,13 +27,12 @@ def make_row(
     every sparse layer reads all there is, so that nothing can be gained. A headline has ``tok_s``
     and a ``curve`` of [context, ms of a step] for either side.
     """
-    pages = -(-workload.context // plan.page_size)
     shared = {
         "kind": workload.kind,
         "batch": workload.batch,
         "context": workload.context,
         "kv_cache_dtype": workload.kv_cache_dtype,
-        "within_budget": pages <= plan.pages_for(pages),
+        "within_budget": plan.reads_all(workload.context),
         "preemptions": sum(one["preemptions"] for one in (*opening, *ours, *theirs)),
     }
     if workload.lossless:

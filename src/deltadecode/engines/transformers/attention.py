@@ -154,7 +154,7 @@ def _eager_step(
         state.stats.add_step(full, full if step.full else rows.sparse_tokens)
         if step.cache is not None and step.cache.fetches and not (rows.every_page or step.full):
             state.stats.offload.add_step()
-    whole = role.kind == "dense" or rows.every_page
+    whole = _reads_all(role, rows)
     if step.full or (whole and not _in_place(held, rows, query, key)):
         if held is None:
             return None
@@ -169,6 +169,10 @@ def _eager_step(
     query = query[:, :, 0] if query.dtype == key.dtype else query[:, :, 0].to(key.dtype)
     options = _options(role, query, scaling, kwargs)
     return _attend_to_pages(role, step, rows, query, key, value, options)
+
+
+def _reads_all(role: Role, rows: Rows) -> bool:
+    return role.kind == "dense" or rows.every_page
 
 
 def _in_place(held: StoredLayer | None, rows: Rows, query: Tensor, key: Tensor) -> bool:
@@ -265,7 +269,7 @@ def _attend_to_pages(
     options: dict[str, Any],
 ) -> Tensor:
     """A layer whose pages are read where they lie, or selected; [B, Hq, D] to [B, Hq, D]."""
-    whole = role.kind == "dense" or rows.every_page
+    whole = _reads_all(role, rows)
     if role.source is None:
         step.selections[role.layer] = {}
         if step.cache is not None and not whole:
@@ -293,7 +297,7 @@ def _attend_group(
     """Output of the rows of one group; a Δ-layer leaves its selection in the step."""
     cfg = role.state.cfg
     pages = -(-group.length // cfg.page_size)
-    every_page = pages <= cfg.pages_for(pages)
+    every_page = cfg.reads_all(group.length)
     held = None if step.cache is None else step.cache.held(role.layer)
     inputs: dict[str, Any]
     if held is None:
