@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 import benchmarks.command as cli
-from deltadecode.cli.output import BadInput
 
 
 def clsa(
@@ -34,15 +33,15 @@ def clsa(
     """
     with cli.checking(out, tag):
         from benchmarks.clsa.run import MODES, Task, run
-        from benchmarks.e2e.run import has_vllm
+        from benchmarks.e2e.run import need_vllm
         from benchmarks.report import table
 
         contexts, modes = context or [8192, 32768, 131072], mode or list(MODES)
         task = Task(contexts, modes, batch or [1, 2, 4, 8, 16, 32, 64, 128, 256], new_tokens,
                     steps, small, device, vllm)  # fmt: skip
         task.check()
-    if vllm and not has_vllm():
-        raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
+    if vllm:
+        need_vllm()
     command = cli.command_line(
         "clsa", context=task.contexts, mode=mode, batch=batch, new_tokens=new_tokens, steps=steps,
         small=small, device=device, vllm=vllm,

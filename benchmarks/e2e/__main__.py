@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 import benchmarks.command as cli
-from deltadecode.cli.output import BadInput
 
 
 def e2e(
@@ -69,7 +68,7 @@ def e2e(
     """
     with cli.checking(out, tag):
         from benchmarks.e2e.rows import e2e_table
-        from benchmarks.e2e.run import has_vllm, make_options, run
+        from benchmarks.e2e.run import make_options, need_vllm, run
 
         options = make_options(
             shape=shape, kinds=workload or [], points=point or [], steps=steps, rounds=rounds,
@@ -77,8 +76,7 @@ def e2e(
             drafts=drafts, kv_cache_dtype=kv_cache_dtype, tensor_parallel=tensor_parallel,
             sync_heads=sync_heads, lossless=lossless, acceptance=acceptance,
         )  # fmt: skip
-    if not has_vllm():
-        raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
+    need_vllm()
     with cli.progress() as show:
         result = run(options, out=out, tag=tag, progress=show)
     cli.deliver(result, out, tag, as_json, e2e_table, "benchmarks.e2e.figure")

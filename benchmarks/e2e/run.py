@@ -11,6 +11,7 @@ from benchmarks.e2e.measure import Measurement, RunOptions
 from benchmarks.e2e.shapes import find_shape
 from benchmarks.e2e.workloads import parse_point, workloads
 from benchmarks.report import Progress
+from deltadecode.cli.output import BadInput
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.results import write_result
 
@@ -87,6 +88,12 @@ def make_options(
 def has_vllm() -> bool:
     """Whether vLLM is installed."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def need_vllm() -> None:
+    """Refuse with a BadInput to go on without vLLM."""
+    if not has_vllm():
+        raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
 
 
 def run(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import benchmarks.command as cli
-from deltadecode.cli.output import BadInput, note
+from deltadecode.cli.output import note
 from deltadecode.config import MOST_DRAFTS
 
 Count = Annotated[int | None, typer.Option(min=1, help="Instead of the workload's own.")]
@@ -88,7 +88,7 @@ def serve(
     that are there for both servers.
     """
     with cli.checking(out, tag):
-        from benchmarks.e2e.run import has_vllm
+        from benchmarks.e2e.run import need_vllm
         from benchmarks.serve.options import make_options
         from benchmarks.serve.report import fill, make_result, table
         from benchmarks.serve.run import Load, check_facts
@@ -108,8 +108,7 @@ def serve(
         if not report:
             check_facts(options)
     if not report:
-        if not has_vllm():
-            raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
+        need_vllm()
         # Whoever ends a benchmark does not mean to leave a server behind.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with cli.progress() as show:

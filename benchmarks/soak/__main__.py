@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import benchmarks.command as cli
-from deltadecode.cli.output import BadInput, complain
+from deltadecode.cli.output import complain
 
 
 def soak(
@@ -41,7 +41,7 @@ def soak(
     blocks of the cache must be free, and the memory as large as before; else the exit code is 1.
     """
     with cli.checking(out, tag):
-        from benchmarks.e2e.run import has_vllm
+        from benchmarks.e2e.run import need_vllm
         from benchmarks.soak.report import table
         from benchmarks.soak.run import make_options, random_prompts
         from benchmarks.soak.run import soak as run_soak
@@ -51,8 +51,7 @@ def soak(
             input_len=input_len, tokens=output_len, blocks=blocks, dtype=dtype,
             tolerance=tolerance, memory_share=memory_share, seed=seed,
         )  # fmt: skip
-    if not has_vllm():
-        raise BadInput("vLLM is not installed: pip install 'deltadecode[vllm]'")
+    need_vllm()
     with cli.progress() as show:
         result = run_soak(options, random_prompts(prompts, 2, input_len, seed), show)
     cli.deliver(result, out, tag, as_json, table)
