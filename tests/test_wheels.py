@@ -22,7 +22,7 @@ def build(folder, into):
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
-    """Library's wheel, the embedded model's, and by folder both models'."""
+    """Library's wheel, and by folder those of both models."""
     dist = tmp_path_factory.mktemp("dist")
     build(ROOT, dist)
     (library,) = dist.glob("deltadecode-*.whl")
@@ -30,7 +30,7 @@ def wheels(tmp_path_factory):
     for name in MODELS.values():
         build(ROOT / "packages" / name, dist)
         (models[name],) = dist.glob(f"deltadecode_{name}-*.whl")
-    return library, models["embedded"], models
+    return library, models
 
 
 def files(wheel):
@@ -45,7 +45,7 @@ def metadata(wheel):
 
 
 def test_the_library_is_below_1_mb_and_holds_profiles_types_and_licence(wheels):
-    library, *_ = wheels
+    library, _ = wheels
     assert library.stat().st_size < 1_000_000
     source = ROOT / "src" / "deltadecode"
     data = [*source.glob("profiles/*.json"), *source.glob("lab/inspection/assets/*")]
@@ -56,7 +56,7 @@ def test_the_library_is_below_1_mb_and_holds_profiles_types_and_licence(wheels):
 
 
 def test_the_library_holds_no_weights_and_nothing_that_measures_it(wheels):
-    library, *_ = wheels
+    library, _ = wheels
     tops = {name.split("/")[0] for name in files(library) if ".dist-info/" not in name}
     assert tops == {path.parent.name for path in ROOT.glob("src/*/__init__.py")}
     assert not [name for name in files(library) if re.search(r"safetensors$|/model/", name)]
@@ -64,7 +64,7 @@ def test_the_library_holds_no_weights_and_nothing_that_measures_it(wheels):
 
 @pytest.mark.parametrize("name", MODELS.values())
 def test_a_models_wheel_holds_it_and_its_licence(wheels, name):
-    wheel = wheels[2][name]
+    wheel = wheels[1][name]
     model = ROOT / "packages" / name / "src" / f"deltadecode_{name}" / "model"
     named = {f"deltadecode_{name}/model/{path.name}" for path in model.iterdir()}
     assert f"deltadecode_{name}/model/model.safetensors" in named
@@ -74,7 +74,7 @@ def test_a_models_wheel_holds_it_and_its_licence(wheels, name):
 
 @pytest.mark.parametrize(("extra", "name"), MODELS.items())
 def test_an_extra_asks_for_this_model(wheels, extra, name):
-    library, model = metadata(wheels[0]), metadata(wheels[2][name])
+    library, model = metadata(wheels[0]), metadata(wheels[1][name])
     assert library["Version"] == model["Version"]
     needed = f"deltadecode-{name}=={model['Version']}; extra == '{extra}'"
     assert needed in library.get_all("Requires-Dist")
@@ -112,12 +112,12 @@ def installed(wheels, tmp_path_factory):
             capture_output=True,
         )
 
-    library, embedded, _ = wheels
+    library, models = wheels
     install(library)
     ours = {Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
     (site / "others.pth").write_text("".join(f"{path}\n" for path in sorted(ours)))
     before = run("deltadecode", "demo", "--steps", "1")
-    install(embedded)
+    install(models["embedded"])
     return run, site, before
 
 
