@@ -7,7 +7,7 @@ those of arXiv 2510.09883.
 """
 
 # Nothing but names from below: the submodule ``torch`` hides PyTorch in this namespace.
-from deltadecode.ops.dispatch import kernels_refuse, plan_decode
+from deltadecode.ops.dispatch import compile_selections, kernels_refuse, plan_decode
 from deltadecode.ops.inputs import DecodeInputs
 from deltadecode.ops.memory import Pointer, Scratch, is_captured
 from deltadecode.ops.operations import decode_attention, index_scores, select_pages
@@ -16,6 +16,7 @@ __all__ = [
     "DecodeInputs",
     "Pointer",
     "Scratch",
+    "compile_selections",
     "decode_attention",
     "index_scores",
     "is_captured",

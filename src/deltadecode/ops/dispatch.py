@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, dtype
+from torch import Tensor, device, dtype
 
 from deltadecode.config import DeltaConfig
 from deltadecode.errors import OperationError
@@ -89,7 +89,8 @@ def plan_decode(
     inputs : DecodeInputs
         Those of one step. Shapes, strides, types and numbers count, and are checked here only.
     cfg : DeltaConfig, optional
-        Given for a Δ-layer, whose inputs ask for page scores: the plan selects pages as well.
+        Given for a layer that selects, whose inputs ask for page scores. Without it, a plan of
+        inputs that ask for them writes scores where each run says.
     compile_rows : int
         Compile now what batches of up to so many rows need.
     q_dtype : dtype, optional
@@ -117,6 +118,23 @@ def plan_decode(
     if kernels is None or kernels_refuse(inputs.q, inputs.k_cache) or needs_gradients(inputs):
         return None
     return kernels.plan_decode(inputs, cfg, compile_rows, q_dtype, over_all_ranks)
+
+
+def compile_selections(cfg: DeltaConfig, rows: Iterable[int], pages: int, device: device) -> None:
+    """Compile now what :func:`deltadecode.ops.select_pages` runs on a GPU.
+
+    Parameters
+    ----------
+    cfg : DeltaConfig
+        As there.
+    rows, pages : iterable of int, int
+        Numbers of rows, and the width of their float32 page scores.
+    device : torch.device
+        Where they will be; on others than GPUs nothing is compiled.
+    """
+    kernels = triton_backend()
+    if kernels is not None and device.type == "cuda":
+        kernels.compile_selections(cfg, rows, pages)
 
 
 def run_index(

@@ -1,10 +1,13 @@
 """Which pages drafts read: those of the rules, worked out slowly (R12)."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 from deltadecode.config import DeltaConfig
+from deltadecode.engines.serving import drafting
 from deltadecode.engines.serving.drafting import (
     Acceptance,
     DraftPages,
@@ -13,6 +16,8 @@ from deltadecode.engines.serving.drafting import (
     kept_tokens,
 )
 from deltadecode.engines.serving.settings import ServingSettings
+from deltadecode.engines.serving.step import ForwardPass
+from deltadecode.ops import select_pages
 
 CPU = torch.device("cpu")
 
@@ -46,7 +51,7 @@ def test_rule12_selected_pages_and_all_that_is_new(drafts, recent):
         pages = DraftPages(cfg, 2, 3, drafts, 256, CPU)
         for layer, ids in enumerate(chosen):
             row = torch.tensor([ids + [-1] * (6 - len(ids))], dtype=torch.int32)
-            pages.layer(layer).keep(row, torch.tensor([verified], dtype=torch.int32))
+            pages.layer(layer).keep(ForwardPass(), row, torch.tensor([verified], dtype=torch.int32))
         position, place = verified - rejected, int(rng.integers(0, drafts))
         draft(pages, [position, None], place)
         for layer, ids in enumerate(chosen):
@@ -69,7 +74,7 @@ def test_rule12_a_selection_is_for_the_drafts_behind_it_only():
     cfg = DeltaConfig(8, 3, 1, 0, (), (0,))
     pages = DraftPages(cfg, 1, 1, 2, 256, CPU)
     row = torch.tensor([[2, 5, 12]], dtype=torch.int32)
-    pages.layer(0).keep(row, torch.tensor([104], dtype=torch.int32))
+    pages.layer(0).keep(ForwardPass(), row, torch.tensor([104], dtype=torch.int32))
     draft(pages, [104], 0)
     assert pages_of(pages, 0, 0) == [2, 5, 12, 13]
     draft(pages, [106], 0)
@@ -79,13 +84,46 @@ def test_rule12_a_selection_is_for_the_drafts_behind_it_only():
 def test_rule4_a_share_of_the_pages_has_columns_for_all_it_may_select():
     cfg = DeltaConfig(8, 4, 1, 1, (), (0,), budget_share=0.5)
     pages = DraftPages(cfg, 1, 1, 4, 256, CPU)
-    keep = pages.layer(0).keep
+    keep = functools.partial(pages.layer(0).keep, ForwardPass())
     length = torch.tensor([256], dtype=torch.int32)
     keep(torch.arange(0, 32, 2, dtype=torch.int32)[None], length)
     # A narrower table of a CPU: what was there before is gone.
     keep(torch.tensor([[0, 3, 5, 6]], dtype=torch.int32), torch.tensor([60], dtype=torch.int32))
     draft(pages, [60], 0)
     assert pages_of(pages, 0, 0) == [0, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize("alone", [(), (0,), (2,), (4,), (1, 2), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("layers_at_once", [1, 2, 3, 9])
+@pytest.mark.parametrize(("rows", "width"), [(3, 30), (1, 33), (4, 17)])
+def test_rule12_layers_that_select_together_select_what_each_would(
+    monkeypatch, layers_at_once, alone, rows, width
+):
+    """Some of the layers may select by themselves, between the others."""
+    cfg = DeltaConfig(4, 6, 2, 1, (), (0,))
+    monkeypatch.setattr(drafting, "_SCORES", layers_at_once * rows * width)
+    rng = torch.Generator().manual_seed(rows)
+    pages = DraftPages(cfg, 5, 4, 4, 40 * 4, CPU)
+    pages.keep(0, torch.full((5, 4, 6), 9, dtype=torch.int32), torch.full((4,), 77).int())
+    forward, expected = ForwardPass(), []
+    lens = torch.tensor([4 * width, 100, 0, 41][:rows], dtype=torch.int32).clamp(max=4 * width)
+    for place in range(5):
+        layer, scores = pages.layer(place), torch.rand(rows, width, generator=rng)
+        expected.append(select_pages(scores, lens, cfg)[0])
+        if place in alone:
+            layer.keep(forward, expected[-1], lens)
+            continue
+        room = layer.room(forward, rows, width)
+        assert room.shape == scores.shape and room.is_contiguous()
+        # As kernels are compiled for.
+        assert room.storage_offset() * room.element_size() % 16 == 0
+        room.copy_(scores)
+        layer.select(forward, lens)
+    assert forward.waiting is None
+    assert torch.equal(pages._selected[:, :rows], torch.stack(expected))
+    assert (pages._lengths[:, :rows] == lens).all()
+    # Rows of no batch keep what they had.
+    assert (pages._selected[:, rows:] == 9).all() and (pages._lengths[:, rows:] == 77).all()
 
 
 def worth(min_tokens=1024, weights=1000, drafts=4):

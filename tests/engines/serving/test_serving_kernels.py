@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from deltadecode import DeltaConfig, DeltaConfigError, ops
+from deltadecode.engines.serving import drafting
 from deltadecode.engines.serving import kernels as module
+from deltadecode.engines.serving.drafting import DraftPages
 from deltadecode.engines.serving.kernels import LayerKernels
 from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.serving.step import Cache, ForwardPass, attend
@@ -205,6 +207,36 @@ def test_ranks_that_select_together_keep_the_pages_of_all_heads(planned, tokens)
             else:
                 alone.append(kept[0])
     assert not all(alone), "one rank's heads have to want other pages, or this test shows nothing"
+
+
+@pytest.mark.parametrize("layers_at_once", [1, 9])
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_rule12_layers_of_lossless_mode_select_together(
+    planned, monkeypatch, tokens, layers_at_once
+):
+    monkeypatch.setattr(drafting, "_SCORES", layers_at_once * 3 * BLOCKS * BLOCK // 4)
+    step = Step([40, 9, 48], tokens=tokens)
+    pages = DraftPages(CONFIG, 3, 4, 4, BLOCKS * BLOCK, torch.device("cpu"))
+    wanted = []
+    for layer in range(3):
+        kernels = LayerKernels(SETTINGS, layer, "delta", views, scale=SCALE, score_last=True)
+        out, forward = torch.empty_like(step.q[layer]), ForwardPass()
+        done = kernels.attend(
+            step.q[layer], step.caches[layer], step.table, step.lens, step.forward, None, None, out,
+            pages.layer(layer),
+        )  # fmt: skip
+        expected = attend(
+            SETTINGS, layer, "delta", step.q[layer],
+            Cache(*views(step.caches[layer]), step.table, step.lens), forward, scale=SCALE,
+            score_last=True,
+        )  # fmt: skip
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        assert done and not step.forward.selections
+        last = layers_at_once == 1 or layer == 2
+        assert (step.forward.waiting is None) == last
+        wanted.append(forward.selections[layer][0])
+    assert torch.equal(pages._selected[:, :3], torch.stack(wanted))
+    assert (pages._lengths[:, :3] == step.lens).all()
 
 
 def test_where_the_kernels_do_not_compute_nothing_is_done(planned):

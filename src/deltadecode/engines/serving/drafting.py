@@ -5,8 +5,8 @@ All of it stays on the device: a captured graph of a draft works out its pages f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.draft_pages import count_older, list_pages
 from deltadecode.engines.serving.settings import ServingSettings, budget_tokens
+from deltadecode.engines.serving.step import ForwardPass, WaitingScores
+from deltadecode.ops import compile_selections, select_pages
 
 # What drafts have to gain by the bytes that are read, for all that those leave out.
 _GAIN = 1.1
@@ -23,32 +25,70 @@ _GAIN = 1.1
 # measure and in that of all, and by how much a step without drafts takes them back.
 _ACCEPTED, _MOST_CHANCE = 0.9, 0.999
 _NEWEST, _NEWEST_OF_ALL, _FADING = 0.05, 0.005, 0.001
+# Page scores that layers of one pass may write before some are selected by: 64 MiB.
+_SCORES = 2**24
 # Rows and columns are multiples of it, so that what a layer reads is aligned as kernels want it.
 _STEP = 4
 
 
-@dataclass
 class LayerPages:
-    """What one layer's verifications select; views of a :class:`DraftPages`.
+    """What one layer's verifications select.
 
-    Attributes
+    A selection from a few rows takes hardly longer than launching it, and so do the copies behind
+    it. Where layers can, they only write page scores, and one selection serves many of them.
+
+    Parameters
     ----------
-    ids : Tensor
-        [rows, columns] int32, selected pages, ascending.
-    lengths : Tensor
-        [rows] int32, tokens of the row when it selected them; 0 where it has selected none.
+    pages : DraftPages
+        Of all layers.
+    place : int
+        The layer's place among them. Layers run in this order.
     """
 
-    ids: Tensor
-    lengths: Tensor
+    def __init__(self, pages: DraftPages, place: int) -> None:
+        self._pages, self._place = pages, place
 
-    def keep(self, ids: Tensor, seq_lens: Tensor) -> None:
-        """Keep what B rows have selected: ids [B, K]."""
-        count, columns = ids.shape
-        self.ids[:count, :columns] = ids
-        if columns < self.ids.shape[1]:
-            self.ids[:count, columns:] = -1
-        self.lengths[:count] = seq_lens
+    def compile_ahead(self, rows: int, width: int) -> None:
+        """Compile what 1 to ``rows`` rows of ``width`` page scores select with, in all layers."""
+        pages, counts = self._pages, set()
+        if self._place:
+            return  # all layers select with the same kernels
+        for count in range(1, rows + 1):
+            most = pages.layers_at_once(count, width)
+            counts.update({count * most, count * (len(pages.ids) % most)} - {0})
+        compile_selections(pages.config, sorted(counts), width, pages.ids.device)
+
+    def room(self, forward: ForwardPass, rows: int, width: int) -> Tensor:
+        """Where this layer writes page scores [rows, width] float32, before it calls `select`."""
+        if forward.waiting is None:
+            layers = self._pages.layers_at_once(rows, width, self._place)
+            # Each layer's begin where kernels are compiled to write: at a multiple of 16 bytes.
+            more = -rows % (_STEP // math.gcd(_STEP, width))
+            scores = torch.empty(layers, rows + more, width, device=self._pages.ids.device)
+            forward.waiting = WaitingScores(scores[:, :rows], self._place)
+        return forward.waiting.scores[forward.waiting.count]
+
+    def select(self, forward: ForwardPass, seq_lens: Tensor) -> None:
+        """Select for as many layers as there was room for, once all of them have their scores."""
+        waiting = forward.waiting
+        assert waiting is not None
+        waiting.count += 1
+        if waiting.count == len(waiting.scores):
+            self._select_waiting(forward, seq_lens)
+
+    def keep(self, forward: ForwardPass, ids: Tensor, seq_lens: Tensor) -> None:
+        """Keep what the layer has selected itself for B rows: ids [B, K]."""
+        self._select_waiting(forward, seq_lens)
+        self._pages.keep(self._place, ids[None], seq_lens)
+
+    def _select_waiting(self, forward: ForwardPass, seq_lens: Tensor) -> None:
+        waiting, forward.waiting = forward.waiting, None
+        if waiting is not None:
+            scores = waiting.scores[: waiting.count]
+            ids, _ = select_pages(
+                scores.flatten(0, 1), seq_lens.repeat(len(scores)), self._pages.config
+            )
+            self._pages.keep(waiting.first, ids.unflatten(0, scores.shape[:2]), seq_lens)
 
 
 class DraftPages:
@@ -61,7 +101,7 @@ class DraftPages:
     Parameters
     ----------
     cfg : DeltaConfig
-        Gives P, K, its share and S.
+        Gives P, K, its share and S. Kept as ``config``.
     layers, rows, drafts : int
         Layers that draft, most rows of a batch, and most drafts of a row.
     tokens : int
@@ -79,7 +119,7 @@ class DraftPages:
         tokens: int,
         device: torch.device,
     ) -> None:
-        self._cfg = cfg
+        self.config = cfg
         self.rows = -(-rows // _STEP) * _STEP
         selected = cfg.table_width(-(-tokens // cfg.page_size))
         # Drafts begin inside of a page, and may end inside of another.
@@ -97,14 +137,27 @@ class DraftPages:
 
     def layer(self, place: int) -> LayerPages:
         """Where the ``place``-th layer keeps what it selects."""
-        return LayerPages(self._selected[place], self._lengths[place])
+        return LayerPages(self, place)
+
+    def layers_at_once(self, rows: int, width: int, place: int = 0) -> int:
+        """Layers from ``place`` on whose page scores [rows, width] may exist at a time."""
+        return max(1, min(len(self.ids) - place, _SCORES // max(1, rows * width)))
+
+    def keep(self, place: int, ids: Tensor, seq_lens: Tensor) -> None:
+        """Keep ids [layers, B, K] of layers from ``place`` on; seq_lens [B] int32."""
+        layers, rows, columns = ids.shape
+        mine = slice(place, place + layers), slice(rows)
+        self._selected[mine][..., :columns] = ids
+        if columns < self._selected.shape[-1]:
+            self._selected[mine][..., columns:] = -1
+        self._lengths[mine] = seq_lens
 
     def begin(self, positions: Tensor) -> None:
         """List the pages of drafts whose first input tokens are at ``positions`` [rows] int64.
 
         What was selected counts once: the next drafts need another verification.
         """
-        cfg, columns, found = self._cfg, self._columns, self._selected
+        cfg, columns, found = self.config, self._columns, self._selected
         newest = (positions // cfg.page_size).to(torch.int32)
         fresh = self._lengths[0] > 0
         window = (newest - (cfg.budget_pages - cfg.sink_pages)).clamp(min=0)
@@ -123,7 +176,7 @@ class DraftPages:
 
     def count(self, seq_lens: Tensor) -> None:
         """Set the counts of one draft of rows [rows] int32; 0 tokens: a row that drafts nothing."""
-        pages = -(-seq_lens // self._cfg.page_size)
+        pages = -(-seq_lens // self.config.page_size)
         self.counts.copy_((self._older + pages - self._first) * (seq_lens > 0))
 
 

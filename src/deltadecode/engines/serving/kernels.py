@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deltadecode.config import Role
+from deltadecode.engines.serving.drafting import LayerPages
 from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.serving.step import (
     ForwardPass,
@@ -81,6 +82,8 @@ class LayerKernels:
         self._q_scale, self._cache_scales = q_scale, (k_scale, v_scale)
         self._over_all_ranks = over_all_ranks if settings.sync_heads else None
         self._score_last = score_last
+        # Nobody but drafts reads such a selection, so it can wait for that of other layers.
+        self._later = score_last and source is None and self._over_all_ranks is None
         self._ahead = False
         self._planned: dict[Any, _Planned | None] = {}
 
@@ -94,11 +97,12 @@ class LayerKernels:
         prompts: Tensor | None,
         idle: Tensor | None,
         out: Tensor,
+        pages: LayerPages | None = None,
     ) -> bool:
         """Write ``out``, shaped like q; False, and nothing done, where kernels do not compute this.
 
-        ``cache`` is the engine's tensor; the rest is as in
-        :func:`deltadecode.engines.serving.step.attend`.
+        ``cache`` is the engine's tensor, ``pages`` what a layer of lossless mode selects for; the
+        rest is as in :func:`deltadecode.engines.serving.step.attend`.
         """
         key = (
             q.shape, q.stride(), cache.stride(), block_table.shape, block_table.stride(),
@@ -119,7 +123,15 @@ class LayerKernels:
             k_cache, v_cache = Pointer(start + k_offset, dtype), Pointer(start + v_offset, dtype)
         else:
             k_cache, v_cache = self._views(cache)
-        if self._source is None:
+        if self._later:
+            assert pages is not None
+            scores = pages.room(forward, q.shape[0], plan.pages)
+            plan.run(
+                q, k_cache, v_cache, block_table, seq_lens, self._sinks, out, forward.scratch,
+                scores=scores,
+            )  # fmt: skip
+            pages.select(forward, seq_lens)
+        elif self._source is None:
             ids, counts = plan.run(
                 q, k_cache, v_cache, block_table, seq_lens, self._sinks, out, forward.scratch
             )
@@ -134,11 +146,18 @@ class LayerKernels:
             )  # fmt: skip
         return True
 
-    def compile_ahead(self, q: Tensor, cache: Tensor, longest: int, dtype: torch.dtype) -> None:
+    def compile_ahead(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        longest: int,
+        dtype: torch.dtype,
+        pages: LayerPages | None = None,
+    ) -> None:
         """Compile what steps of sequences of up to ``longest`` tokens will launch; once.
 
         ``q`` is [at least the most ``tokens``, Hq, D], ``cache`` the engine's tensor, and ``dtype``
-        that of the output.
+        that of the output. ``pages`` is what a layer of lossless mode selects for.
         """
         if self._ahead or is_captured(q):
             return
@@ -147,7 +166,10 @@ class LayerKernels:
         table = torch.zeros(1, -(-longest // block_size), dtype=torch.int32, device=q.device)
         seq_lens = torch.zeros(1, dtype=torch.int32, device=q.device)
         config = self._settings.config
-        columns = config.table_width(table.shape[1] * block_size // config.page_size)
+        width = table.shape[1] * block_size // config.page_size
+        columns = config.table_width(width)
+        if self._later and pages is not None:
+            pages.compile_ahead(self._rows, width)
         # Rows of one new token, and rows of drafts.
         for new in self._tokens:
             queries = (1, new) if new > 1 else (1,)
@@ -197,6 +219,6 @@ class LayerKernels:
             ids, counts, self._sinks, self._softcap, *self._cache_scales,
             return_page_scores=selection is None, score_last=self._score_last and selection is None,
         )  # fmt: skip
-        if selection is not None:
+        if selection is not None or self._later:
             return plan_decode(inputs, None, self._rows, q_dtype)
         return plan_decode(inputs, config, self._rows, q_dtype, self._over_all_ranks)

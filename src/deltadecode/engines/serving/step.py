@@ -25,10 +25,32 @@ class ForwardPass:
         Δ-layer -> page ids and counts.
     scratch : Scratch
         Memory of the kernels.
+    waiting : WaitingScores or None
+        In lossless mode, page scores that layers have written and nobody has selected by.
     """
 
     selections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scratch: Scratch = field(default_factory=Scratch)
+    waiting: WaitingScores | None = None
+
+
+@dataclass
+class WaitingScores:
+    """Page scores of layers that follow each other, for one selection of all of them.
+
+    Attributes
+    ----------
+    scores : Tensor
+        [layers, B, pages] float32.
+    first : int
+        The first layer's place among those that select.
+    count : int
+        Layers that have written theirs.
+    """
+
+    scores: Tensor
+    first: int
+    count: int = 0
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,8 @@ class DeltaImpl:
         if not rows.flagged and not is_captured(q):
             prompts = None
         self._attend(layer, q, kv_cache, table, lengths, forward, prompts, idle, out)
-        if self._pages is not None:
-            self._pages.keep(forward.selections[self._number][0], lengths)
+        if self._pages is not None and self._number in forward.selections:
+            self._pages.keep(forward, forward.selections[self._number][0], lengths)
         if drafts is not None:
             output[: rows.decode_tokens] = out.flatten(0, 1)[drafts.places]
 
@@ -225,7 +225,7 @@ class DeltaImpl:
     ) -> None:
         """Write ``out``, shaped like q; ``drafts`` read pages under the layer's own number."""
         if self.plans and self._layer_kernels(layer, drafts).attend(
-            q, kv_cache, table, lengths, forward, prompts, idle, out
+            q, kv_cache, table, lengths, forward, prompts, idle, out, self._pages
         ):
             return
         q_scale, k_scale, v_scale = self._scales
@@ -278,7 +278,8 @@ class DeltaImpl:
     ) -> None:
         """Compile in a run without a batch, of which vLLM has one before the first request."""
         if self.is_ours(layer) and query.shape[0] >= self._numbers[-1]:
-            self._layer_kernels(layer).compile_ahead(query, kv_cache, self._longest, dtype)
+            kernels = self._layer_kernels(layer)
+            kernels.compile_ahead(query, kv_cache, self._longest, dtype, self._pages)
 
     def attend_others(
         self,

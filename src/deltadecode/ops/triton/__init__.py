@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -90,6 +90,12 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
     if len(queries) == 1 and is_long and not plan.in_pieces:
         return _select_wide(page_scores, seq_lens, cfg)
     return plan.run(page_scores, seq_lens)
+
+
+def compile_selections(cfg: DeltaConfig, rows: Iterable[int], pages: int) -> None:
+    """Compile selections; see :func:`deltadecode.ops.dispatch.compile_selections`."""
+    for count in rows:
+        selection_plan(selection_kind(cfg, (count,), pages, torch.float32, pages)).compile()
 
 
 def _select_wide(scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:

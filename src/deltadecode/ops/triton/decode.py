@@ -29,8 +29,14 @@ _COMPILERS = 8
 class DecodePlan:
     """Attention of one layer and, of a Δ-layer, its selection; see :func:`plan_decode`.
 
-    ``cfg`` is given for a Δ-layer only, whose ``kind`` has page scores: of pages of one token where
-    scores ``over_all_ranks`` come first.
+    ``cfg`` is given for a layer that selects, whose ``kind`` has page scores: of pages of one token
+    where scores ``over_all_ranks`` come first. Without ``cfg`` a kind with scores writes them where
+    :meth:`run` is told to.
+
+    Attributes
+    ----------
+    pages : int
+        Page scores of a query.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class DecodePlan:
         over_all_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._attention = attention_plan(kind)
+        self.pages = self._attention.pages
         self._over_all_ranks = over_all_ranks
         self._selection = None
         if cfg is not None:
@@ -63,15 +70,16 @@ class DecodePlan:
         scratch: Scratch,
         page_ids: Tensor | None = None,
         page_counts: Tensor | None = None,
+        scores: HasAddress | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """Write ``out`` [..., Hq, D]; a Δ-layer returns page ids and counts.
+        """Write ``out`` [..., Hq, D]; a layer that selects returns page ids and counts.
 
-        Everything is as it was in the inputs of the plan, but for addresses and values; nothing is
-        checked.
+        ``scores`` [..., pages], contiguous float32, is for a plan that has them and does not
+        select. Everything is as it was in the inputs of the plan, but for addresses and values;
+        nothing is checked.
         """
         floats = self._attention.floats
         memory = scratch.floats(floats + self._scores, q)
-        scores: HasAddress | None = None
         if self._selection is not None:
             if memory.is_cuda:
                 scores = Pointer(memory.data_ptr() + 4 * floats, torch.float32)

@@ -69,37 +69,37 @@ def finish(
     SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, SCORES: tl.constexpr, SINKS: tl.constexpr,
     TOKENS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Score pages, PAGES at a time (R2), or merge splits; grid (B * TOKENS, scoring + MERGES).
+    """Score pages, PAGES at a time (R2), or merge splits; grid (scored queries, scoring + merges).
 
-    Of a row's TOKENS queries all are scored, or with LAST the last one.
+    Of a row's TOKENS queries all are scored, or with LAST the last one, whose programs merge for
+    the others, too.
 
-    The last MERGES programs of a row merge DIMS numbers of one head each. They come after all
-    others, since what they do is the least.
+    The last programs of a row merge DIMS numbers of one head each, MERGES for a query. They come
+    after all others, since what they do is the least.
     """
-    row = tl.program_id(0).to(tl.int64)
+    scored = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1)
-    scoring = tl.num_programs(1) - MERGES
+    queries: tl.constexpr = TOKENS if LAST else 1
+    scoring = tl.num_programs(1) - queries * MERGES
     if first >= scoring:
         if MERGES > 0:
-            merge = first - scoring
+            row = scored * queries + (first - scoring) // MERGES
+            merge = (first - scoring) % MERGES
             parts: tl.constexpr = MERGES // HEADS
             _merge(
                 part_ptr, lse_ptr, sinks_ptr, out_ptr, row, merge // parts, merge % parts * DIMS,
                 v_scale, HEADS, DIM, DIMS, SPLITS, SPLITS_PAD, SINKS,
             )  # fmt: skip
     elif SCORES:
+        row = scored * queries + queries - 1
         n = tl.load(lens_ptr + row // TOKENS) - (TOKENS - 1) + row % TOKENS
         heads = tl.arange(0, HEADS_PAD)
         _, whole = _load_lse(lse_ptr, sinks_ptr, row, heads, HEADS, SPLITS, SPLITS_PAD, SINKS)
         # A head that is none has no weight; -inf - -inf would be NaN.
         whole = tl.where(heads < HEADS, whole, 0.0)
-        scored, end = row, pages
-        if LAST:
-            scored = row // TOKENS
-            end = tl.where(row % TOKENS == TOKENS - 1, pages, 0)
         logits_ptr += scored * HEADS * width
         # What is left of the table beyond a row's own pages is zeros: not worth a loop of its own.
-        for start in range(first * PAGES, end, scoring * PAGES):
+        for start in range(first * PAGES, pages, scoring * PAGES):
             score = tl.zeros([PAGES], tl.float32)
             if start * PAGE < n:
                 score = _scores_of(

@@ -168,9 +168,10 @@ class AttentionPlan:
                 kind.device,
             )
             merges = heads * (dim_pad // dims) if parts > 1 else 0
+            each = tokens if kind.score_last else 1
             self._finish = Launch(
                 finish.finish,
-                (rows, (scoring if scored else 0) + merges, 1),
+                (rows // each, (scoring if scored else 0) + each * merges, 1),
                 (reach, self.pages, kind.v_scale),
                 dict(
                     HEADS_PAD=heads_pad, PAGE_PAD=page_pad, PAGES=at_once,
