@@ -42,11 +42,11 @@ def _selected_blocks(table_ptr, ids_ptr, count, width, PAGE: tl.constexpr, BLOCK
 @triton.jit
 def _logits(scores, scale, softcap, SOFTCAP: tl.constexpr):
     """Base-2 logits of q · k (R7)."""
+    if not SOFTCAP:
+        return scores * (scale * LOG2E)
     scores = scores * scale
-    if SOFTCAP:
-        # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends, where e^2x is 0 or inf.
-        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E / softcap))))
-    return scores * LOG2E
+    # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends, where e^2x is 0 or inf.
+    return softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E / softcap)))) * LOG2E
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _tiles(
     softcap, line, real, dim, in_head,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr,
     SCORES: tl.constexpr, SOFTCAP: tl.constexpr, OPERAND: tl.constexpr, LISTED: tl.constexpr,
-    PAIRS: tl.constexpr, SCALED: tl.constexpr,
+    PAIRS: tl.constexpr, SCALED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Attend to the tokens ``first`` to ``last``, of a row or of its selected pages.
 
@@ -88,7 +88,11 @@ def _tiles(
             block = tl.gather(blocks, place, 0).to(tl.int64)
         else:
             block = tl.load(table_ptr + token // BLOCK, mask=valid, other=0).to(tl.int64)
-        slot = (token % BLOCK).to(tl.int64)
+        # Tiles that begin with a block have the same slots, which are worked out once.
+        if TILE % BLOCK == 0 and (PAGE == BLOCK or not SPARSE):
+            slot = (tl.arange(0, TILE) % BLOCK).to(tl.int64)
+        else:
+            slot = (token % BLOCK).to(tl.int64)
         held = valid[:, None] & in_head[None, :]
         k_at = block * k_block + slot * k_slot
         k = tl.load(k_ptr + k_at[:, None] + dim[None, :], mask=held, other=0.0)
@@ -106,8 +110,12 @@ def _tiles(
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
-        v_at = block * v_block + slot * v_slot
+        if len(total.shape) == 2:
+            total = total * shrink[:, None] + weights
+        else:
+            total = total * shrink + tl.sum(weights, 1)
+        # Addresses take as much time as products do.
+        v_at = k_at if ALIKE else block * v_block + slot * v_slot
         if SCALED:
             weights *= tl.load(vs_ptr + s_at, mask=valid, other=0.0).to(tl.float32)[None, :]
         weights = weights.to(OPERAND)
@@ -182,7 +190,7 @@ def attend(
     TILE: tl.constexpr, SPLITS: tl.constexpr, SPARSE: tl.constexpr, SCORES: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OPERAND: tl.constexpr, WIDTH: tl.constexpr,
     LISTED: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr, LAST: tl.constexpr,
-    SCALED: tl.constexpr,
+    SCALED: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one row, one of SPLITS parts of its tokens; grid (Hkv, SPLITS, B * turns).
 
@@ -192,7 +200,8 @@ def attend(
 
     Of a row's WIDTH page ids, LISTED are kept at a time, for STEP tokens; all, where STEP is 0.
 
-    With SCALED, each token and KV head has a scale of its keys and one of its values.
+    With SCALED, each token and KV head has a scale of its keys and one of its values. ALIKE:
+    values lie in their cache as keys do in theirs.
     """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -233,7 +242,11 @@ def attend(
         other=0.0,
     ).to(OPERAND)
     highest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
+    if PACKED > 1:
+        # By the token in a tile: so many lines are summed up once, at the end.
+        total = tl.zeros([GROUP_PAD, TILE], tl.float32)
+    else:
+        total = tl.zeros([GROUP_PAD], tl.float32)
     if PAIRS > 0:
         acc = (tl.zeros([GROUP_PAD, PAIRS], tl.float32), tl.zeros([GROUP_PAD, PAIRS], tl.float32))
     else:
@@ -257,7 +270,7 @@ def attend(
                     q, highest, total, acc, first, last, length, n, pages, blocks, 0, table_ptr,
                     k_ptr, v_ptr, ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot,
                     s_block, s_slot, width, scale, softcap, kept_at, kept, dim, in_head, PAGE,
-                    BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS, SCALED,
+                    BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS, SCALED, ALIKE,
                 )  # fmt: skip
             else:
                 for start in range(first, last, STEP):
@@ -271,27 +284,28 @@ def attend(
                         pages, blocks, page_0, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, logits_ptr,
                         k_block, k_slot, v_block, v_slot, s_block, s_slot, width, scale, softcap,
                         kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
-                        OPERAND, LISTED, PAIRS, SCALED,
+                        OPERAND, LISTED, PAIRS, SCALED, ALIKE,
                     )  # fmt: skip
         else:
             highest, total, acc = _tiles(
                 q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr, v_ptr,
                 ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, s_block, s_slot,
                 width, scale, softcap, kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, False,
-                SCORES, SOFTCAP, OPERAND, LISTED, PAIRS, SCALED,
+                SCORES, SOFTCAP, OPERAND, LISTED, PAIRS, SCALED, ALIKE,
             )  # fmt: skip
     else:
         highest, total, acc = _tiles(
             q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr, v_ptr,
             ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, s_block, s_slot, width,
             scale, softcap, kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP,
-            OPERAND, LISTED, PAIRS, SCALED,
+            OPERAND, LISTED, PAIRS, SCALED, ALIKE,
         )  # fmt: skip
 
     if PAIRS > 0:
         evens, odds = acc
         acc = tl.interleave(evens, odds)
-    if PACKED > 1:  # noqa: SIM102 - known when it is compiled, unlike the other one
+    if PACKED > 1:
+        total = tl.sum(total, 1)
         if split == SPLITS - 1:
             last = tl.minimum(seen + (PACKED - 1), tokens)
             highest, total, acc = _drafts(

@@ -152,6 +152,7 @@ class AttentionPlan:
                 WIDTH=kind.ids_width, LISTED=listed, STEP=step, SPARSE=kind.sparse,
                 PAIRS=_pairs(kind, dim_pad), SCALED=kind.scales_dtype is not None,
                 SOFTCAP=kind.softcap is not None, OPERAND=_operand(kind), DIM_PAD=dim_pad,
+                ALIKE=kind.k_strides[:2] == kind.v_strides[:2],
                 num_warps=tile.warps, num_stages=tile.stages, **common,
             ),
         )  # fmt: skip
