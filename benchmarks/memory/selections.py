@@ -16,11 +16,10 @@ from torch import Tensor
 import deltadecode as dd
 from benchmarks.lossless.run import make_prompts
 from benchmarks.report import Progress
-from deltadecode.engines.transformers import attention
 from deltadecode.engines.transformers.offload_host import Transfer
+from deltadecode.engines.transformers.planned import PlannedKernels
 from deltadecode.lab.results import row
 from deltadecode.lab.tasks.text import Text
-from deltadecode.ops import select_pages
 
 _CHUNK = 2048  # tokens of a prompt that are read at a time
 _SHIFT = 37  # steps that a batch's rows are apart in the same record
@@ -181,12 +180,15 @@ class Walk:
     @contextmanager
     def leading(self) -> Iterator[None]:
         """Let it replace the selections of every Δ-layer."""
+        attend = PlannedKernels.attend
 
-        def replaced(*arguments: Any) -> tuple[Tensor, Tensor]:
-            ids, counts = select_pages(*arguments)
-            return self(ids), counts
+        def replaced(*arguments: Any, **named: Any) -> Any:
+            out, selection = attend(*arguments, **named)
+            if selection is None:
+                return out, None
+            return out, (self(selection[0]), selection[1])
 
-        with patch.object(attention, "select_pages", replaced):
+        with patch.object(PlannedKernels, "attend", replaced):
             yield
 
 

@@ -49,7 +49,12 @@ class Scratch:
         """
         captured = is_captured(like)
         held = self._held
-        if held is None or held.shape[0] < count or captured != self._captured:
+        if (
+            held is None
+            or held.shape[0] < count
+            or captured != self._captured
+            or held.device != like.device
+        ):
             held = torch.empty(count, dtype=torch.float32, device=like.device)
             self._held, self._captured = held, captured
         return held

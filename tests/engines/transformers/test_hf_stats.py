@@ -100,9 +100,9 @@ def test_rows_count_one_by_one_and_padding_not_at_all() -> None:
 def test_without_recent_pages_the_last_page_counts_only_if_selected() -> None:
     model = enabled(recent_pages=0, sink_pages=0)
     seen: list[int] = []
-    from deltadecode.engines.transformers import attention
+    from deltadecode.engines.transformers import planned
 
-    stock = attention.select_pages
+    stock = planned.select_pages
 
     def spy(scores: Any, lens: Any, cfg: Any) -> Any:
         ids, counts = stock(scores, lens, cfg)
@@ -110,11 +110,11 @@ def test_without_recent_pages_the_last_page_counts_only_if_selected() -> None:
         seen.append(sum(min(4, n - 4 * page) for page in ids[0].tolist()))
         return ids, counts
 
-    attention.select_pages = spy
+    planned.select_pages = spy
     try:
         generate(model, make_prompt(40), 12)
     finally:
-        attention.select_pages = stock
+        planned.select_pages = stock
     one, two = seen[::2], seen[1::2]  # Δ-layers 1 and 3, step by step
     assert len(one) == 11
     assert min(seen) < 20  # some selected a partial last page, and some

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from deltadecode.engines.transformers.state import ROLE, Role
 from deltadecode.engines.transformers.static import static_attention
 from deltadecode.engines.transformers.step import Rows, Step
 from deltadecode.errors import MissingSelectionError, UnsupportedCacheError, UnsupportedModelError
-from deltadecode.ops import decode_attention, kernels_refuse, select_pages
+from deltadecode.ops import kernels_refuse
 
 # What some models pass to their attention function and DELTA would have to know of.
 _UNKNOWN = ("position_bias", "indices", "block_indices")
@@ -304,24 +305,22 @@ def _attend_group(
         inputs = dict(zip(_INPUTS, group.paged(key, value, cfg.page_size), strict=True))
     else:
         inputs = held.pages(place, group, cfg.page_size, whole=every_page)
-    out: Tensor
+    attend = functools.partial(role.state.kernels.attend, step.scratch, query, inputs, options)
     if every_page or role.kind == "dense":
         if role.kind == "delta" and not (step.rows and step.rows.every_page):
             ids = torch.arange(pages, dtype=torch.int32, device=query.device)
             _request(role, step, place, group, ids.expand(len(group.members), -1), None)
-        out = decode_attention(query, **inputs, **options)
-    elif role.source is not None:
+        return attend()[0]
+    if role.source is not None:
         ids, counts = step.selections[role.source][place]
-        ids, counts = ids.to(query.device), counts.to(query.device)
-        out = decode_attention(query, **inputs, page_ids=ids, page_counts=counts, **options)
-    else:
-        out, scores = decode_attention(query, **inputs, return_page_scores=True, **options)
-        ids, counts = select_pages(scores, group.seq_lens, cfg)
-        step.selections[role.layer][place] = ids, counts
-        _request(role, step, place, group, ids, counts)
-        missing = pages * cfg.page_size - group.length
-        if missing and not cfg.recent_pages:
-            role.state.stats.add_unread(role.layer, (ids == pages - 1).sum() * missing)
+        return attend((ids.to(query.device), counts.to(query.device)))[0]
+    out, selection = attend(select=cfg)
+    assert selection is not None
+    step.selections[role.layer][place] = ids, counts = selection
+    _request(role, step, place, group, ids, counts)
+    missing = pages * cfg.page_size - group.length
+    if missing and not cfg.recent_pages:
+        role.state.stats.add_unread(role.layer, (ids == pages - 1).sum() * missing)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -303,7 +304,15 @@ class StoredLayer(DeltaLayer):
 def _absent(like: Tensor, tokens: int) -> Tensor:
     """So many tokens that nobody may read, in no memory."""
     rows, heads, _, dim = like.shape
-    return like.new_full((), float("nan")).expand(rows, heads, tokens, dim)
+    return _nan(like.dtype, like.device).expand(rows, heads, tokens, dim)
+
+
+# One for all layers and steps: on a GPU it would take a launch each.
+@functools.lru_cache(maxsize=64)
+def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
+    # No tensor of inference mode: those have no place in a graph of autograd later.
+    with torch.inference_mode(mode=False):
+        return torch.full((), float("nan"), dtype=dtype, device=device)
 
 
 def one_dtype(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

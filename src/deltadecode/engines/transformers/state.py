@@ -10,6 +10,7 @@ import torch
 from deltadecode.architecture import attention_layers, longest_prompt, num_layers, text_config
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.times import Times
+from deltadecode.engines.transformers.planned import PlannedKernels
 from deltadecode.engines.transformers.stats import DecodeStats
 from deltadecode.engines.transformers.step import LocalPass, StaticPass
 
@@ -65,6 +66,7 @@ class ModelState:
         self.stats = DecodeStats(self.plan, lossless=self.draft_tokens > 0)
         self.local = LocalPass()
         self.static = StaticPass()
+        self.kernels = PlannedKernels()
         # Of lossless decoding from static caches, with its graphs.
         self.kept_cache: Any = None
         self._times: dict[tuple[int, int], Times] = {}

@@ -17,6 +17,7 @@ from torch import Tensor
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.rows import RowGroup, group_rows
 from deltadecode.errors import ArgumentError
+from deltadecode.ops import Scratch
 
 # Of one Δ-layer: number of the row group -> page ids and page counts. A group within the budget
 # selects nothing.
@@ -106,6 +107,8 @@ class Step:
         Δ-layer -> what it has selected in this step.
     cache : DeltaCache or None
         The cache, if attention may have to read layers where they are stored.
+    scratch : Scratch
+        Memory of the kernels.
     """
 
     def __init__(self, decodes: bool, full: bool = False, cache: Any = None) -> None:
@@ -113,6 +116,7 @@ class Step:
         self.cache = cache
         self.rows: Rows | None = None
         self.selections: dict[int, Selection] = {}
+        self.scratch = Scratch()
 
     def see_rows(self, cfg: DeltaConfig, key: Tensor, mask: Tensor | None) -> Rows:
         """The rows as a layer with these keys and this mask has them."""
