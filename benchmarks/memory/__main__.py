@@ -20,7 +20,12 @@ def memory(
     context: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens of each; repeatable. Default: 32768.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps of each cache, at most.")] = 24,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Decode steps of each cache in a round, at most.")
+    ] = 24,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of each cache, there and back again.")
+    ] = 3,
     selections: Annotated[
         Path | None,
         typer.Option(help="Result of --record, whose fetches a second run of DELTA repeats."),
@@ -94,8 +99,8 @@ def memory(
 
         options = Options(
             shape=known, plan=cfg, batches=batch or [1], contexts=context or [32768], steps=steps,
-            longest=longest or [], kv_dtype=kv_dtype, command=cli.command_line(
-                "memory", shape=shape, batch=batch, context=context, steps=steps,
+            rounds=rounds, longest=longest or [], kv_dtype=kv_dtype, command=cli.command_line(
+                "memory", shape=shape, batch=batch, context=context, steps=steps, rounds=rounds,
                 selections=selections, longest=longest, plan=plan, kv_dtype=kv_dtype,
             ),
         )  # fmt: skip

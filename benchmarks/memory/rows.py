@@ -49,7 +49,7 @@ def point_rows(
                 shared[f"p10_{side}"], shared[f"p90_{side}"] = (
                     rounded(taken["p10"]), rounded(taken["p90"])
                 )  # fmt: skip
-                shared[f"steps_{side}"] = taken["steps"]
+                shared[f"steps_{side}"], shared[f"rounds_{side}"] = taken["steps"], taken["rounds"]
             rows.append(
                 row(
                     f"{case}, {mode} selections", name, UNIT, times[1]["ms"], times[0]["ms"],

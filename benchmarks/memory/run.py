@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from benchmarks.report import Progress
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.offload_host import free_host_bytes
 from deltadecode.errors import UnsupportedCacheError
-from deltadecode.lab.results import result
+from deltadecode.lab.results import result, rounded
 
 _WARMUP = 3  # the first one fills the pools
 _SECONDS = 5.0  # of the steps of one cache, once there are two
@@ -38,7 +38,8 @@ class Options:
 
     ``missed`` is the record that selections follow, of which ``selections`` names the source;
     ``longest`` are the sizes of GPUs in GB (10^9 bytes) to find the longest context for;
-    ``kv_dtype`` is that of DELTA's own caches.
+    ``kv_dtype`` is that of DELTA's own caches. Every cache has ``rounds`` turns, and ``steps`` in
+    each of them.
     """
 
     shape: ModelShape
@@ -51,6 +52,7 @@ class Options:
     selections: dict[str, Any] = field(default_factory=dict)
     longest: Sequence[float] = ()
     kv_dtype: str | None = None
+    rounds: int = 1
 
 
 class Bench:
@@ -77,17 +79,18 @@ class Bench:
         """Of the type and on the device of the caches."""
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
-    def measure(self, kind: Kind, batch: int, context: int) -> dict[str, Any]:
+    def measure(self, kind: Kind, batch: int, context: int, turn: int = 0) -> dict[str, Any]:
         """Fill a cache and time steps of it, that end with ``context`` tokens or little less.
 
         Gives ``why`` where it does not fit, else bytes, and for each way to select pages the times
-        in ms and, of an offloaded cache, what was fetched.
+        in ms and, of an offloaded cache, what was fetched. ``turn`` counts those of this kind.
         """
         free_all()
         modes = [RANDOM] if self.options.missed is None or not kind.is_ours else [RANDOM, MEASURED]
-        # PyTorch's cuDNN attention keeps a plan for each length. So every kind has lengths of its
+        # PyTorch's cuDNN attention keeps a plan for each length. So every turn has lengths of its
         # own: else the first one would make the plans that the others find.
-        end = context - self.kinds.index(kind) * _lengths(self.options)
+        turns_before = turn * len(self.kinds) + self.kinds.index(kind)
+        end = context - turns_before * _lengths(self.options)
         tokens = end - len(modes) * (_WARMUP + self.options.steps)
         why = kind.refused(batch, context, self.device)
         if why is not None:
@@ -153,14 +156,11 @@ class Bench:
                 # A slow cache would take minutes.
                 if len(times) > 1 and sum(times) > 1e3 * _SECONDS:
                     break
-        tenths = quantiles(times, n=10) if len(times) > 1 else times * 9
-        found: dict[str, Any] = {
-            "ms": median(times), "p10": tenths[0], "p90": tenths[-1], "steps": len(times)
-        }  # fmt: skip
+        found: dict[str, Any] = {"times": times}
         if kind.is_ours and isinstance(cache, dd.DeltaOffloadedCache):
             stats = dd.stats(self.model).offload
-            found["hit_rate"] = round(stats.hit_rate, 4)
-            found["fetched_bytes"] = round(stats.fetched_bytes_per_step)
+            found["hit_rate"] = stats.hit_rate
+            found["fetched_bytes"] = stats.fetched_bytes_per_step
         return found
 
     @torch.no_grad()
@@ -188,8 +188,34 @@ class Bench:
 
 
 def _lengths(options: Options) -> int:
-    """Lengths that a kind of cache decodes at, at most: with both ways to select pages."""
+    """Lengths that a cache decodes at in one turn, at most: with both ways to select pages."""
     return 2 * (_WARMUP + options.steps)
+
+
+def join_turns(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One measurement of all turns of a kind of cache, with times of all their steps.
+
+    A virtual machine may be slow for seconds. ``rounds`` has the median of each turn.
+    """
+    joined = dict(turns[0])
+    for turn in turns:
+        if "why" in turn:
+            return turn
+    for mode in (MEASURED, RANDOM):
+        parts = [turn[mode] for turn in turns if mode in turn]
+        times = [time for part in parts for time in part["times"]]
+        if not times:
+            continue
+        tenths = quantiles(times, n=10) if len(times) > 1 else times * 9
+        joined[mode] = {
+            "ms": median(times), "p10": tenths[0], "p90": tenths[-1], "steps": len(times),
+            "rounds": [rounded(median(part["times"])) for part in parts],
+        }  # fmt: skip
+        if "hit_rate" in parts[0]:
+            joined[mode]["hit_rate"] = round(mean(part["hit_rate"] for part in parts), 4)
+            fetched = mean(part["fetched_bytes"] for part in parts)
+            joined[mode]["fetched_bytes"] = round(fetched)
+    return joined
 
 
 def run(options: Options, progress: Progress = lambda case, done: None) -> dict[str, Any]:
@@ -200,26 +226,30 @@ def run(options: Options, progress: Progress = lambda case, done: None) -> dict[
     ValueError
         For a context that is too short for the lengths of all kinds.
     """
-    least = len(kinds(options.shape, options.plan)) * _lengths(options) + 1
+    turns = options.rounds * len(kinds(options.shape, options.plan))
+    least = turns * _lengths(options) + 1
     if min(options.contexts) < least:
         raise ValueError(
-            f"--context must be at least {least} tokens for {options.steps} steps of every cache, "
-            f"got {min(options.contexts)}"
+            f"--context must be at least {least} tokens for {options.rounds} rounds of "
+            f"{options.steps} steps of every cache, got {min(options.contexts)}"
         )
     progress("make the model", 0.0)
     bench = Bench(options)
     points = [(batch, context) for batch in options.batches for context in options.contexts]
-    parts = max(1, len(points) * len(bench.kinds) + len(options.longest) * 3)
+    parts = max(1, len(points) * turns + len(options.longest) * 3)
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     done = 0
     for batch, context in points:
-        found: dict[str, dict[str, Any]] = {}
-        for kind in bench.kinds:
-            progress(f"batch {batch}, {context:,} tokens: {kind.name}", done / parts)
-            found[kind.name] = bench.measure(kind, batch, context)
-            done += 1
-        made, left = point_rows(found, batch, context)
+        found: dict[str, list[dict[str, Any]]] = {kind.name: [] for kind in bench.kinds}
+        for turn in range(options.rounds):
+            # There and back again, so that no kind is always the first.
+            for kind in bench.kinds[:: -1 if turn % 2 else 1]:
+                progress(f"batch {batch}, {context:,} tokens: {kind.name}", done / parts)
+                found[kind.name].append(bench.measure(kind, batch, context, turn))
+                done += 1
+        joined = {name: join_turns(each) for name, each in found.items()}
+        made, left = point_rows(joined, batch, context)
         rows += made
         skipped += left
     for size in options.longest:

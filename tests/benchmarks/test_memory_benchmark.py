@@ -15,6 +15,7 @@ from benchmarks.memory import run as bench
 from benchmarks.memory.__main__ import memory
 from benchmarks.memory.caches import DELTA, OURS, STOCK, STOCK_OFFLOADED, fill, held_bytes, kinds
 from benchmarks.memory.page import tables
+from benchmarks.memory.rows import RANDOM
 from benchmarks.memory.selections import Walk, load_record, record_row
 
 TINY = find_shape("tiny")
@@ -72,7 +73,7 @@ def test_the_record_of_the_longest_context_with_most_fetches(tmp_path):
 def test_rows_of_steps_of_every_cache(call, tmp_path):
     path = record_file(tmp_path, record_row(400, 0, CFG, MISSED, "text"))
     code, out, err = call(
-        *("--shape", "tiny", "--context", 500, "--batch", 2, "--steps", 10),
+        *("--shape", "tiny", "--context", 500, "--batch", 2, "--steps", 10, "--rounds", 1),
         *("--selections", path, "--json"),
     )
     assert code == 0, err
@@ -116,7 +117,30 @@ def test_every_cache_decodes_at_lengths_of_its_own(monkeypatch):
 
 def test_a_context_must_have_room_for_the_lengths_of_all_caches(call):
     code, out, err = call("--shape", "tiny", "--context", 40, "--steps", 2)
-    assert (code, out) == (2, "") and "at least 41 tokens for 2 steps of every cache, got 40" in err
+    assert (code, out) == (
+        2,
+        "",
+    ) and "least 121 tokens for 3 rounds of 2 steps of every cache, got 40" in err
+
+
+def test_rounds_go_there_and_back_again_and_are_joined(monkeypatch):
+    kinds_in_turn, slow = [], iter([0.0, 9.0, 0.0])
+    measured = bench.Bench.measure
+
+    def measure(self, kind, batch, context, turn=0):
+        found = measured(self, kind, batch, context, turn)
+        kinds_in_turn.append(kind.name)
+        if kind.name == OURS:
+            found[RANDOM]["times"] = [1.0 + next(slow)] * 2
+        return found
+
+    monkeypatch.setattr(bench.Bench, "measure", measure)
+    result = bench.run(bench.Options(TINY, CFG, [1], [300], 2, "", rounds=3))
+    names = [kind.name for kind in kinds(TINY, CFG)]
+    assert kinds_in_turn == names + names[::-1] + names
+    for row in result["rows"]:
+        assert (row["ours"], row["rounds_ours"], row["steps_ours"]) == (1.0, [1.0, 10.0, 1.0], 6)
+        assert min(row["rounds_theirs"]) <= row["theirs"] <= max(row["rounds_theirs"])
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
