@@ -12,7 +12,14 @@ from deltadecode.errors import (
     UnsupportedCacheError,
     UnsupportedModelError,
 )
-from deltadecode.models.clsa import ClsaCache, ClsaConfig, ClsaForCausalLM, ClsaModel, reference
+from deltadecode.models.clsa import (
+    ClsaCache,
+    ClsaConfig,
+    ClsaForCausalLM,
+    ClsaModel,
+    attention,
+    reference,
+)
 from deltadecode.models.clsa.attention import Window, largest, seen
 
 MODES = ("clsa", "yoco", "transformer")
@@ -181,6 +188,22 @@ def test_index_loss_is_the_divergence_from_mean_dense_attention():
         covered.append(p[t, index.topk(min(4, t + 1)).indices].sum())
     assert out.index_loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     assert out.index_coverage.item() == pytest.approx(torch.stack(covered).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 4, 7])
+def test_blocks_of_queries_are_all_queries(block, monkeypatch):
+    model, ids, found = make_model(), _ids(2, 18), []
+    mask = torch.ones(2, 18, dtype=torch.long)
+    mask[1, :3] = 0
+    for size in (18, block):
+        monkeypatch.setattr(attention, "BLOCK", size)
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, index_loss=True)
+        logits = out.logits[mask.bool()]
+        (logits.square().mean() + out.index_loss).backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        found.append((logits, out.index_loss, out.index_coverage, grads))
+    torch.testing.assert_close(*found)
 
 
 def test_ties_go_to_the_lower_token_and_nan_ranks_last():

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK = 1024  # queries that attend at once under a mask
+
 
 class Attend(Protocol):
     """A way to attend, for all layers of a kind in one forward pass."""
@@ -50,6 +52,18 @@ def seen(queries: int, tokens: int, valid: Tensor | None, device: torch.device) 
     return earlier.view(-1, 1, queries, tokens)
 
 
+def blocks(queries: int, tokens: int) -> list[tuple[slice, int]]:
+    """Blocks of the queries, with how many tokens come up to the last of each.
+
+    Nothing is computed of most tokens that are later than a query.
+    """
+    ends = [min(first + BLOCK, queries) for first in range(0, queries, BLOCK)]
+    firsts = [0, *ends[:-1]]
+    return [
+        (slice(first, end), tokens - queries + end) for first, end in zip(firsts, ends, strict=True)
+    ]
+
+
 class Full:
     """Attention to all tokens up to each query's own."""
 
@@ -65,14 +79,18 @@ class Full:
 
 
 class Masked:
-    """Attention to the tokens of a mask [B, 1, Q, T]."""
+    """Attention to the tokens of a mask [B, 1, Q, T], False at all later than a query."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend."""
-        return scaled(q, k, v, self.mask)
+        parts = [
+            scaled(q[:, :, some], k[:, :, :end], v[:, :, :end], self.mask[:, :, some, :end])
+            for some, end in blocks(q.shape[2], k.shape[2])
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 class Window:
@@ -152,10 +170,10 @@ def largest(scores: Tensor, held: Tensor, count: int) -> Tensor:
     least = torch.finfo(scores.dtype).min
     scores = torch.nan_to_num(scores, nan=least, posinf=-least, neginf=least)
     scores = scores.masked_fill(~held, float("-inf"))
-    border = scores.topk(count, dim=-1).values[..., -1:]
+    border = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, equal = scores > border, scores == border
-    wanted = count - above.sum(-1, keepdim=True)
-    return (above | (equal & (equal.cumsum(-1) <= wanted))) & held
+    wanted = count - above.sum(-1, keepdim=True, dtype=torch.int32)
+    return (above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= wanted))) & held
 
 
 class Observed:
@@ -165,16 +183,27 @@ class Observed:
     without gradients: the target that the index learns.
     """
 
-    def __init__(self, attend: Attend, mask: Tensor, layers: int) -> None:
+    def __init__(self, attend: Attend, mask: Tensor, layers: int, rows: int) -> None:
         self.attend, self.mask, self.layers = attend, mask, layers
-        self.mean: Tensor | None = None
+        # Zeros and not None, so that a compiled layer is the same for the first and the others.
+        self.mean = torch.zeros(rows, *mask.shape[2:], dtype=torch.float32, device=mask.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend."""
         with torch.no_grad():
-            groups = q.shape[1] // k.shape[1]
-            logits = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * q.shape[3] ** -0.5
-            logits = logits.float().masked_fill(~self.mask, float("-inf"))
-            dense = logits.softmax(-1).mean(1) / self.layers
-            self.mean = dense if self.mean is None else self.mean + dense
+            # Not in place: checkpointing attends again when the loss already holds the mean.
+            self.mean = self.mean + self._dense(q, k) / self.layers
         return self.attend(q, k, v)
+
+    def _dense(self, q: Tensor, k: Tensor) -> Tensor:
+        """Mean of the dense softmax over the heads of a layer, [B, Q, T]."""
+        tokens = k.shape[2]
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3)
+        q = q * q.shape[3] ** -0.5
+        parts = []
+        for some, end in blocks(q.shape[2], tokens):
+            logits = q[:, :, some] @ k[:, :, :, :end]
+            logits = logits.masked_fill_(~self.mask[:, :, some, :end], float("-inf"))
+            dense = logits.softmax(-1, dtype=torch.float32).mean(1)
+            parts.append(F.pad(dense, (0, tokens - end)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

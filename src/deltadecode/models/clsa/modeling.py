@@ -211,7 +211,7 @@ class ClsaModel(ClsaPreTrainedModel):
                 raise ArgumentError("a model of mode 'yoco' has no index to learn")
             crossing = self.config.num_hidden_layers - self.config.self_layers
             attend = observed = Observed(
-                attend, seen(x.shape[1], tokens, valid, x.device), crossing
+                attend, seen(x.shape[1], tokens, valid, x.device), crossing, x.shape[0]
             )
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         for layer in self.layers[self.config.self_layers :]:
@@ -387,12 +387,14 @@ def _index_loss(
     Means over the queries that are no padding, ``real`` [B, Q].
     """
     dense, held = observed.mean, observed.mask[:, 0]
-    assert dense is not None
     logits = (query @ keys.transpose(1, 2)).float().masked_fill(~held, float("-inf"))
     # Where the target is 0 the index may say what it likes, -inf too.
     log_index = logits.log_softmax(-1).masked_fill(~held, 0.0)
     loss = (torch.xlogy(dense, dense) - dense * log_index).sum(-1)
-    picked = largest(logits.detach(), held.expand_as(logits), topk)
+    if isinstance(observed.attend, Masked):
+        picked = observed.attend.mask[:, 0]
+    else:
+        picked = largest(logits.detach(), held.expand_as(logits), topk)
     covered = (dense * picked).sum(-1)
     if real is not None:
         loss, covered = loss[real], covered[real]
