@@ -2,7 +2,7 @@
 
 A batch follows from its number alone, so all models see the same tokens, and a training that goes
 on after a break goes on where it was. Targets are all tokens of a text, and the solution or answer
-of a task.
+of a task; a mask tells the two apart.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from deltadecode.lab.tasks.text import read_text
 from deltadecode.lab.tasks.vocabulary import NAMES
 
 KINDS = ("chain", "needle", "text")
+MIX = (3, 1, 2)  # how often a document is of each kind
 EOS, PAD, IGNORED = 0, 0, -100
 VOCABULARY = 4096
 HELD_OUT = 20  # one of so many files is for validation
+Row = tuple[Tensor, Tensor, Tensor]
 # What GPT-2's pattern, which the tokenizer uses, makes of plain ASCII words.
 _PIECES = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 
@@ -76,7 +78,7 @@ def document(rng: random.Random, kind: str, tokens: int) -> tuple[str, str]:
 
 
 class Rows:
-    """Makes rows of token ids and targets.
+    """Makes rows of token ids, targets, and a mask of those targets that are of answers.
 
     Parameters
     ----------
@@ -100,26 +102,32 @@ class Rows:
             ids += self.known[piece]
         return ids
 
-    def row(self, rng: random.Random, length: int, kind: str | None) -> tuple[Tensor, Tensor]:
-        """Ids and targets [length] of documents of a kind, or of all, one behind the other."""
-        ids, targets = [], []
+    def row(self, rng: random.Random, length: int, kind: str | None) -> Row:
+        """Ids, targets and mask [length] of documents of a kind, or of all, end to end."""
+        ids, targets, answers = [], [], []
         while len(ids) <= length:
-            chosen = kind or rng.choice(KINDS)
+            chosen = kind or rng.choices(KINDS, MIX)[0]
             size = rng.randint(64, length)
             if chosen == "text":
                 start = rng.randrange(max(1, len(self.text) - size))
                 piece = self.text[start : start + size].tolist()
                 ids += piece
                 targets += piece
+                answers += [False] * len(piece)
                 continue
             prompt, answer = (self.encode(part) for part in document(rng, chosen, size))
-            ids += [*prompt, *answer, EOS]
-            targets += [*[IGNORED] * len(prompt), *answer, EOS]
-        return torch.tensor(ids[:length]), torch.tensor(targets[1 : length + 1])
+            answer.append(EOS)
+            ids += prompt + answer
+            targets += [*[IGNORED] * len(prompt), *answer]
+            answers += [*[False] * len(prompt), *[True] * len(answer)]
+        following = slice(1, length + 1)
+        made = (ids[:length], targets[following], answers[following])
+        ids, targets, answers = map(torch.tensor, made)
+        return ids, targets, answers
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch ``i`` of so many rows of a length: ids and targets, both [rows, length]."""
+    """Batch ``i`` of so many rows of a length: ids, targets and mask, each [rows, length]."""
 
     def __init__(self, rows: Rows, seed: int, count: int, length: int, first: int, last: int):
         self.rows, self.seed, self.count, self.length = rows, seed, count, length
@@ -128,14 +136,14 @@ class Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.last - self.first
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, i: int) -> Row:
         rng = random.Random(f"{self.seed}/{self.length}/{self.first + i}")
         made = [self.rows.row(rng, self.length, None) for _ in range(self.count)]
-        ids, targets = zip(*made, strict=True)
-        return torch.stack(ids), torch.stack(targets)
+        ids, targets, answers = map(torch.stack, zip(*made, strict=True))
+        return ids, targets, answers
 
 
-def loader(batches: Batches, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def loader(batches: Batches, workers: int) -> Iterator[Row]:
     """Batches in their order, made in the background."""
     return iter(
         torch.utils.data.DataLoader(

@@ -40,7 +40,7 @@ def score(model: ClsaForCausalLM, rows: Rows, kind: str, args: argparse.Namespac
     sums = dict.fromkeys(("loss", "tokens", "right", "answers", "whole"), 0.0)
     coverage = []
     for _ in range(args.samples):
-        ids, targets = (x.to(device) for x in rows.row(rng, args.length, kind))
+        ids, targets, _ = (x.to(device) for x in rows.row(rng, args.length, kind))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device):
             out = model(ids[None], use_cache=False, index_loss=indexed)
         logits, counted = out.logits[0].float(), targets >= 0

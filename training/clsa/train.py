@@ -11,16 +11,19 @@ Phases, in this order; each starts from the weights that the one before it has l
 | clsa | index (of yoco's dense weights; they are frozen), joint (long rows, sparse) |
 
 In `index` the indexer alone learns the mean dense attention (KL). `joint` trains everything on
-L_LM + 0.1 KL. A killed run goes on from its last checkpoint with the same command.
+L_LM + 0.1 KL. In L_LM a token of an answer counts as much as several of text, which would drown the
+few that are wrong. A killed run goes on from its last checkpoint with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -30,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from optimizer import build_optimizers
 
-from clsa.data import VOCABULARY, Batches, Rows, build_tokenizer, loader
+from clsa.data import VOCABULARY, Batches, Row, Rows, build_tokenizer, loader
 from clsa.measure import measure
 from deltadecode.models.clsa import ClsaConfig, ClsaForCausalLM
 from deltadecode.models.clsa.configuration import MODES
@@ -43,6 +46,7 @@ KD = 0.1  # weight of the index's loss in the joint phase
 KEEP_SECONDS = 60  # between checkpoints
 WARMUP_STEPS = 50
 DECAY = 0.6  # share of a long or joint phase over which the learning rate falls to zero
+COMPILE = {"dynamic": False}  # shapes of a phase are static
 
 
 def parse() -> argparse.Namespace:
@@ -52,15 +56,20 @@ def parse() -> argparse.Namespace:
         "--stop-after", type=float, help="stop after so many minutes; run again to go on"
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dense-tokens", type=float, default=40e6)
+    p.add_argument("--dense-tokens", type=float, default=90e6)
     p.add_argument("--index-tokens", type=float, default=3e6)
-    p.add_argument("--long-tokens", type=float, default=12e6, help="of the long and joint phases")
+    p.add_argument("--long-tokens", type=float, default=36e6, help="of the long and joint phases")
     p.add_argument("--dense-length", type=int, default=512)
     p.add_argument("--length", type=int, default=4096)
     p.add_argument("--batch-tokens", type=int, default=65_536)
     p.add_argument("--rows-at-once", type=int, default=8, help="long rows of a forward pass")
+    p.add_argument(
+        "--answer-weight", type=float, default=4.0, help="of a token of an answer; text's is 1"
+    )
     p.add_argument("--hidden", type=int, default=256)
-    p.add_argument("--intermediate", type=int, default=832)
+    p.add_argument(
+        "--intermediate", type=int, default=832, help="of YOCO and CLSA; a Transformer's follows"
+    )
     p.add_argument("--layers", type=int, default=16)
     p.add_argument("--kv-heads", type=int, help="default: as many as query heads, of 64")
     p.add_argument("--topk", type=int, default=256)
@@ -71,21 +80,56 @@ def parse() -> argparse.Namespace:
     p.add_argument("--workers", type=int, default=8)
     p.add_argument("--samples", type=int, default=64, help="rows of each kind to measure on")
     p.add_argument("--device", default="cuda")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction,
+        help="compile the layers; by default on CUDA only",
+    )  # fmt: skip
     p.add_argument("--out", type=Path, help="folder for a result file")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.compile is None:
+        args.compile = torch.device(args.device).type == "cuda"
+    return args
 
 
 def make_config(args: argparse.Namespace, mode: str) -> ClsaConfig:
-    """One shape for all modes, but that a Transformer has keys and values in every layer."""
+    """One shape for all modes, but that a Transformer has keys and values in every layer.
+
+    Its MLP is narrower, by the multiple of 8 with which it comes nearest to CLSA's size.
+    """
+    if mode != "transformer":
+        return _config(args, mode, args.intermediate)
+    wanted = _parameters(_config(args, "clsa", args.intermediate))
+    first, second = (_parameters(_config(args, mode, width)) for width in (8, 16))
+    eights = 1 + round((wanted - first) / (second - first))
+    return _config(args, mode, 8 * max(1, eights))
+
+
+def _parameters(config: ClsaConfig) -> int:
+    with torch.device("meta"):
+        return ClsaForCausalLM(config).num_parameters()
+
+
+def _config(args: argparse.Namespace, mode: str, intermediate: int) -> ClsaConfig:
     heads = args.hidden // 64
     return ClsaConfig(
-        vocab_size=VOCABULARY, hidden_size=args.hidden, intermediate_size=args.intermediate,
+        vocab_size=VOCABULARY, hidden_size=args.hidden, intermediate_size=intermediate,
         num_hidden_layers=args.layers, num_attention_heads=heads,
         num_key_value_heads=args.kv_heads or heads, head_dim=64, mode=mode,
         sliding_window=args.window,
         index_topk=args.topk, index_head_dim=64, max_position_embeddings=2 * args.length,
         bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
+
+
+def compile_layers(model: ClsaForCausalLM) -> None:
+    """Compile each layer in place; layers of a kind share what is compiled.
+
+    All else stays eager: it runs once a pass, or its shapes change from batch to batch.
+    """
+    # What other phases have compiled would count against the limit of recompilations.
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(**COMPILE)
 
 
 class OutOfTime(Exception):
@@ -127,6 +171,9 @@ class Phase:
             assert not wrong.unexpected_keys
             assert name == "index" or not wrong.missing_keys
         self.model.to(self.device).train()
+        self.unproven = args.compile  # until a step of the compiled layers has run
+        if args.compile:
+            compile_layers(self.model)
         if name == "index":
             indexer = self.model.model.indexer
             self.model.requires_grad_(False)
@@ -156,39 +203,85 @@ class Phase:
         left = 1.0 if self.name == "dense" else (1 - self.step / self.steps) / DECAY
         return min(1.0, (self.step + 1) / WARMUP_STEPS, left)
 
-    def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Sum of the language-model loss over counted tokens, and the index's loss."""
+    def losses(
+        self, ids: Tensor, targets: Tensor, answers: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Sums over counted tokens, and the index's loss.
+
+        The sums [3] are the losses of text and of answers, in nats, and the answers' right tokens.
+        """
         indexed = self.name in ("index", "joint")
+        targets, answers = targets.flatten(), answers.flatten()
+        counted = (targets >= 0).nonzero()[:, 0]  # on the CPU, so that the device does not wait
+        ids, counted, targets, answers = (
+            x.to(self.device, non_blocking=True)
+            for x in (ids, counted, targets[counted], answers[counted])
+        )
         on_gpu = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
-            out = self.model(ids, use_cache=False, index_loss=indexed)
-        if self.name == "index":
-            return None, out.index_loss
-        logits = out.logits.float().flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
-        return loss, out.index_loss
+            out = self.model.model(ids, use_cache=False, index_loss=indexed)
+            if self.name == "index":
+                return None, out.index_loss
+            # Half of all tokens are of prompts, and no logits of theirs are needed.
+            states = out.last_hidden_state.flatten(0, 1).index_select(0, counted)
+            logits = self.model.lm_head(states).float()
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        right = (logits.argmax(-1) == targets) & answers
+        sums = (loss * ~answers).sum(), (loss * answers).sum(), right.float().sum()
+        return torch.stack(sums), out.index_loss
 
-    def train_step(self) -> dict[str, Tensor]:
-        ids, targets = (x.to(self.device, non_blocking=True) for x in next(self.batches))
-        counted = (targets >= 0).sum().clamp(min=1)
+    def gradients(self, batch: Row) -> dict[str, Any]:
+        """Gradients of a batch, found in pieces of a few rows; returns what the log shows."""
         size = max(1, self.args.rows_at_once * self.args.length // self.length)
-        found = {"lm": torch.zeros((), device=self.device), "index": None}
-        pieces = list(zip(ids.split(size), targets.split(size), strict=True))
-        for some_ids, some_targets in pieces:
-            lm, index = self.losses(some_ids, some_targets)
+        pieces = list(zip(*(x.split(size) for x in batch), strict=True))
+        answers = int(batch[2].sum())
+        texts = int((batch[1] >= 0).sum()) - answers
+        weight = self.args.answer_weight
+        sums, found = torch.zeros(3, device=self.device), {}
+        for piece in pieces:
+            lm, index = self.losses(*piece)
             total = torch.zeros((), device=self.device)
             if lm is not None:
-                total = total + lm / counted
-                found["lm"] = found["lm"] + lm.detach() / counted
+                total = total + (lm[0] + weight * lm[1]) / max(1.0, texts + weight * answers)
+                sums += lm.detach()
             if index is not None:
                 total = total + index * (1.0 if self.name == "index" else KD) / len(pieces)
                 found["index"] = index.detach()
             total.backward()
+        if self.name != "index":
+            if texts:
+                found["text"] = sums[0] / texts
+            if answers:
+                found |= {"answers": sums[1] / answers, "answer_accuracy": sums[2] / answers}
+        return found
+
+    def compiled_gradients(self, batch: Row) -> dict[str, Any]:
+        """Gradients of a phase's first batch; if the compiled layers fail, they are no more."""
+        self.unproven = False
+        try:
+            found = self.gradients(batch)
+            # Changes nothing, but waits for the device and refuses what is not finite.
+            torch.nn.utils.clip_grad_norm_(self.trained(), math.inf, error_if_nonfinite=True)
+            return found
+        except Exception as error:  # a compiler's errors are of any kind
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+        say(self.args, run=self.run_name, phase=self.name, compiled=False, reason=reason[:300])
+        for layer in self.model.model.layers:
+            layer._compiled_call_impl = None
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return self.gradients(batch)
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def train_step(self) -> dict[str, Any]:
+        batch = next(self.batches)
+        found = self.compiled_gradients(batch) if self.unproven else self.gradients(batch)
         for optimizer, base in zip(self.optimizers, self.base, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * self.rate()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -211,7 +304,7 @@ class Phase:
             found = self.train_step()
             now = time.monotonic()
             if now - logged > 10 or self.step in (1, self.steps) or now > self.until:
-                line = {name: round(x.item(), 4) for name, x in found.items() if x is not None}
+                line = {name: round(x.item(), 4) for name, x in found.items()}
                 now = time.monotonic()
                 self.seconds = before + now - start
                 rate = (self.step - at) * self.args.batch_tokens / max(now - logged, 1e-6)
