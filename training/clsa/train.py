@@ -256,7 +256,7 @@ class Phase:
         return found
 
     def compiled_gradients(self, batch: Row) -> dict[str, Any]:
-        """Gradients of a phase's first batch; if the compiled layers fail, they are no more."""
+        """Gradients of a phase's first batch; where compiling fails, the phase goes on without."""
         self.unproven = False
         try:
             found = self.gradients(batch)
