@@ -15,6 +15,8 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton for this system")
 BACKENDS = ["reference", "torch", pytest.param("triton", marks=needs_triton)]
+# Of make_case.
+LAYOUTS = ["paged", "interleaved", "rows", "heads", "strided"]
 
 
 def select(scores, n, page_size, budget, recent, sinks, share=0.0):
