@@ -77,11 +77,14 @@ def longest_prompt(text: Any) -> int | None:
     return longest
 
 
-def selects_tokens(model_or_config: Any) -> bool:
-    """Whether a model is of an architecture that selects the tokens that it reads by itself."""
-    return bool(
-        getattr(getattr(model_or_config, "config", model_or_config), "selects_tokens", False)
-    )
+def own_attention(model_or_config: Any) -> str | None:
+    """How a model attends that DELTA cannot plan, as its configuration says it; None: it does not.
+
+    Such a model runs as it is, without DELTA.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    how: str | None = getattr(config, "own_attention", None)
+    return how
 
 
 def attention_layers(model_or_config: Any) -> tuple[int, ...]:
@@ -104,14 +107,15 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
     Raises
     ------
     UnsupportedModelError
-        Naming the configuration's class: multi-head latent attention, an encoder-decoder, or no
-        full-attention layer at all.
+        Naming the configuration's class: attention of its own, multi-head latent attention, an
+        encoder-decoder, or no full-attention layer at all.
     """
     config = text_config(model_or_config)
-    if selects_tokens(config):
+    how = own_attention(config)
+    if how is not None:
         raise UnsupportedModelError(
-            f"{_name(config)} selects the tokens that it reads by itself; its own generate, "
-            "'deltadecode generate' and vLLM run it as it is, without DELTA"
+            f"{_name(config)} {how}; its own generate, 'deltadecode generate' and vLLM run it as "
+            "it is, without DELTA"
         )
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedModelError(

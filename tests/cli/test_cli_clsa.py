@@ -1,4 +1,4 @@
-"""``deltadecode generate`` on a model that selects its tokens by itself."""
+"""``deltadecode generate`` on a model with attention of its own."""
 
 import json
 import subprocess
@@ -13,18 +13,30 @@ from deltadecode.lab.tasks.tokenizer import build_tokenizer
 from deltadecode.models.clsa import ClsaConfig, ClsaForCausalLM
 
 
-@pytest.fixture(scope="module")
-def clsa(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "clsa", build_tokenizer(64)
+def save_model(folder, mode):
+    tokenizer = build_tokenizer(64)
     torch.manual_seed(0)
     config = ClsaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=4,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=4, index_topk=5,
-        index_head_dim=8, max_position_embeddings=64, eos_token_id=None, pad_token_id=0,
+        index_head_dim=8, max_position_embeddings=64, eos_token_id=None, pad_token_id=0, mode=mode,
     )  # fmt: skip
     ClsaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def clsa(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "clsa", "clsa")
+
+
+@pytest.mark.parametrize("mode", ["yoco", "transformer"])
+def test_the_other_modes_run_without_a_plan_and_have_none(run, refused, tmp_path, mode):
+    folder = save_model(tmp_path / mode, mode)
+    code, out, _ = run("generate", folder, "Facts bada", "--max-new-tokens", 3, "--json")
+    assert (code, json.loads(out)["attention"]) == (0, "own")
+    assert f"ClsaConfig of mode '{mode}' attends " in refused("info", folder)
 
 
 def test_generate_runs_the_model_without_a_plan(run, clsa):
@@ -73,4 +85,4 @@ def test_its_name_imports_no_library():
 def test_options_of_delta_are_refused(refused, clsa):
     for option in (["--full"], ["--compare"], ["--budget-pages", "9"], ["--lossless"]):
         err = refused("generate", clsa, "Facts", *option)
-        assert "selects tokens by itself takes no DELTA options" in err
+        assert "a model with attention of its own takes no DELTA options" in err

@@ -6,6 +6,7 @@ from clsa_models import make_config, make_model, step_by_step
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deltadecode as dd
+from deltadecode.engines.transformers.interface import attention_modules
 from deltadecode.errors import (
     ArgumentError,
     ModelConfigError,
@@ -21,6 +22,7 @@ from deltadecode.models.clsa import (
     reference,
 )
 from deltadecode.models.clsa.attention import Window, largest, seen
+from deltadecode.models.clsa.layers import ClsaSharedKV
 
 MODES = ("clsa", "yoco", "transformer")
 
@@ -269,6 +271,25 @@ def test_checkpoints_of_other_models_are_refused(tmp_path):
         ClsaForCausalLM.from_pretrained(tmp_path / "yoco", mode="clsa")
 
 
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("clsa", "ClsaConfig selects the tokens that it reads by itself;"),
+        ("yoco", "'yoco' attends by code of its own to keys and values that its layers share;"),
+        ("transformer", "'transformer' attends without the attention interface of Transformers;"),
+    ],
+)
+def test_delta_is_refused_with_what_is_true_of_the_mode(mode, reason):
+    model = make_model(mode=mode)
+    with pytest.raises(UnsupportedModelError, match=reason) as refused:
+        dd.enable(model)
+    assert "without DELTA" in str(refused.value) and "\n" not in str(refused.value)
+    # What DELTA would take the place of; no mode has it, whatever else is said.
+    assert attention_modules(model) == {}
+    shared = [part for part in model.modules() if isinstance(part, ClsaSharedKV)]
+    assert len(shared) == (mode != "transformer")
+
+
 def test_what_a_model_cannot_do_is_refused():
     model, ids = make_model(max_position_embeddings=16), _ids(1, 17)
     with pytest.raises(ArgumentError, match="the model's 16 positions, got 17 tokens"):
@@ -280,8 +301,6 @@ def test_what_a_model_cannot_do_is_refused():
             forward(ids[:, :4], output_attentions=True)
     with pytest.raises(ArgumentError, match=r"attention_mask must be \[1, 4\]"):
         model(ids[:, :4], attention_mask=torch.ones(1, 3))
-    with pytest.raises(UnsupportedModelError, match="selects the tokens that it reads by itself"):
-        dd.enable(model)
     with pytest.raises(UnsupportedCacheError, match="keeps its tokens in a ClsaCache"):
         model.generate(ids[:, :4], max_new_tokens=2, cache_implementation="quantized")
     with pytest.raises(ArgumentError, match="mode 'yoco' has no index"):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltadecode.architecture import selects_tokens
+from deltadecode.architecture import own_attention
 from deltadecode.cli import loading, options
 from deltadecode.cli.output import BadInput, note, print_json, progress_bar, quiet_libraries
 from deltadecode.cli.prompts import encode, fit, read_prompt
@@ -52,7 +52,7 @@ def generate(
     """Generate text with a Transformers model and DELTA; the text comes to stdout as it is written.
 
     Without DELTA options the model gets its calibrated profile, or the default plan for its depth
-    ('deltadecode info MODEL' shows it). A model that selects tokens by itself (CLSA) runs without
+    ('deltadecode info MODEL' shows it). A model with attention of its own (CLSA) runs without
     DELTA. The chat template is used when the tokenizer has one.
     """
     fields = options.plan_fields(
@@ -76,9 +76,9 @@ def generate(
     quiet_libraries()
     place = loading.find_device(device)
     config = loading.load_config(folder)
-    own = selects_tokens(config)
+    own = own_attention(config) is not None
     if own:
-        _check_without({"full": full or None, **of_delta}, "a model that selects tokens by itself")
+        _check_without({"full": full or None, **of_delta}, "a model with attention of its own")
     cfg = None if full or own else loading.make_plan(config, plan, fields)
     tokenizer = loading.load_tokenizer(folder)
     prompt_ids = encode(tokenizer, text, system, use_template=not no_chat_template)

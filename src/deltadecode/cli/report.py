@@ -10,7 +10,7 @@ from deltadecode.config import DeltaConfig
 if TYPE_CHECKING:
     from deltadecode.cli.decoding import Decoded
 
-# What ran without DELTA, of a model of any architecture, or of one that selects tokens by itself.
+# What ran without DELTA, of a model of any architecture, or of one with attention of its own.
 FULL_ATTENTION, OWN_ATTENTION = "full attention", "the model's own attention"
 _LETTERS = 32  # shown of two texts where they part
 

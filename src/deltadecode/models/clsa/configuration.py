@@ -10,6 +10,12 @@ from transformers.configuration_utils import PretrainedConfig
 from deltadecode.errors import ArgumentTypeError, ModelConfigError
 
 MODES = ("clsa", "yoco", "transformer")
+_OWN_ATTENTION = {
+    "clsa": "selects the tokens that it reads by itself",
+    "yoco": "of mode 'yoco' attends by code of its own to keys and values that its layers share",
+    # Of Transformers alone: in vLLM its layers are stock ones.
+    "transformer": "of mode 'transformer' attends without the attention interface of Transformers",
+}
 
 
 class ClsaConfig(PretrainedConfig):
@@ -89,9 +95,9 @@ class ClsaConfig(PretrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
 
     @property
-    def selects_tokens(self) -> bool:
-        """Whether the model decides by itself which tokens it reads; DELTA refuses those."""
-        return True
+    def own_attention(self) -> str:
+        """How the model attends, in words that say why DELTA cannot plan it."""
+        return _OWN_ATTENTION[self.mode]
 
     @property
     def self_layers(self) -> int:
