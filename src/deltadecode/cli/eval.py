@@ -162,15 +162,17 @@ def eval_command(
     if not ablation:
         check_policies(request.policies, request.budgets, request.fractions, config)
     tokenizer = loading.load_tokenizer(folder)
-    loaded = loading.load_model(folder, dtype, place)
     if lm_eval is not None:
+        loaded = loading.load_model(folder, dtype, place)
         _harness(loaded, tokenizer, request, _names(lm_eval), lm_eval_include, samples, batch, seed,
                  out, as_json)  # fmt: skip
         return
+    # Of the configuration: whatever is refused is refused before the weights are loaded.
     evaluation = Evaluation(
-        loaded, tokenizer, problems, samples, seed, batch, chat, keep_outputs, _made_by()
+        config, tokenizer, problems, samples, seed, batch, chat, keep_outputs, _made_by()
     )
-    cells = _cells(evaluation, request)
+    cells = _cells(evaluation.trace(), config, request)
+    evaluation.model = loading.load_model(folder, dtype, place)
     with progress_bar("evaluation", 1.0) as (bar, bar_task):
         records = evaluation.run(cells, out, progress_reporter(bar, bar_task))
     if any(cell.policy == "full" for cell in cells) and can_report():
@@ -179,16 +181,14 @@ def eval_command(
         note(f"{len(records)} files in {out} are complete; compare them with --report {out}")
 
 
-def _cells(evaluation: Any, request: _Request) -> list[Any]:
+def _cells(trace: Any, config: Any, request: _Request) -> list[Any]:
     from deltadecode.config import DeltaConfig
     from deltadecode.lab.evaluation.ablations import cells_of
     from deltadecode.lab.evaluation.cells import check_cells, make_cells
     from deltadecode.plan_files import load_meta
     from deltadecode.profiles import find_profile
 
-    trace = evaluation.trace()
     if request.ablation:
-        config = evaluation.model.config
         plan, layers = DeltaConfig.for_model(config), attention_layers(config)
         if request.plan is not None:
             loading.make_plan(config, request.plan, {})  # says so if it is of another model
@@ -199,9 +199,9 @@ def _cells(evaluation: Any, request: _Request) -> list[Any]:
         cells = [
             cell for name in request.ablation for cell in cells_of(name, plan, layers, measured)
         ]
-        return check_cells(cells, evaluation.model, trace)
+        return check_cells(cells, config, trace)
     return make_cells(
-        request.policies, request.budgets, request.fractions, evaluation.model, trace,
+        request.policies, request.budgets, request.fractions, config, trace,
         overhead=request.overhead,
     )  # fmt: skip
 

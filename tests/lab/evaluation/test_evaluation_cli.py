@@ -11,6 +11,7 @@ import pytest
 from calibration_cases import save_tiny_checkpoint
 
 from deltadecode.cli import loading, main
+from deltadecode.config import DeltaConfig
 from deltadecode.models.clsa import ClsaConfig
 
 TASK = ["--task", "chain:steps=2:distractors=1", "--device", "cpu", "--samples", "2"]
@@ -21,6 +22,11 @@ def model(tmp_path_factory):
     """A random model that writes nonsense at once."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     return save_tiny_checkpoint(folder, eos_token_id=1)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
 
 
 @pytest.fixture
@@ -91,10 +97,15 @@ def test_an_ablation_runs_by_name(run, model, tmp_path):
         (["--task", "text:file=/"], "cannot read the text '/': Is a directory"),
         (["--task", "text:stdlib-docs:context=600"], "and the model has 512 positions"),
         (["--task", "text:stdlib-docs:context=9000000"], "context + tokens + 1 are 9000129"),
+        (["--policies", ","], "--policies names no policy"),
+        (["--policies", "full", "--device", "cuda:9"], "--device must be one of"),
+        (["--policies", "h2o", "--attended-fraction", "0.01"], "cannot read as little as"),
+        (["--policies", "raas", "--budgets", "32"], "it never evicts the prompt, and one of"),
         (["--policies", "h2o"], "policy 'h2o' needs --budgets or --attended-fraction"),
         (["--budgets", "many"], "--budgets must be whole numbers with commas between, got 'many'"),
         (["--attended-fraction", "2", "--policies", "h2o"], "must be between 0 and 1, got 2.0"),
         (["--ablation", "depth"], "unknown ablation 'depth'; there are layers"),
+        (["--ablation", "sinks", "--ablation", "depht"], "unknown ablation 'depht'; there are"),
         (["--ablation", "plans"], "'plans' needs the plans of a calibration"),
         (["--plan", "x.json"], "--plan goes with --ablation plans only"),
         (["--ablation", "plans", "--plan", "x.json"], "cannot read a DeltaConfig from 'x.json'"),
@@ -104,7 +115,9 @@ def test_an_ablation_runs_by_name(run, model, tmp_path):
         (["--lm-eval", "x", "--ablation", "heads"], "--lm-eval goes with --policies and --budgets"),
     ],
 )
-def test_mistakes_are_one_line(run, model, tmp_path, arguments, message):
+def test_mistakes_are_one_line_before_the_weights(
+    run, model, no_weights, tmp_path, arguments, message
+):
     task = ["--policies", "full"] if "--task" in arguments else TASK
     code, out, err = run(model, *task, "--out", tmp_path / "s", *arguments)
     assert code == 2 and out == ""
@@ -112,29 +125,17 @@ def test_mistakes_are_one_line(run, model, tmp_path, arguments, message):
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--policies", "h2o"], "policy 'h2o' needs --budgets or --attended-fraction"),
-        (["--policies", "quset", "--budgets", "64"], "unknown policy 'quset'"),
-        (["--policies", "streaming", "--budgets", "3"], "'streaming' cannot keep to 3 tokens"),
-        (["--policies", "h2o", "--attended-fraction", "2"], "must be between 0 and 1, got 2.0"),
-        (["--policies", ","], "--policies names no policy"),
-        (["--policies", "full", "--device", "cuda:9"], "--device must be one of"),
-    ],
-)
-def test_mistakes_about_policies_come_before_the_weights(
-    run, model, monkeypatch, tmp_path, arguments, message
+def test_a_plan_that_the_model_cannot_have_is_refused_before_the_weights(
+    run, model, no_weights, tmp_path
 ):
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    code, _, err = run(model, *TASK, "--out", tmp_path / "s", *arguments)
-    assert (code, message in err) == (2, True)
+    plan = tmp_path / "plan.json"
+    DeltaConfig(delta_layers=(2, 99)).save(plan)
+    arguments = ["--ablation", "plans", "--plan", plan, "--out", tmp_path / "s"]
+    code, _, err = run(model, *TASK, *arguments)
+    assert (code, err.count("\n")) == (2, 1) and "got 99" in err
 
 
-def test_a_model_without_attention_to_plan_is_refused_before_its_weights(
-    run, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
+def test_a_model_without_attention_to_plan_is_refused_before_its_weights(run, no_weights, tmp_path):
     ClsaConfig(mode="clsa").save_pretrained(tmp_path / "clsa")
     code, _, err = run(tmp_path / "clsa", *TASK, "--policies", "full", "--out", tmp_path / "s")
     assert (code, err.count("\n")) == (2, 1)

@@ -25,7 +25,7 @@ class Cell:
     fraction: float | None = None  # attended fraction that the budget was solved for
 
     def make(self, model: Any) -> Policy:
-        """The policy, for a model."""
+        """The policy, for a model or its configuration."""
         return make_policy(self.policy, model, max(self.budget, 1))
 
     @property

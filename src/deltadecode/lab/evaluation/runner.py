@@ -40,7 +40,7 @@ _TYPICAL_ANSWER = 0.5  # of the most new tokens, for tasks without a reference
 class Evaluation:
     """A model, a task and its samples."""
 
-    model: Any
+    model: Any  # until it runs, the model's configuration will do
     tokenizer: Any
     task: Task
     samples: int  # seeds are seed, seed + 1, ...
