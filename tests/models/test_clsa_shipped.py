@@ -1,17 +1,16 @@
 """The CLSA model that deltadecode ships: small, trained, and used like any other."""
 
-import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from needle_prompts import needles
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltadecode.cli import loading
 from deltadecode.errors import DeltaDecodeError
 from deltadecode.lab.tasks.chain import make_problem
-from deltadecode.lab.tasks.vocabulary import NAMES
 from deltadecode.models import shipped
 from deltadecode.models.clsa import ClsaForCausalLM
 
@@ -34,20 +33,6 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def needles(count, facts):
-    """Prompts of so many facts with codes among them, and the code that each asks for."""
-    rng = random.Random(SEED)
-    made = []
-    for _ in range(count):
-        lines = make_problem(rng.getrandbits(62), 1, facts).prompt.split("\n")[1 : facts + 1]
-        codes = {name: str(rng.randrange(10**6, 10**7)) for name in rng.sample(NAMES, 4)}
-        for name, code in codes.items():
-            lines.insert(rng.randrange(len(lines)), f"the code of {name} is {code}")
-        name = rng.choice(list(codes))
-        made.append(("\n".join(["Facts", *lines, f"Question the code of {name} is"]), codes[name]))
-    return made
-
-
 def answers(model, tokenizer, prompts, new_tokens, **options):
     """What it writes behind each prompt, all of them in one padded batch."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
@@ -64,7 +49,7 @@ def test_it_is_sparse_and_below_30_mb(folder, model):
 
 @pytest.mark.parametrize("facts", [12, 90])
 def test_it_finds_needles_in_more_tokens_than_it_reads(model, tokenizer, facts):
-    asked, codes = zip(*needles(8, facts), strict=True)
+    asked, codes = zip(*needles(SEED, 8, facts), strict=True)
     length = len(tokenizer(asked[0])["input_ids"])
     assert (length > 3 * model.config.index_topk) == (facts == 90)
     got = answers(model, tokenizer, list(asked), 10)
@@ -72,7 +57,7 @@ def test_it_finds_needles_in_more_tokens_than_it_reads(model, tokenizer, facts):
 
 
 def test_steps_of_fixed_shapes_write_the_same(model, tokenizer):
-    asked = [prompt for prompt, _ in needles(3, 30)]
+    asked = [prompt for prompt, _ in needles(SEED, 3, 30)]
     plain = answers(model, tokenizer, asked, 10)
     assert answers(model, tokenizer, asked, 10, cache_implementation="static") == plain
 

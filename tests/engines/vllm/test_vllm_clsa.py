@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needle_prompts import needles
 
 MODES = ("clsa", "yoco", "transformer")
 # Longer than a window, than k tokens, and than the blocks that a prefix is found by.
@@ -50,15 +51,10 @@ def shipped():
     from deltadecode_clsa import model_path
     from transformers import AutoTokenizer
 
-    from deltadecode.lab.tasks.chain import make_problem
-
-    tokenizer, prompts = AutoTokenizer.from_pretrained(model_path()), []
-    for seed, facts in ((1, 3), (2, 12), (3, 40)):
-        lines = make_problem(seed, 1, facts).prompt.split("\n")[1 : facts + 1]
-        lines.insert(1, "the code of kumo is 7204316")
-        text = "\n".join(["Facts", *lines, "Question the code of kumo is"])
-        prompts.append(tokenizer(text)["input_ids"])
-    return {"path": str(model_path()), "prompts": prompts}, tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    asked, codes = zip(*(needles(facts, 1, facts)[0] for facts in (3, 12, 40)), strict=True)
+    prompts = [tokenizer(text)["input_ids"] for text in asked]
+    return {"path": str(model_path()), "prompts": prompts}, tokenizer, codes
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +77,13 @@ def test_cached_prefixes_give_the_tokens_of_transformers(ran, mode):
 
 
 def test_the_shipped_model_writes_what_it_writes_in_transformers(ran):
-    run, tokenizer = shipped()
+    run, tokenizer, codes = shipped()
     assert len(run["prompts"][0]) < 256 < len(run["prompts"][2])
     found = ran["shipped"]
     # Transformers ends with the end of a text, which vLLM is told to ignore.
-    for tokens, expected in zip(found["tokens"][0], found["expected"], strict=True):
+    for tokens, expected, code in zip(found["tokens"][0], found["expected"], codes, strict=True):
         assert tokens[: len(expected)] == expected
-        assert tokenizer.decode(expected, skip_special_tokens=True).strip() == "7204316"
+        assert tokenizer.decode(expected, skip_special_tokens=True).strip() == code
 
 
 def test_the_index_decides_tokens(ran):
