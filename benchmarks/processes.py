@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import deltadecode
+from benchmarks import multicast
 
 ROOT = Path(__file__).resolve().parents[1]
 _PATIENCE_S = 30
 
 
 def environment(source: Path = ROOT / "src") -> dict[str, str]:
-    """Environment of a process that imports ``deltadecode`` from here, and ``benchmarks``."""
+    """Environment of a process that imports ``deltadecode`` from here, and ``benchmarks``.
+
+    NVLink multicast is off in it.
+    """
     paths = [str(source), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    found = {**os.environ, **multicast.ENVIRONMENT}
+    return {**found, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def write_entry_point(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import deltadecode_vllm
+from benchmarks import multicast
 from benchmarks.e2e.profile import summarize
 from benchmarks.e2e.workloads import PACE_STEPS, own_drafts
 from benchmarks.processes import serve_process, write_entry_point
@@ -94,9 +95,7 @@ class Engine:
         self._folder = tempfile.TemporaryDirectory(prefix="deltadecode-")
         # Processes that are not forked look for the plugin on this process's path.
         sys.path.insert(0, str(write_entry_point(Path(self._folder.name))))
-        # What adds over ranks by NVLink multicast is off on both sides: not every machine has it.
-        unfused = {"pass_config": {"fuse_allreduce_rms": False}}
-        return {"tensor_parallel_size": count, "compilation_config": unfused}
+        return {"tensor_parallel_size": count, "compilation_config": multicast.COMPILATION}
 
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command: ``do`` names it, the other keys are its arguments.
@@ -255,7 +254,6 @@ def set_environment() -> None:
     # In one process, so that the plugin is registered where the
     # engine runs, its scheduler can be asked, and the profiler sees its kernels.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ |= {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
     quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)

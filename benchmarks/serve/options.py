@@ -13,6 +13,9 @@ from deltadecode.config import DeltaConfig
 
 _TAKEN = ("--host", "--port", "--attention-backend", "--additional-config", "--served-model-name")
 
+# Given whole, or by another name, it would take the place of what the benchmark gives.
+_COMPILATION = "--compilation-config"
+
 
 def make_options(
     *,
@@ -50,6 +53,11 @@ def make_options(
     for flag in flags:
         if flag.partition("=")[0].replace("_", "-") in _TAKEN:
             raise ValueError(f"--server-flag must leave {flag.partition('=')[0]} to the benchmark")
+        if flag.startswith("-cc") or flag.partition("=")[0].replace("_", "-") == _COMPILATION:
+            raise ValueError(
+                f"--server-flag must give one value, as in {_COMPILATION}.mode=0: the benchmark "
+                f"gives others, got {flag.partition('=')[0]}"
+            )
     check_drafts(lossless, drafts, acceptance)
     if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes must be above 0, got {minutes:g}")

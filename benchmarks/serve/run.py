@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import multicast
 from benchmarks.e2e.measure import DELTA, SIDES, STOCK
 from benchmarks.e2e.run import SHARE_OF_TWO
 from benchmarks.e2e.shapes import ModelShape
@@ -55,7 +56,7 @@ class LoadOptions:
             "--load-format", "dummy", "--dtype", "bfloat16", "--seed", "0",
             "--max-model-len", str(min(longest, self.shape.positions)),
             "--max-num-seqs", str(max(one.concurrency for one in self.workloads)),
-            "--disable-uvicorn-access-log",
+            "--disable-uvicorn-access-log", multicast.FLAG,
         ]  # fmt: skip
         if self.shape.eager:
             line.append("--enforce-eager")

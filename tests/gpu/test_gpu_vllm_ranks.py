@@ -15,6 +15,7 @@ from test_gpu_vllm import pytestmark as needs_vllm
 from test_gpu_vllm import work as work  # a fixture of this module too
 
 import deltadecode
+from benchmarks import multicast
 from deltadecode.lab.tasks import is_correct, make_problem
 
 pytestmark = [
@@ -27,11 +28,9 @@ CONFIG = {
     "page_size": 8, "budget_pages": 32, "recent_pages": 4, "delta_layers": [0, 5, 7, 12, 16],
 }  # fmt: skip
 PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(12)]
-# What adds over ranks by NVLink multicast is off: not every machine has it.
-UNFUSED = {"pass_config": {"fuse_allreduce_rms": False}}
 # Without a compiler, engines start quickly.
 GRAPHS = {
-    **UNFUSED, "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
+    **multicast.COMPILATION, "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
     "cudagraph_capture_sizes": [1, 2, 4, 8, 12],
 }  # fmt: skip
 
@@ -39,9 +38,8 @@ GRAPHS = {
 @pytest.fixture(scope="module", autouse=True)
 def without_multicast():
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("VLLM_ALLREDUCE_USE_SYMM_MEM", "VLLM_ALLREDUCE_USE_FLASHINFER"):
-            patch.setenv(name, "0")
-        patch.setenv("NCCL_NVLS_ENABLE", "0")
+        for name, value in multicast.ENVIRONMENT.items():
+            patch.setenv(name, value)
         # vLLM's own all-reduce opens memory of other processes, which such segments are not.
         patch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
         yield
@@ -94,13 +92,15 @@ def test_ranks_that_select_together_give_the_tokens_of_one(one_rank, together):
 
 
 def test_the_compiler_changes_nothing(work, together):
-    engine = {"compilation_config": {**UNFUSED, "cudagraph_capture_sizes": [1, 2, 4, 8, 12]}}
+    engine = {
+        "compilation_config": {**multicast.COMPILATION, "cudagraph_capture_sizes": [1, 2, 4, 8, 12]}
+    }
     assert agreeing(together, run(work, {**CONFIG, "sync_heads": True}, **engine)) >= 10
 
 
 def test_ranks_that_select_alone_give_the_same_from_graphs_and_eagerly(work, alone):
     assert correct(alone) >= 11
-    eager = run(work, CONFIG, enforce_eager=True, compilation_config=UNFUSED)
+    eager = run(work, CONFIG, enforce_eager=True, compilation_config=multicast.COMPILATION)
     assert agreeing(alone, eager) >= 10
 
 
