@@ -77,6 +77,16 @@ class AttentionKind(NamedTuple):
         """Queries that have page scores: (B,) or (B, Q)."""
         return self.queries[:1] if self.score_last else self.queries
 
+    @property
+    def tokens(self) -> int:
+        """Queries of a row, Q; 1 for (B,)."""
+        return self.queries[1] if len(self.queries) == 2 else 1
+
+    @property
+    def reach(self) -> int:
+        """Tokens that a row of the block table has room for."""
+        return self.blocks * self.block_size
+
 
 def attention_kind(inputs: DecodeInputs, q_dtype: torch.dtype | None = None) -> AttentionKind:
     """Kind of tensors whose last strides are 1; ``q_dtype`` where it is not that of the output."""
@@ -116,12 +126,10 @@ class AttentionPlan:
     def __init__(self, kind: AttentionKind) -> None:
         self.kind = kind
         heads, dim, scored = kind.heads, kind.dim, kind.scored
-        tokens = kind.queries[1] if len(kind.queries) == 2 else 1
         group = heads // kind.kv_heads
-        packed = 1 if kind.sparse else tokens_in_tile(tokens, group)
-        turns = -(-tokens // packed)
-        rows = kind.queries[0] * tokens
-        reach = kind.blocks * kind.block_size
+        packed = 1 if kind.sparse else tokens_in_tile(kind.tokens, group)
+        turns = -(-kind.tokens // packed)
+        rows, reach = kind.queries[0] * kind.tokens, kind.reach
         self.pages = reach // kind.page_size
         attended = min(reach, kind.ids_width * kind.page_size) if kind.sparse else reach
         dim_pad = max(16, triton.next_power_of_2(dim))
@@ -137,7 +145,7 @@ class AttentionPlan:
             "SPLITS": parts,
             "SCORES": scored,
             "SINKS": kind.sinks_dtype is not None,
-            "TOKENS": tokens,
+            "TOKENS": kind.tokens,
             "LAST": kind.score_last,
         }
         self._attend = Launch(
@@ -156,30 +164,7 @@ class AttentionPlan:
                 num_warps=tile.warps, num_stages=tile.stages, **common,
             ),
         )  # fmt: skip
-        self._finish = None
-        if parts > 1 or scored:
-            page_pad = triton.next_power_of_2(kind.page_size)
-            heads_pad = triton.next_power_of_2(heads)
-            scoring, at_once, warps, dims = finish_shape(
-                heads_pad * page_pad,
-                self.pages,
-                math.prod(kind.scored_queries),
-                parts,
-                dim_pad,
-                kind.device,
-            )
-            merges = heads * (dim_pad // dims) if parts > 1 else 0
-            each = tokens if kind.score_last else 1
-            self._finish = Launch(
-                finish.finish,
-                (rows // each, (scoring if scored else 0) + each * merges, 1),
-                (reach, self.pages, kind.v_scale),
-                dict(
-                    HEADS_PAD=heads_pad, PAGE_PAD=page_pad, PAGES=at_once,
-                    SPLITS_PAD=triton.next_power_of_2(parts), DIMS=dims, MERGES=merges,
-                    num_warps=warps, **common,
-                ),
-            )  # fmt: skip
+        self._finish = _finish_launch(kind, parts, dim_pad, common)
         # Numbers of the splits' outputs, of log-sum-exps and of logits.
         sizes = (
             rows * heads * parts * dim if parts > 1 else 0,
@@ -270,6 +255,32 @@ def _operand(kind: AttentionKind) -> tl.dtype:
         return tl.float32  # the interpreter multiplies nothing smaller
     halves = {torch.float8_e4m3fn: tl.float16, torch.float16: tl.float16}
     return {**halves, torch.bfloat16: tl.bfloat16}.get(kind.q_dtype, tl.float32)
+
+
+def _finish_launch(
+    kind: AttentionKind, parts: int, dim_pad: int, common: dict[str, Any]
+) -> Launch | None:
+    """Launch that merges the parts of each row and sums up its page scores; None: neither."""
+    if parts == 1 and not kind.scored:
+        return None
+    rows, pages = kind.queries[0] * kind.tokens, kind.reach // kind.page_size
+    page_pad = triton.next_power_of_2(kind.page_size)
+    heads_pad = triton.next_power_of_2(kind.heads)
+    scoring, at_once, warps, dims = finish_shape(
+        heads_pad * page_pad, pages, math.prod(kind.scored_queries), parts, dim_pad, kind.device
+    )
+    merges = kind.heads * (dim_pad // dims) if parts > 1 else 0
+    each = kind.tokens if kind.score_last else 1
+    return Launch(
+        finish.finish,
+        (rows // each, (scoring if kind.scored else 0) + each * merges, 1),
+        (kind.reach, pages, kind.v_scale),
+        dict(
+            HEADS_PAD=heads_pad, PAGE_PAD=page_pad, PAGES=at_once,
+            SPLITS_PAD=triton.next_power_of_2(parts), DIMS=dims, MERGES=merges,
+            num_warps=warps, **common,
+        ),
+    )  # fmt: skip
 
 
 def _pairs(kind: AttentionKind, dim_pad: int) -> int:
