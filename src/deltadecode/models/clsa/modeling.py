@@ -25,6 +25,7 @@ from deltadecode.models.clsa.attention import (
 from deltadecode.models.clsa.cache import ClsaCache, check_cache
 from deltadecode.models.clsa.configuration import ClsaConfig, check_config
 from deltadecode.models.clsa.decode import pick, rows_of
+from deltadecode.models.clsa.inputs import check_length, refuse_weights, valid_tokens
 from deltadecode.models.clsa.layers import (
     ClsaCrossLayer,
     ClsaIndexer,
@@ -134,7 +135,7 @@ class ClsaModel(ClsaPreTrainedModel):
             For another class of cache.
         """
         config = self.config
-        _refuse_weights(kwargs)
+        refuse_weights(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("give input_ids or inputs_embeds, one of them")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -144,7 +145,7 @@ class ClsaModel(ClsaPreTrainedModel):
         check_length(config, tokens)
         if position_ids is None:
             position_ids = torch.arange(past, tokens, device=x.device)[None]
-        valid = _valid(attention_mask, x.shape[0], tokens)
+        valid = valid_tokens(attention_mask, x.shape[0], tokens)
         states = [x] if output_hidden_states else None
         attend: Attend
         if config.mode == "transformer":
@@ -256,7 +257,7 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> ClsaOutput:
         """Logits of the tokens kept, and the loss of ``labels`` [B, Q], -100 where none counts."""
-        _refuse_weights(kwargs)
+        refuse_weights(kwargs)
         if isinstance(past_key_values, ClsaStaticCache):
             return self._static(input_ids, attention_mask, past_key_values)
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
@@ -296,7 +297,7 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
     ) -> ClsaOutput:
         """Last logits of a prompt, or those of one more token a row; the cache keeps them."""
         if ids is not None and cache.seen == 0:
-            prompt, valid = ClsaCache(self.config), _valid(mask, *ids.shape)
+            prompt, valid = ClsaCache(self.config), valid_tokens(mask, *ids.shape)
             # Steps count a row's own tokens, so its prompt must as well.
             places = None if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
             logits = self(
@@ -350,33 +351,6 @@ def _noted(x: Tensor, states: list[Tensor] | None) -> Tensor:
     if states is not None:
         states.append(x)
     return x
-
-
-def _refuse_weights(options: dict[str, Any]) -> None:
-    if options.get("output_attentions"):
-        raise ArgumentError("a CLSA model gives no attention weights, got output_attentions=True")
-
-
-def check_length(config: ClsaConfig, tokens: int) -> None:
-    """Refuse a context past the model's positions."""
-    if tokens > config.max_position_embeddings:
-        raise ArgumentError(
-            f"a context must not exceed the model's {config.max_position_embeddings} "
-            f"positions, got {tokens} tokens"
-        )
-
-
-def _valid(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
-    """Which tokens are no padding, [B, T]; None where all are none."""
-    if mask is None:
-        return None
-    if mask.shape != (rows, tokens):
-        raise ArgumentError(
-            f"attention_mask must be [{rows}, {tokens}], a row's tokens so far, "
-            f"got {list(mask.shape)}"
-        )
-    valid = mask.bool()
-    return None if bool(valid.all()) else valid
 
 
 def _index_loss(
