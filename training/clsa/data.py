@@ -24,7 +24,7 @@ from deltadecode.lab.tasks.text import read_text
 from deltadecode.lab.tasks.vocabulary import NAMES
 
 KINDS = ("chain", "needle", "text")
-MIX = (3, 1, 2)  # how often a document is of each kind
+MIX = (4, 1, 1)  # how often a document is of each kind: there are 3 M tokens of text in all
 EOS, PAD, IGNORED = 0, 0, -100
 VOCABULARY = 4096
 HELD_OUT = 20  # one of so many files is for validation

@@ -56,9 +56,9 @@ def parse() -> argparse.Namespace:
         "--stop-after", type=float, help="stop after so many minutes; run again to go on"
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dense-tokens", type=float, default=90e6)
+    p.add_argument("--dense-tokens", type=float, default=20e6)
     p.add_argument("--index-tokens", type=float, default=3e6)
-    p.add_argument("--long-tokens", type=float, default=36e6, help="of the long and joint phases")
+    p.add_argument("--long-tokens", type=float, default=70e6, help="of the long and joint phases")
     p.add_argument("--dense-length", type=int, default=512)
     p.add_argument("--length", type=int, default=4096)
     p.add_argument("--batch-tokens", type=int, default=65_536)
