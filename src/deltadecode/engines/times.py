@@ -6,7 +6,7 @@ from collections import deque
 from statistics import median_low
 
 # Plain steps before drafts that took too long are tried again, at first and at most.
-_WAIT, _LONGEST_WAIT = 16, 512
+_WAIT, _LONGEST_WAIT = 64, 512
 # Rounds that decide; fewer do, where all of them are slower by such a factor.
 _ENOUGH, _FEWEST, _CLEARLY = 3, 2, 1.25
 

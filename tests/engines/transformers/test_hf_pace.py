@@ -67,7 +67,7 @@ def test_rule12_drafts_that_take_longer_than_they_give_end(clock):
     assert seconds < 1.02 * 2000
     # What is known is known to the next call.
     drafted, _ = drive(Pace(8, False, times), clock, 100, **slow)
-    assert not any(drafted[:30]) and sum(count > 0 for count in drafted) <= 3
+    assert not any(drafted[:3]) and sum(count > 0 for count in drafted) <= 3
 
 
 def test_rule12_drafts_that_pay_go_on(clock):

@@ -106,6 +106,12 @@ def test_rule12_drafts_that_take_longer_than_they_give_end(monkeypatch, slow):
     assert seconds / tokens < 1.06
 
 
+def test_rule12_trials_of_drafts_take_little_of_the_first_steps(monkeypatch):
+    # Four tokens take a tenth longer than from plain steps.
+    tokens, seconds, _ = Engine(monkeypatch, 6000).run(150, verify=4.4 - DRAFTS * 0.25)
+    assert seconds / tokens < 1.025
+
+
 def test_rule12_drafts_begin_when_they_pay(monkeypatch):
     engine = Engine(monkeypatch, 6000)
     engine.run(1000, draft=1.0)

@@ -8,6 +8,7 @@ import torch
 
 from deltadecode import DeltaConfig
 from deltadecode.engines.serving.settings import ServingSettings
+from deltadecode.engines.serving.step import ForwardPass
 from deltadecode.engines.vllm import lossless, versions
 from deltadecode.engines.vllm.implementation import DeltaImpl
 from deltadecode_vllm import PROPOSER
@@ -116,7 +117,9 @@ def test_fewer_drafts_or_none(proposer):
 def test_rule12_what_was_selected_before_plain_steps_is_forgotten(proposer):
     pages = proposer._pages
     propose(proposer, [[5]], [40])
-    pages.layer(0).keep(torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([44]))
+    pages.layer(0).keep(
+        ForwardPass(), torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([44])
+    )
     propose(proposer, [[5]], [44], drafts=0)
     pages.begin(torch.full((pages.rows,), 48))
     # The sink page and the newest ones, as of a row that has selected nothing.
