@@ -4,7 +4,6 @@ import itertools
 import json
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
-from statistics import fmean, median
 
 from docs_pages import ROOT, read
 from transformers import AutoConfig
@@ -60,7 +59,7 @@ def right_answers():
 
 def test_numbers_of_the_readme_are_those_of_the_files():
     r1, short = "e2e-20261124-r1-1.5b.json", "e2e-20261125-r1-short.json"
-    headline, shape_8b = "e2e-20261128-r1-headline.json", "e2e-20261124-qwen3-8b.json"
+    headline, shape_8b = "e2e-20261129-r1-headline.json", "e2e-20261124-qwen3-8b.json"
     served_r1, served_8b = "serve-20261128-r1-1.5b.json", "serve-20261128-qwen3-8b.json"
     step = "decode step, bfloat16, context 16384"
     expected = [
@@ -156,29 +155,13 @@ def test_times_of_lossless_mode_in_vllm_are_those_of_the_files():
     for cells, links in zip(lossless.rows, lossless.row_links, strict=True):
         if not links or "/results/e2e-" not in links[0]:
             continue
-        batch, context = cells[0].partition(" without")[0].rstrip(",").split(" × ")
+        batch, context = cells[0].partition(", where")[0].split(" × ")
         where = {"batch": int(batch), "context": int(context.replace(",", ""))}
         (row,) = rows_of(links[0].rpartition("/")[2], **where)
         both = [f"{rounded(row[side], 2)} ms" for side in ("theirs", "ours")]
         assert cells[1:4] == [*both, rounded(row["theirs"] / row["ours"], 2)]
         shown += 1
     assert shown == 3
-    later = [rounded(_without_pauses(row), 2) for row in rows_of("e2e-20261129-r1-lossless.json")]
-    assert f"the ratios are {later[0]}, {later[1]} and {later[2]}." in (
-        ROOT / "docs" / "lossless.md"
-    ).read_text(encoding="utf-8")
-
-
-def _without_pauses(row):
-    """Stock's time for a token ÷ ours, by the median round without its first two steps."""
-    times = {}
-    for side in ("theirs", "ours"):
-        tokens, steps = row[f"tokens_a_step_{side}"], row[f"steps_{side}"]
-        size = len(steps) // len(tokens)
-        times[side] = median(
-            fmean(steps[n * size + 2 : (n + 1) * size]) / given for n, given in enumerate(tokens)
-        )
-    return times["theirs"] / times["ours"]
 
 
 def test_what_training_gave_is_on_the_page_of_clsa():
@@ -306,3 +289,28 @@ def test_times_of_kernels_are_those_of_the_file():
         }
         assert full == f"{rounded(found['dense']['theirs'], 1)} µs"
         assert ours == [f"{rounded(row['ours'], 1)} µs" for row in found.values()]
+
+
+def test_times_of_quicker_kernels_are_those_of_the_file():
+    name = "kernels-20261129-addresses.json"
+    kernels = page("docs/kernels.md")
+    rows = kernels.rows
+    (start,) = (at for at, cells in enumerate(rows) if cells[1:2] == ["the kernel before"])
+    shown = rows[start + 1 : start + 1 + len(rows_of(name))]
+    assert shown == [
+        [row["case"], *(rounded(row[side], 1) for side in ("theirs", "ours")),
+         rounded(row["theirs"] / row["ours"], 2)]
+        for row in rows_of(name)
+    ]  # fmt: skip
+
+
+def test_times_of_the_top_k_are_those_of_the_file():
+    expected = {
+        row["case"]: [rounded(row[side], 1) for side in ("ours", "theirs")]
+        for row in rows_of("kernels-20261129-topk.json")
+    }
+    shown = [cells for cells in page("docs/clsa.md").rows if cells[0] == "2,048"]
+    assert len(shown) == sum("selection of 2048" in case for case in expected) == 5
+    for k, rows, tokens, *times in shown:
+        k, tokens = (number.replace(",", "") for number in (k, tokens))
+        assert times == expected[f"exact selection of {k} from {rows} rows of {tokens} numbers"]
