@@ -40,6 +40,13 @@ def _selected_blocks(table_ptr, ids_ptr, count, width, PAGE: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _selected_tokens(ids_ptr, count, n, PAGE: tl.constexpr):
+    """Tokens of the selected pages of a row of ``n``; the last one of all may be partial."""
+    end = tl.load(ids_ptr + count - 1, mask=count > 0, other=-1) * PAGE + PAGE
+    return tl.maximum(count, 0) * PAGE - tl.maximum(end - n, 0)
+
+
+@triton.jit
 def _logits(scores, scale, softcap, SOFTCAP: tl.constexpr):
     """Base-2 logits of q · k (R7)."""
     if not SOFTCAP:
@@ -64,7 +71,7 @@ def _take_apart(pairs, OPERAND: tl.constexpr):
 
 @triton.jit
 def _tiles(
-    q, highest, total, acc, first, last, length, n, pages, blocks, page_0, table_ptr, k_ptr, v_ptr,
+    q, highest, total, acc, first, last, length, pages, blocks, page_0, table_ptr, k_ptr, v_ptr,
     ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, s_block, s_slot, width, scale,
     softcap, line, real, dim, in_head,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr,
@@ -83,8 +90,8 @@ def _tiles(
         token = index
         if SPARSE:
             place = tl.minimum(index // PAGE - page_0, LISTED - 1)
-            token = tl.gather(pages, place, 0) * PAGE + index % PAGE
-            valid = valid & (token < n)
+            if PAGE != BLOCK:
+                token = tl.gather(pages, place, 0) * PAGE + index % PAGE
             block = tl.gather(blocks, place, 0).to(tl.int64)
         else:
             block = tl.load(table_ptr + token // BLOCK, mask=valid, other=0).to(tl.int64)
@@ -220,8 +227,8 @@ def attend(
     if SPARSE:
         count = tl.load(counts_ptr + row)
         # Fewer than no pages stands for all of them.
-        length = tl.where(count < 0, n, count * PAGE)
         ids_ptr += row * ids_row
+        length = tl.where(count < 0, n, _selected_tokens(ids_ptr, count, n, PAGE))
         if STEP == 0:
             pages, blocks = _selected_blocks(table_ptr, ids_ptr, count, WIDTH, PAGE, BLOCK, LISTED)
     k_ptr += kv_head.to(tl.int64) * k_head
@@ -267,7 +274,7 @@ def attend(
         if count >= 0:
             if STEP == 0:
                 highest, total, acc = _tiles(
-                    q, highest, total, acc, first, last, length, n, pages, blocks, 0, table_ptr,
+                    q, highest, total, acc, first, last, length, pages, blocks, 0, table_ptr,
                     k_ptr, v_ptr, ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot,
                     s_block, s_slot, width, scale, softcap, kept_at, kept, dim, in_head, PAGE,
                     BLOCK, TILE, True, SCORES, SOFTCAP, OPERAND, LISTED, PAIRS, SCALED, ALIKE,
@@ -280,7 +287,7 @@ def attend(
                         LISTED,
                     )  # fmt: skip
                     highest, total, acc = _tiles(
-                        q, highest, total, acc, start, tl.minimum(start + STEP, last), length, n,
+                        q, highest, total, acc, start, tl.minimum(start + STEP, last), length,
                         pages, blocks, page_0, table_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, logits_ptr,
                         k_block, k_slot, v_block, v_slot, s_block, s_slot, width, scale, softcap,
                         kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, True, SCORES, SOFTCAP,
@@ -288,14 +295,14 @@ def attend(
                     )  # fmt: skip
         else:
             highest, total, acc = _tiles(
-                q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr, v_ptr,
+                q, highest, total, acc, first, last, length, 0, 0, 0, table_ptr, k_ptr, v_ptr,
                 ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, s_block, s_slot,
                 width, scale, softcap, kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, False,
                 SCORES, SOFTCAP, OPERAND, LISTED, PAIRS, SCALED, ALIKE,
             )  # fmt: skip
     else:
         highest, total, acc = _tiles(
-            q, highest, total, acc, first, last, length, n, 0, 0, 0, table_ptr, k_ptr, v_ptr,
+            q, highest, total, acc, first, last, length, 0, 0, 0, table_ptr, k_ptr, v_ptr,
             ks_ptr, vs_ptr, logits_ptr, k_block, k_slot, v_block, v_slot, s_block, s_slot, width,
             scale, softcap, kept_at, kept, dim, in_head, PAGE, BLOCK, TILE, False, SCORES, SOFTCAP,
             OPERAND, LISTED, PAIRS, SCALED, ALIKE,
