@@ -97,8 +97,15 @@ def main(most):
     torch.cuda.is_current_stream_capturing = lambda: False
     for inputs, cfg in step(1):
         decode.compile_ahead(plans.attention_kind(inputs), cfg, most)
+    # Of 1 to ``most`` rows in so many layers: few such rows go in pieces, more of them do not.
+    width = 4800
+    many = [rows * layers for rows in range(1, most + 1) for layers in (5, 40)]
+    kernels.compile_selections(CONFIG, many, width)
     ahead = list(compiled)
     compiled.clear()
+    for rows in many:
+        lens = torch.zeros(rows, dtype=torch.int32)
+        kernels.select_pages(torch.zeros(rows, width), lens, CONFIG)
     for rows in range(1, most + 1):
         run(step(rows), torch.empty(rows, HEADS, DIM, dtype=torch.bfloat16), Scratch())
     later = list(compiled)

@@ -20,7 +20,7 @@ from deltadecode.config import DeltaConfig
 from deltadecode.ops.inputs import DecodeInputs
 from deltadecode.ops.triton import index, wide
 from deltadecode.ops.triton.decode import DecodePlan, compile_ahead
-from deltadecode.ops.triton.launch import LONG_ROWS, hardware
+from deltadecode.ops.triton.launch import LONG_ROWS, hardware, padded, selection_shape
 from deltadecode.ops.triton.plans import (
     attention_kind,
     attention_plan,
@@ -94,8 +94,13 @@ def select_pages(page_scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tup
 
 def compile_selections(cfg: DeltaConfig, rows: Iterable[int], pages: int) -> None:
     """Compile selections; see :func:`deltadecode.ops.dispatch.compile_selections`."""
+    shapes = set()
     for count in rows:
-        selection_plan(selection_kind(cfg, (count,), pages, torch.float32, pages)).compile()
+        kind = selection_kind(cfg, (count,), pages, torch.float32, pages)
+        shape = selection_shape(padded(count), pages, kind.most)
+        if shape not in shapes:  # others are the same kernels
+            shapes.add(shape)
+            selection_plan(kind).compile()
 
 
 def _select_wide(scores: Tensor, seq_lens: Tensor, cfg: DeltaConfig) -> tuple[Tensor, Tensor]:
