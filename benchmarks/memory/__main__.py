@@ -42,6 +42,12 @@ def memory(
     kv_dtype: Annotated[
         str | None, typer.Option(help="Of DELTA's own caches: int8; default: the model's type.")
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile norms and MLPs of the model, for every cache alike."
+        ),
+    ] = False,
     record: Annotated[
         str | None,
         typer.Option(help="Instead: record the fetches of this model on real texts, on the CPU."),
@@ -84,6 +90,8 @@ def memory(
         cfg.layer_plan(known.layers)
     named = {"record": record, "rounding": rounding, "eight_bits": eight_bits}
     if any(named.values()):
+        if compiled:
+            raise BadInput("--compile is for steps that are timed, not for a model's texts")
         given = {
             "shape": shape, **named, "context": context, "budget": budget, "texts": texts,
             "steps": steps, "file": file, "plan": plan,
@@ -99,9 +107,11 @@ def memory(
 
         options = Options(
             shape=known, plan=cfg, batches=batch or [1], contexts=context or [32768], steps=steps,
-            rounds=rounds, longest=longest or [], kv_dtype=kv_dtype, command=cli.command_line(
+            rounds=rounds, longest=longest or [], kv_dtype=kv_dtype, compiled=compiled,
+            command=cli.command_line(
                 "memory", shape=shape, batch=batch, context=context, steps=steps, rounds=rounds,
                 selections=selections, longest=longest, plan=plan, kv_dtype=kv_dtype,
+                compile=compiled,
             ),
         )  # fmt: skip
         if selections is not None:

@@ -17,7 +17,9 @@ _LONGEST = "| GPU | cache | tokens | the GPU alone would hold | held in a run |"
 def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Lines of the table of steps and that of the longest contexts; a GB is 10^9 bytes."""
     rows = [
-        row | {"kv_dtype": result.get("kv_dtype")} for result in results for row in result["rows"]
+        row | {"kv_dtype": result.get("kv_dtype"), "compiled": bool(result.get("compiled"))}
+        for result in results
+        for row in result["rows"]
     ]
     steps = [row for row in rows if row["kind"] == "step"]
     longest = [row for row in rows if row["kind"] == "longest"]
@@ -43,8 +45,8 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
                 yield _line(*cells, f"{row[f'by_gpu_{side}']:,}", held)
 
 
-def _point(row: dict[str, Any]) -> tuple[int, int, str]:
-    return row["batch"], row["context"], row["selections"]
+def _point(row: dict[str, Any]) -> tuple[bool, int, int, str]:
+    return row["compiled"], row["batch"], row["context"], row["selections"]
 
 
 def _step_line(row: dict[str, Any], side: str) -> str:
@@ -53,7 +55,8 @@ def _step_line(row: dict[str, Any], side: str) -> str:
     stock = not ours and not row["peer"].startswith("Delta")
     return _line(
         str(row["batch"]), f"{row['context']:,}", "any" if stock else row["selections"],
-        _name(OURS if ours else row["peer"], row), f"{row[side]:.1f}", *bytes_of,
+        _name(OURS if ours else row["peer"], row) + ", compiled" * row["compiled"],
+        f"{row[side]:.1f}", *bytes_of,
         f"{row['hit_rate']:.3f}" if ours else "–",
     )  # fmt: skip
 

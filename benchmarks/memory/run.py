@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import deltadecode as dd
 from benchmarks.e2e.shapes import ModelShape
 from benchmarks.memory.caches import Kind, fill, free_all, held_bytes, kinds
+from benchmarks.memory.compiled import compile_parts
 from benchmarks.memory.rows import MEASURED, RANDOM, longest_row, point_rows
 from benchmarks.memory.selections import Walk
 from benchmarks.report import Progress
@@ -39,7 +40,7 @@ class Options:
     ``missed`` is the record that selections follow, of which ``selections`` names the source;
     ``longest`` are the sizes of GPUs in GB (10^9 bytes) to find the longest context for;
     ``kv_dtype`` is that of DELTA's own caches. Every cache has ``rounds`` turns, and ``steps`` in
-    each of them.
+    each of them. ``compiled`` says whether norms and MLPs of the model are, for every cache alike.
     """
 
     shape: ModelShape
@@ -53,6 +54,7 @@ class Options:
     longest: Sequence[float] = ()
     kv_dtype: str | None = None
     rounds: int = 1
+    compiled: bool = False
 
 
 class Bench:
@@ -72,6 +74,8 @@ class Bench:
                 self.config, attn_implementation="sdpa", dtype=self.dtype
             )
         self.model = model.eval()
+        if options.compiled:
+            compile_parts(self.model, options.batches)
         self.kinds = kinds(shape, options.plan, options.kv_dtype)
 
     @property
@@ -258,7 +262,8 @@ def run(options: Options, progress: Progress = lambda case, done: None) -> dict[
     shape = options.shape
     return result("memory", options.command, rows) | {
         "model": shape.name, "plan": options.plan.to_dict(), "plan_note": shape.plan_note,
-        "kv_dtype": options.kv_dtype, "selections": options.selections, "skipped": skipped,
+        "kv_dtype": options.kv_dtype, "compiled": options.compiled,
+        "selections": options.selections, "skipped": skipped,
     }  # fmt: skip
 
 
