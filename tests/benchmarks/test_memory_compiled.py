@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from docs_pages import read
+from torch._dynamo import config as dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -42,8 +43,8 @@ def counter(monkeypatch):
     """Compiles without a C++ compiler, and counts graphs."""
     made = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(compiled, "BACKEND", made)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # put back afterwards
-    yield made
+    with dynamo.patch(recompile_limit=8):  # what is set in it is put back
+        yield made
     torch._dynamo.reset()
 
 
@@ -139,7 +140,7 @@ def test_a_compiled_run_says_so(call, counter):
     assert plain["compiled"] is False
 
 
-def test_a_run_without_a_compiler_fails_in_one_line(call, monkeypatch):
+def test_a_run_without_a_compiler_fails_in_one_line(call, counter, monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nat all")
 
@@ -148,8 +149,8 @@ def test_a_run_without_a_compiler_fails_in_one_line(call, monkeypatch):
     code, out, err = call()
     assert (code, out) == (2, "") and "no compiler" in err
     assert err.splitlines()[-1].startswith(refused)
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    code, out, err = call()
+    with dynamo.patch(disable=True):
+        code, out, err = call()
     assert (code, out) == (2, "")
     assert err.splitlines()[-1] == refused + "PyTorch's compiler is switched off"
 
