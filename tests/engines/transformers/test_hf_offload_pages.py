@@ -23,14 +23,18 @@ def selection(pages: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.cat([row, torch.tensor([pages - 1])]).sort().values for row in ids])
 
 
-def steps(directory: PageDirectory, lengths: range, members: list[int]):
+def steps(directory: PageDirectory, lengths: range, members: list[int], fewer: bool = False):
+    """With ``fewer`` rows select 4 to 6 pages, and the columns behind them name other pages."""
     for length in lengths:
         pages = -(-length // PAGE)
         ids = selection(pages, length)[members].int()
         group = RowGroup(members, ROWS, 2, length, CPU)
         directory.begin(CFG, ROWS, length + 2, CPU)
         counts = torch.full((len(members),), BUDGET, dtype=torch.int32)
-        yield length, ids, directory.request(CFG, group, ids, counts)
+        for place, row in enumerate(members if fewer else []):
+            left_out = (length + row) % 3
+            counts[place], ids[place] = BUDGET - left_out, ids[place].roll(-left_out)
+        yield length, (ids, counts) if fewer else ids, directory.request(CFG, group, ids, counts)
 
 
 @pytest.mark.parametrize("members", [[0, 1, 2], [2]])
@@ -40,10 +44,12 @@ def test_the_directory_is_a_least_recently_used_cache(members: list[int]) -> Non
     # Of each row: page -> when it was used last, and its cell. Free cells are the oldest.
     plain = [{-1 - n: (0, n) for n in range(capacity)} for _ in members]
     fetched = 0
-    for clock, (length, ids, request) in enumerate(steps(directory, range(60, 110), members), 1):
+    each = steps(directory, range(60, 110), members, fewer=True)
+    for clock, (length, (ids, counts), request) in enumerate(each, 1):
         assert directory.capacity == capacity
         for row, held in enumerate(plain):
-            wanted = ids[row].tolist()
+            wanted = ids[row, : counts[row]].tolist()
+            unused = BUDGET - len(wanted)
             first = members[row] * (capacity + 1)
             absent = [page for page in wanted if page not in held]
             held.update({page: (clock, held[page][1]) for page in wanted if page in held})
@@ -51,11 +57,18 @@ def test_the_directory_is_a_least_recently_used_cache(members: list[int]) -> Non
                 oldest = min(set(held) - set(wanted), key=held.__getitem__)
                 held[page] = clock, held.pop(oldest)[1]
             cells = {page: first + held[page][1] for page in wanted}
-            assert request.cells[row].tolist() == list(cells.values())
+            assert request.cells[row].tolist() == [*cells.values(), *[first + capacity] * unused]
             # A page that begins with the new token has nothing to fetch.
             missing = [page in absent and page * PAGE < length - 1 for page in wanted]
-            assert request.missing[row].tolist() == missing
+            assert request.missing[row].tolist() == missing + [False] * unused
+            assert request.table[row].nonzero()[:, 0].tolist() == [
+                page for page, cell in cells.items() if cell
+            ]
             assert all(request.table[row, page] == cell for page, cell in cells.items())
+            tokens = torch.tensor(wanted)[:, None] * PAGE + torch.arange(PAGE)
+            tokens = (tokens + 2).where(tokens < length - 1, -1)
+            assert torch.equal(request.tokens[row, : len(wanted)], tokens)
+            assert (request.tokens[row, len(wanted) :] == -1).all()
             assert request.newest[row] == cells[(length - 1) // PAGE]
         fetched += int(request.missing.sum())
         assert request.place == (length - 1) % PAGE

@@ -100,8 +100,8 @@ class PageDirectory:
             self.capacity = pool_pages(cfg, length)
         # Nothing is held before the first step, and after a forgotten one.
         follows = 0 <= self._length == length - 1
-        if grows or not follows or self.held.shape[0] != rows or self.held.device != device:
-            self._clear(rows, device)
+        if grows or not follows or self._state.shape[1] != rows or self._state.device != device:
+            self._clear(cfg, rows, device)
         self._length = length
         self._clock += 1
 
@@ -109,37 +109,39 @@ class PageDirectory:
         self, cfg: DeltaConfig, group: RowGroup, ids: Tensor, counts: Tensor
     ) -> PageRequest:
         """Find the selected pages [R, width] of a group, and cells for those that are missing."""
-        device, page = ids.device, cfg.page_size
-        rows = self._rows_of(group, device)
-        held, used = self.held[rows], self.used[rows]
-        wanted = torch.arange(ids.shape[1], device=device) < counts[:, None]
+        page, width = cfg.page_size, ids.shape[1]
+        rows = self._rows_of(group, ids.device)
+        # Each operation here is a launch, of one Δ-layer after the other. So rows that are all of
+        # them stay where they are.
+        state = self._state if group.rows is None else self._state[:, rows]
+        held, used = state[0], state[1]
+        wanted = self._numbers[:width] < counts[:, None]
         pages = ids.long()
         same = (pages[:, :, None] == held[:, None, :]) & wanted[:, :, None]
-        found = same.any(dim=2)
-        # The oldest first; a page of this selection never makes room for another.
-        order = used.masked_fill(same.any(dim=1), _NEVER).argsort(dim=1, stable=True)
-        absent = wanted & ~found
-        nth = (absent.cumsum(dim=1) - 1).clamp(min=0)
-        column = torch.where(found, same.int().argmax(dim=2), order.gather(1, nth))
-        column = column.where(wanted, self.capacity)
+        found, at = _first_true(same)
+        # The spare cell, then the oldest; a page of this selection never makes room for another.
+        order = torch.where(same.any(dim=1), self._never, used).argsort(dim=1, stable=True)
+        absent = wanted ^ found
+        column = torch.where(found, at, order.gather(1, absent.cumsum(dim=1) * absent))
         held.scatter_(1, column, pages)
         used.scatter_(1, column, self._clock)
-        held[:, self.capacity], used[:, self.capacity] = -1, _NEVER
-        self.held[rows], self.used[rows] = held, used
+        state[:, :, self.capacity].fill_(-1)
+        if group.rows is not None:
+            self._state[:, rows] = state
 
         last, place = divmod(group.length - 1, page)
-        here = held == last
-        newest = here.int().argmax(dim=1).where(here.any(dim=1), self.capacity)
-        token = pages[:, :, None] * page + torch.arange(page, device=device)
+        here, newest = _first_true(held == last)
+        newest = newest.where(here, self._numbers[self.capacity])
+        token = torch.add(self._numbers[:page], pages[:, :, None], alpha=page)
         old = (token < group.length - 1) & wanted[:, :, None]
-        slot = token + group.offset
+        slot = token + group.offset if group.offset else token
         if group.slots is not None:
             slot = group.slots[token.clamp(0, group.length - 1)]
-        first = rows[:, None] * (self.capacity + 1)
-        cells = first + column
+        first = self._firsts if group.rows is None else self._firsts[rows]
+        cells = first[:, None] + column
         # Wider than it must be, so that kernels see few shapes of it.
-        width = -(-group.length // (page * _COLUMNS)) * _COLUMNS
-        table = torch.zeros(len(rows), width, dtype=torch.int32, device=device)
+        columns = -(-group.length // (page * _COLUMNS)) * _COLUMNS
+        table = torch.zeros(len(rows), columns, dtype=torch.int32, device=ids.device)
         # Columns that mean nothing write what the first one writes.
         table.scatter_(
             1, pages.where(wanted, pages[:, :1]), cells.where(wanted, cells[:, :1]).int()
@@ -147,29 +149,36 @@ class PageDirectory:
         return PageRequest(
             row_numbers=rows,
             cells=cells,
-            missing=absent & old.any(dim=2),
-            tokens=slot.where(old, -1),
+            missing=absent & old[:, :, 0],  # of a page's tokens the first is the oldest
+            tokens=slot.where(old, self._none),
             table=table,
-            newest=first[:, 0] + newest,
+            newest=first + newest,
             place=place,
         )
 
     def _rows_of(self, group: RowGroup, device: torch.device) -> Tensor:
         """Numbers of a group's rows; those whose tokens lie elsewhere than before hold nothing."""
         rows = group.rows
-        rows = torch.arange(group.batch, device=device) if rows is None else rows.to(device)
+        rows = self._rows if rows is None else rows.to(device)
         moved = [row for row in group.members if not _alike(self._layout.get(row), group)]
         if moved:
-            self.held[torch.tensor(moved, device=device)] = -1
+            self._state[0, torch.tensor(moved, device=device)] = -1
         for row in group.members:
             self._layout[row] = group.offset if group.slots is None else group.slots
         return rows
 
-    def _clear(self, rows: int, device: torch.device) -> None:
-        shape = rows, self.capacity + 1
-        self.held = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self.used = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.used[:, self.capacity] = _NEVER
+    def _clear(self, cfg: DeltaConfig, rows: int, device: torch.device) -> None:
+        cells = self.capacity + 1
+        # Of each cell the page that it holds, -1 for none, and the step of its last use. Both are
+        # -1 in the spare one.
+        self._state = torch.full((2, rows, cells), -1, dtype=torch.int64, device=device)
+        self._state[1, :, :-1] = 0
+        # What steps count with: numbers of pages, tokens of a page and rows, and each row's cells.
+        self._numbers = torch.arange(max(cells, cfg.page_size), device=device)
+        self._rows = torch.arange(rows, device=device)
+        self._firsts = self._rows * cells
+        # A number of Python's would be sent to the device at every use.
+        self._none, self._never = self._state.new_tensor([-1, _NEVER])
         # Row -> slot of its first token, or the slots of all of them.
         self._layout: dict[int, int | Tensor] = {}
         self._clock = 0
@@ -181,6 +190,12 @@ class PageDirectory:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.capacity = 0
         self.forget()
+
+
+def _first_true(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether any of the last dimension is true, and which, by one operation; none has more."""
+    value, place = flags.view(torch.uint8).max(dim=-1)
+    return value.view(torch.bool), place
 
 
 def _alike(layout: int | Tensor | None, group: RowGroup) -> bool:
