@@ -1,5 +1,7 @@
 """Lookup, replacement and fetching of pages, against a plain least-recently-used cache."""
 
+import weakref
+
 import pytest
 import torch
 from hf_tiny import make_model, make_prompt, small_config
@@ -178,3 +180,17 @@ def test_stats() -> None:
 def test_free_host_bytes() -> None:
     free = free_host_bytes()
     assert free is None or free > 0
+
+
+def test_a_pool_is_freed_by_a_crop_and_is_in_no_pickle() -> None:
+    cfg = small_config()
+    model = make_model("llama", "sdpa")
+    dd.enable(model, cfg)
+    cache = dd.DeltaOffloadedCache(model.config, cfg, transfer=Transfer())
+    model.generate(make_prompt(41), past_key_values=cache, max_new_tokens=3)
+    layer, freed = cache.layers[2], []
+    weakref.finalize(layer._pool.untyped_storage(), freed.append, True)
+    kept = layer.__getstate__()
+    assert (kept["_pool"], kept["_halves"]) == (None, ()) and not freed
+    cache.crop(-1)
+    assert freed

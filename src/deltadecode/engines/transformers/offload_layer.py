@@ -102,6 +102,7 @@ class OffloadedLayer(StoredLayer):
         if self._requests:  # a step broke off
             self._shared.transfer.settle()
         self._pool: Tensor | None = None
+        self._halves: tuple[Tensor, ...] = ()  # keys and values in it, which each step reads
         # Row group -> what was requested in this step; and what says when all of it has come.
         self._requests = {}
         self._ticket: Any = None
@@ -288,6 +289,7 @@ class OffloadedLayer(StoredLayer):
         if self._pool is None or self._pool.shape[0] != cells:
             shape = cells, page_size, 2, *self._host.shape[3:]
             self._pool = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self._halves = self._pool[:, :, 0], self._pool[:, :, 1]
 
     def fetch(self, place: int) -> None:
         """Have the missing pages of a row group copied, within :meth:`Transfer.fetching`."""
@@ -309,7 +311,8 @@ class OffloadedLayer(StoredLayer):
         request, pool = self._requests.pop(place), self._pool
         assert pool is not None
         if not whole:
-            return self._inputs(pool[:, :, 0], pool[:, :, 1], request.table, group.seq_lens)
+            keys, values = self._halves
+            return self._inputs(keys, values, request.table, group.seq_lens)
         _, page, _, heads, dim = pool.shape
         rows, width = len(request.newest), -(-group.length // page)
         blocks = group.batch if group.slots is None else 1
@@ -373,7 +376,7 @@ class OffloadedLayer(StoredLayer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the pool; the tokens alone, and not the room behind them."""
         state = dict(vars(self))
-        state.update(_pool=None, _requests={}, _ticket=None)
+        state.update(_pool=None, _halves=(), _requests={}, _ticket=None)
         if self._host is not None:
             self._shared.transfer.settle()
             state["_host"] = self._host[: self._tokens].clone()

@@ -29,8 +29,9 @@ class OffloadStats:
     def reset(self) -> None:
         """Set every count to zero; what is held stays."""
         self.steps = self.read_pages = 0
-        # Device -> pages and bytes, [2] int64. Left there: reading them would wait for the GPU.
-        self._fetched: dict[torch.device, Tensor] = {}
+        # Device, layers and their bytes of a page -> pages that each layer fetched, one int64.
+        # Left there: reading it would wait for the GPU.
+        self._fetched: dict[tuple[torch.device, int, int], Tensor] = {}
 
     @property
     def device_bytes(self) -> int:
@@ -47,12 +48,12 @@ class OffloadStats:
     @property
     def fetched_pages(self) -> int:
         """Pages that were copied from the host, over all layers and rows."""
-        return sum(int(counts[0]) for counts in self._fetched.values())
+        return sum(layers * int(pages) for (_, layers, _), pages in self._fetched.items())
 
     @property
     def fetched_bytes(self) -> int:
         """Bytes that were copied from the host for decode steps."""
-        return sum(int(counts[1]) for counts in self._fetched.values())
+        return sum(of_page * int(pages) for (_, _, of_page), pages in self._fetched.items())
 
     @property
     def fetched_bytes_per_step(self) -> float:
@@ -92,7 +93,6 @@ class OffloadStats:
             Of one row group.
         """
         self.read_pages += fetch.read
-        missing = fetch.missing
-        counts = torch.stack([missing * fetch.layers, missing * fetch.bytes_of_page])
-        seen = self._fetched.get(missing.device)
-        self._fetched[missing.device] = counts if seen is None else seen + counts
+        kind = fetch.missing.device, fetch.layers, fetch.bytes_of_page
+        seen = self._fetched.get(kind)
+        self._fetched[kind] = fetch.missing if seen is None else seen + fetch.missing
