@@ -263,6 +263,27 @@ def test_what_caches_measured_is_on_their_page():
             assert line in text, f"{file.name}: {line}"
 
 
+def test_ratios_of_caches_are_those_of_their_files():
+    memory = page("docs/memory.md")
+    shown = [cells[1:4] for cells in memory.rows if cells[-1] in ("goals", "1.5, 10", "")][1:]
+    assert len(shown) == 4
+    points = ("rounds", 131072), ("256k", 131072), ("256k", 262144), ("b4", 32768)
+    for cells, (name, context) in zip(shown, points, strict=True):
+        rows = rows_of(f"memory-20261129-h200-{name}.json", context=context, selections="measured")
+        delta, _, offloaded = rows
+        assert cells == [
+            f"{context:,}", rounded(delta["ours"] / delta["theirs"], 2),
+            rounded(offloaded["theirs"] / offloaded["ours"], 1),
+        ]  # fmt: skip
+    turns = rows_of("memory-20261129-h200-rounds.json", peer="DeltaCache", selections="measured")
+    (host,) = rows_of("memory-20261129-host.json")
+    text = " ".join((ROOT / "docs" / "memory.md").read_text(encoding="utf-8").split())
+    for side in ("ours", "theirs"):
+        first, second, third = (rounded(ms, 1) for ms in turns[0][f"rounds_{side}"])
+        assert f"{first}, {second} and {third} ms" in text
+        assert rounded(host[side], 1) + " ms" in text and f"{host[f'launches_{side}']:,}" in text
+
+
 def test_the_demo_of_the_readme_is_the_one_on_file():
     (block,) = (block for block in page("README.md").blocks if block.language == "text")
     output = json.loads((RESULTS / "demo-20261124.json").read_text(encoding="utf-8"))["output"]
