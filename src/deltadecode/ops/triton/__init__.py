@@ -20,7 +20,7 @@ from deltadecode.config import DeltaConfig
 from deltadecode.ops.inputs import DecodeInputs
 from deltadecode.ops.triton import index, wide
 from deltadecode.ops.triton.decode import DecodePlan, compile_ahead
-from deltadecode.ops.triton.launch import LONG_ROWS, hardware, padded, selection_shape
+from deltadecode.ops.triton.launch import LONG_ROWS, hardware
 from deltadecode.ops.triton.plans import (
     attention_kind,
     attention_plan,
@@ -97,9 +97,8 @@ def compile_selections(cfg: DeltaConfig, rows: Iterable[int], pages: int) -> Non
     shapes = set()
     for count in rows:
         kind = selection_kind(cfg, (count,), pages, torch.float32, pages)
-        shape = selection_shape(padded(count), pages, kind.most)
-        if shape not in shapes:  # others are the same kernels
-            shapes.add(shape)
+        if kind.shape not in shapes:  # others are the same kernels
+            shapes.add(kind.shape)
             selection_plan(kind).compile()
 
 

@@ -226,8 +226,8 @@ def attend(
     row = row * TOKENS + query  # of the outputs
     if SPARSE:
         count = tl.load(counts_ptr + row)
-        # Fewer than no pages stands for all of them.
         ids_ptr += row * ids_row
+        # Fewer than no pages stands for all of them.
         length = tl.where(count < 0, n, _selected_tokens(ids_ptr, count, n, PAGE))
         if STEP == 0:
             pages, blocks = _selected_blocks(table_ptr, ids_ptr, count, WIDTH, PAGE, BLOCK, LISTED)

@@ -46,15 +46,15 @@ class DecodePlan:
         over_all_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._attention = attention_plan(kind)
-        self.pages = self._attention.pages
+        self.pages = kind.pages
         self._over_all_ranks = over_all_ranks
         self._selection = None
         if cfg is not None:
             self._page_size = cfg.page_size
-            pages = self._attention.pages * kind.page_size // cfg.page_size
+            pages = kind.reach // cfg.page_size
             scored = selection_kind(cfg, kind.scored_queries, pages, torch.float32, pages)
             self._selection = selection_plan(scored)
-            self._scores = math.prod(kind.scored_queries) * self._attention.pages
+            self._scores = math.prod(kind.scored_queries) * kind.pages
         else:
             self._scores = 0
 

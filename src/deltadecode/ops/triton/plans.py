@@ -23,6 +23,7 @@ from deltadecode.ops.triton import attention, finish, selection
 from deltadecode.ops.triton.direct import Launch
 from deltadecode.ops.triton.launch import (
     MOST_OF_A_PIECE,
+    SelectionShape,
     attention_shape,
     finish_shape,
     padded,
@@ -80,12 +81,22 @@ class AttentionKind(NamedTuple):
     @property
     def tokens(self) -> int:
         """Queries of a row, Q; 1 for (B,)."""
-        return self.queries[1] if len(self.queries) == 2 else 1
+        return _tokens(self.queries)
 
     @property
     def reach(self) -> int:
         """Tokens that a row of the block table has room for."""
         return self.blocks * self.block_size
+
+    @property
+    def pages(self) -> int:
+        """Page scores of a query."""
+        return self.reach // self.page_size
+
+
+def _tokens(queries: tuple[int, ...]) -> int:
+    """Queries of a row, of (B,) or (B, Q)."""
+    return queries[1] if len(queries) == 2 else 1
 
 
 def attention_kind(inputs: DecodeInputs, q_dtype: torch.dtype | None = None) -> AttentionKind:
@@ -119,8 +130,6 @@ class AttentionPlan:
     ----------
     floats : int
         Float32 numbers of memory that a run needs.
-    pages : int
-        Page scores of a row.
     """
 
     def __init__(self, kind: AttentionKind) -> None:
@@ -129,8 +138,7 @@ class AttentionPlan:
         group = heads // kind.kv_heads
         packed = 1 if kind.sparse else tokens_in_tile(kind.tokens, group)
         turns = -(-kind.tokens // packed)
-        rows, reach = kind.queries[0] * kind.tokens, kind.reach
-        self.pages = reach // kind.page_size
+        rows, reach = math.prod(kind.queries), kind.reach
         attended = min(reach, kind.ids_width * kind.page_size) if kind.sparse else reach
         dim_pad = max(16, triton.next_power_of_2(dim))
         tile, parts = attention_shape(
@@ -263,18 +271,18 @@ def _finish_launch(
     """Launch that merges the parts of each row and sums up its page scores; None: neither."""
     if parts == 1 and not kind.scored:
         return None
-    rows, pages = kind.queries[0] * kind.tokens, kind.reach // kind.page_size
+    scored = math.prod(kind.scored_queries)
     page_pad = triton.next_power_of_2(kind.page_size)
     heads_pad = triton.next_power_of_2(kind.heads)
     scoring, at_once, warps, dims = finish_shape(
-        heads_pad * page_pad, pages, math.prod(kind.scored_queries), parts, dim_pad, kind.device
+        heads_pad * page_pad, kind.pages, scored, parts, dim_pad, kind.device
     )
     merges = kind.heads * (dim_pad // dims) if parts > 1 else 0
-    each = kind.tokens if kind.score_last else 1
+    each = math.prod(kind.queries) // scored
     return Launch(
         finish.finish,
-        (rows // each, (scoring if kind.scored else 0) + each * merges, 1),
-        (kind.reach, pages, kind.v_scale),
+        (scored, (scoring if kind.scored else 0) + each * merges, 1),
+        (kind.reach, kind.pages, kind.v_scale),
         dict(
             HEADS_PAD=heads_pad, PAGE_PAD=page_pad, PAGES=at_once,
             SPLITS_PAD=triton.next_power_of_2(parts), DIMS=dims, MERGES=merges,
@@ -314,6 +322,12 @@ class SelectionKind(NamedTuple):
     most: int
     columns: int
 
+    @property
+    def shape(self) -> SelectionShape:
+        """Compile-time shape of the launches, the same for all numbers of rows that pad alike."""
+        rows = padded(max(1, self.queries[0])) * _tokens(self.queries)
+        return selection_shape(rows, self.width, self.most)
+
 
 def selection_kind(
     cfg: DeltaConfig, queries: Sequence[int], width: int, dtype: torch.dtype, scores_row: int
@@ -331,16 +345,14 @@ class SelectionPlan:
     def __init__(self, kind: SelectionKind) -> None:
         self.kind = kind
         self._rows = math.prod(kind.queries)
-        tokens = kind.queries[1] if len(kind.queries) == 2 else 1
-        rows = padded(max(1, kind.queries[0])) * tokens
-        shape = selection_shape(rows, kind.width, kind.most)
+        shape = kind.shape
         # Pages that the pieces of a row find, if it goes in pieces.
         self._candidates = shape.pieces * kind.most if shape.pieces > 1 else 0
         constants: dict[str, Any] = dict(
             BUDGET=kind.budget, SHARE=kind.share_num, WIDTH=kind.columns,
             FILL=min(triton.next_power_of_2(kind.columns), MOST_OF_A_PIECE), PAGE=kind.page_size,
             LEAST=shape.least, SIZES=shape.sizes, PIECE=shape.piece,
-            TOKENS=tokens, num_warps=shape.warps,
+            TOKENS=_tokens(kind.queries), num_warps=shape.warps,
         )  # fmt: skip
         row = self._candidates or kind.columns
         self._launches = [
