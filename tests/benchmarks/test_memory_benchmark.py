@@ -117,10 +117,8 @@ def test_every_cache_decodes_at_lengths_of_its_own(monkeypatch):
 
 def test_a_context_must_have_room_for_the_lengths_of_all_caches(call):
     code, out, err = call("--shape", "tiny", "--context", 40, "--steps", 2)
-    assert (code, out) == (
-        2,
-        "",
-    ) and "least 121 tokens for 3 rounds of 2 steps of every cache, got 40" in err
+    assert (code, out) == (2, "")
+    assert "at least 121 tokens for 3 rounds of 2 steps of every cache, got 40" in err
 
 
 def test_rounds_go_there_and_back_again_and_are_joined(monkeypatch):
