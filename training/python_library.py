@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sysconfig
 from pathlib import Path
 
@@ -16,6 +17,23 @@ def library_files(*without: str) -> list[Path]:
     """
     out = _WITHOUT | set(without)
     return sorted(path for path in FOLDER.rglob("*.py") if not out & set(path.parts))
+
+
+def package_files(name: str) -> list[Path]:
+    """Modules of an installed package in the order of their paths, but for tests.
+
+    Raises
+    ------
+    ValueError
+        When no such package is installed.
+    """
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    folders = spec.submodule_search_locations if spec is not None else None
+    if not folders:
+        raise ValueError(f"no package {name!r} is installed")
+    folder = Path(folders[0])
+    files = (path.relative_to(folder) for path in folder.rglob("*.py"))
+    return [folder / path for path in sorted(files) if not _WITHOUT & set(path.parts)]
 
 
 def read(path: Path) -> str:

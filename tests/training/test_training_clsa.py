@@ -26,7 +26,7 @@ def train(monkeypatch):
     from clsa import data, train
 
     texts = data.python_text(True)[:3]
-    monkeypatch.setattr(data, "python_text", lambda validation: texts)
+    monkeypatch.setattr(data, "python_text", lambda validation, packages: texts)
 
     def call(*arguments):
         small = [f"--{name}={value}" for name, value in SMALL.items()]
@@ -64,6 +64,25 @@ def test_a_training_with_breaks_is_the_training_without(train, tmp_path, capsys)
     ids = tokenizer("Facts", return_tensors="pt").input_ids
     assert tokenizer.decode(ids[0]) == "Facts"
     assert model.generate(ids, max_new_tokens=3).shape[1] <= ids.shape[1] + 3
+
+
+def test_sources_of_packages_are_text_too(monkeypatch):
+    monkeypatch.syspath_prepend(str(TRAINING))
+    from clsa.data import python_text
+
+    for held_out in (True, False):
+        plain, more = python_text(held_out), python_text(held_out, ("tokenizers",))
+        assert len(more) > len(plain) and more[: len(plain)] == plain
+    assert "class BaseTokenizer" in "".join(python_text(False, ("tokenizers",))[len(plain) :])
+    held_out = set(python_text(True, ("tokenizers",)))
+    assert not {text for text in held_out if text} & set(more)
+
+
+def test_a_package_that_is_not_there_is_refused(train, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train("--workdir", tmp_path, "--packages", "tokenizers,no_such_package")
+    assert stopped.value.code == 2
+    assert "no package 'no_such_package' is installed" in capsys.readouterr().err
 
 
 def test_pieces_of_a_task_are_those_of_the_tokenizer(train):

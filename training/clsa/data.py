@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from python_library import library_files, read
+from python_library import library_files, package_files, read
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -24,25 +24,30 @@ from deltadecode.lab.tasks.text import read_text
 from deltadecode.lab.tasks.vocabulary import NAMES
 
 KINDS = ("chain", "needle", "text")
-MIX = (4, 1, 1)  # how often a document is of each kind: there are 3 M tokens of text in all
+MIX = (4, 1, 1)  # how often a document is of each kind: Python's library has 3 M tokens of text
 EOS, PAD, IGNORED = 0, 0, -100
 VOCABULARY = 4096
 HELD_OUT = 20  # one of so many files is for validation
+_AT_ONCE = 256  # texts to encode
 Row = tuple[Tensor, Tensor, Tensor]
 # What GPT-2's pattern, which the tokenizer uses, makes of plain ASCII words.
 _PIECES = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 
 
 @functools.cache
-def python_text(validation: bool) -> list[str]:
-    """Texts of Python's library and its topics of help, those held out or the others."""
+def python_text(validation: bool, packages: tuple[str, ...] = ()) -> list[str]:
+    """Texts of Python's library, its topics of help and of packages, held out ones or the others.
+
+    Texts held out are the same with packages as without, and some of theirs besides.
+    """
     texts = [read(path) for path in library_files()]
     docs = read_text("stdlib-docs", "")
     texts += [docs[start : start + 20_000] for start in range(0, len(docs), 20_000)]
+    texts += [read(path) for name in packages for path in package_files(name)]
     return [text for i, text in enumerate(texts) if (i % HELD_OUT == 0) == validation]
 
 
-def build_tokenizer(positions: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(positions: int, packages: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 4,096 tokens, trained on what the models are trained on."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +58,7 @@ def build_tokenizer(positions: int) -> PreTrainedTokenizerFast:
     )  # fmt: skip
     rng = random.Random(0)
     tasks = [document(rng, kind, 2000)[i] for kind in KINDS[:2] for i in (0, 1) for _ in range(150)]
-    tokenizer.train_from_iterator([*python_text(False), *tasks], trainer)
+    tokenizer.train_from_iterator([*python_text(False, packages), *tasks], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>",
         model_max_length=positions, padding_side="left",
@@ -86,11 +91,18 @@ class Rows:
         As trained, or read from a file.
     validation : bool
         Take the texts that are held out.
+    packages : tuple of str
+        Installed packages whose sources are texts, too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, validation: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, validation: bool = False, packages: tuple[str, ...] = ()
+    ) -> None:
         self.tokenizer, self.known = tokenizer, {}
-        encoded = tokenizer.encode_batch(python_text(validation))
+        texts = python_text(validation, packages)
+        # What a tokenizer says of all texts at once is a hundred times their size.
+        parts = (texts[at : at + _AT_ONCE] for at in range(0, len(texts), _AT_ONCE))
+        encoded = (one for part in parts for one in tokenizer.encode_batch(part))
         self.text = np.concatenate([np.array([*one.ids, EOS], dtype=np.int32) for one in encoded])
 
     def encode(self, text: str) -> list[int]:

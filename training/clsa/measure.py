@@ -72,7 +72,7 @@ def score(model: ClsaForCausalLM, rows: Rows, kind: str, args: argparse.Namespac
 def measure(args: argparse.Namespace, configs: dict[str, ClsaConfig]) -> None:
     """Measure all modes on the same rows, print it, write a result file and export CLSA."""
     tokenizer = Tokenizer.from_file(str(args.workdir / "model" / "tokenizer.json"))
-    rows, found = Rows(tokenizer, validation=True), {}
+    rows, found = Rows(tokenizer, validation=True, packages=args.packages), {}
     for mode, config in configs.items():
         model = load(args.workdir, config, args.device)
         found[mode] = {kind: score(model, rows, kind, args) for kind in KINDS}

@@ -32,6 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from optimizer import build_optimizers
+from python_library import package_files
 
 from clsa.data import VOCABULARY, Batches, Row, Rows, build_tokenizer, loader
 from clsa.measure import measure
@@ -66,6 +67,9 @@ def parse() -> argparse.Namespace:
     p.add_argument(
         "--answer-weight", type=float, default=4.0, help="of a token of an answer; text's is 1"
     )
+    p.add_argument(
+        "--packages", default="", help="installed packages whose sources are text, too: torch,numpy"
+    )
     p.add_argument("--hidden", type=int, default=256)
     p.add_argument(
         "--intermediate", type=int, default=832, help="of YOCO and CLSA; a Transformer's follows"
@@ -88,6 +92,12 @@ def parse() -> argparse.Namespace:
     args = p.parse_args()
     if args.compile is None:
         args.compile = torch.device(args.device).type == "cuda"
+    args.packages = tuple(name for name in args.packages.split(",") if name)
+    try:
+        for name in args.packages:
+            package_files(name)
+    except ValueError as error:
+        p.error(str(error))
     return args
 
 
@@ -336,13 +346,13 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     if not (args.workdir / "model" / "tokenizer.json").exists():
-        build_tokenizer(2 * args.length).save_pretrained(args.workdir / "model")
+        build_tokenizer(2 * args.length, args.packages).save_pretrained(args.workdir / "model")
     tokenizer = Tokenizer.from_file(str(args.workdir / "model" / "tokenizer.json"))
     rows = None
     try:
         for run, name in PHASES:
             if not (args.workdir / f"{run}-{name}.pt").exists():
-                rows = rows or Rows(tokenizer)
+                rows = rows or Rows(tokenizer, packages=args.packages)
                 Phase(args, run, name, rows, until).train()
     except OutOfTime:
         sys.exit("out of time; the same command goes on from here")
