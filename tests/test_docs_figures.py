@@ -149,6 +149,14 @@ def test_what_lossless_mode_measured_is_on_its_page():
         assert row["ours"] == row["theirs"]
 
 
+def test_times_of_lossless_graphs_are_those_of_the_file():
+    text = " ".join((ROOT / "docs" / "lossless.md").read_text(encoding="utf-8").split())
+    four, chosen = rows_of("lossless-20261129-h200-smollm2-static.json", same=1)
+    for row, said in (four, "{} ms with 4 drafts"), (chosen, "{} ms where the number is chosen"):
+        assert said.format(rounded(row["ours"], 1)) in text
+        assert f"Transformers' own takes {rounded(row['theirs'], 1)} ms" in text
+
+
 def test_times_of_lossless_mode_in_vllm_are_those_of_the_files():
     lossless = page("docs/lossless.md")
     shown = 0
@@ -266,8 +274,11 @@ def test_what_caches_measured_is_on_their_page():
 def test_ratios_of_caches_are_those_of_their_files():
     memory = page("docs/memory.md")
     shown = [cells[1:4] for cells in memory.rows if cells[-1] in ("goals", "1.5, 10", "")][1:]
-    assert len(shown) == 4
-    points = ("rounds", 131072), ("256k", 131072), ("256k", 262144), ("b4", 32768)
+    assert len(shown) == 5
+    points = (
+        ("rounds", 131072), ("256k", 131072), ("256k", 262144), ("b4", 32768),
+        ("compiled", 131072),
+    )  # fmt: skip
     for cells, (name, context) in zip(shown, points, strict=True):
         rows = rows_of(f"memory-20261129-h200-{name}.json", context=context, selections="measured")
         delta, _, offloaded = rows
