@@ -149,6 +149,14 @@ def test_what_lossless_mode_measured_is_on_its_page():
         assert row["ours"] == row["theirs"]
 
 
+def test_times_of_sparse_layers_are_those_of_the_file():
+    case = "sparse, in a graph, heads 12/2, batch 64, context 8192"
+    (row,) = rows_of("kernels-20261129-last-page.json", case=case, peer="base b247196")
+    text = " ".join((ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split())
+    assert f"{rounded(row['ours'], 1)} µs at batch 64 and 8,192 tokens" in text
+    assert f"where b247196 takes {rounded(row['theirs'], 1)} in the same run" in text
+
+
 def test_times_of_lossless_graphs_are_those_of_the_file():
     text = " ".join((ROOT / "docs" / "lossless.md").read_text(encoding="utf-8").split())
     four, chosen = rows_of("lossless-20261129-h200-smollm2-static.json", same=1)
