@@ -16,7 +16,7 @@ def soak(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once, at most.")] = 16,
     prompts: Annotated[int, typer.Option(min=1, help="Distinct prompts.")] = 64,
-    input_len: Annotated[int, typer.Option(min=2, help="Tokens of a prompt, at most.")] = 192,
+    input_len: Annotated[int, typer.Option(min=38, help="Tokens of a prompt, at most.")] = 192,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 32,
     blocks: Annotated[
         int | None,
@@ -53,7 +53,7 @@ def soak(
         )  # fmt: skip
     need_vllm()
     with cli.progress() as show:
-        result = run_soak(options, random_prompts(prompts, 2, input_len, seed), show)
+        result = run_soak(options, random_prompts(prompts, input_len, seed), show)
     cli.deliver(result, out, tag, as_json, table)
     for failure in result["failures"]:
         complain(failure)

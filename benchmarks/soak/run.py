@@ -24,6 +24,7 @@ _BETWEEN = 500  # requests between two of them, at most
 _ENOUGH = 1000  # requests, to say how much the memory grows
 _FLAT = 0.02  # growth of the memory that is none, of what it was
 _PLAN_PAGE = 8
+_LEAST_PROMPT, _FACT_TOKENS = 38, 8  # of a problem with one fact, and of each further one
 _KV_BYTES = 2**30  # some 170,000 tokens of the embedded model
 # Nats: by less than that, a token may turn to the second one. In bfloat16, sums in another order
 # move a logit of 20 by some tenths; what a wrong page writes loses by several nats.
@@ -228,21 +229,33 @@ def first_difference(one: dict[str, Any], answer: dict[str, Any]) -> int | None:
     return place
 
 
-def random_prompts(count: int, shortest: int, longest: int, seed: int) -> list[list[int]]:
-    """Prompts of the embedded model's own kind: starts of its problems, of random lengths."""
+def random_prompts(count: int, longest: int, seed: int) -> list[list[int]]:
+    """Prompts of random lengths, up to so many tokens: problems, and parts of their solutions.
+
+    The embedded model is sure of what follows. Where it is not, as behind a part of a problem,
+    stock attention itself writes other tokens in bfloat16 as soon as it adds in another order.
+    """
     from tokenizers import Tokenizer
 
     from deltadecode.lab.tasks import make_problem, model_path
 
+    if longest < _LEAST_PROMPT:
+        raise ValueError(f"--input-len must be at least {_LEAST_PROMPT}, got {longest}")
     draw = random.Random(seed)
     tokenizer = Tokenizer.from_file(str(model_path() / "tokenizer.json"))
     found = []
     for number in range(count):
-        problem = make_problem(number, steps=20 + number % 12, distractors=28)
-        text = problem.prompt + problem.solution
-        found.append(
-            tokenizer.encode(text, add_special_tokens=False).ids[: draw.randint(shortest, longest)]
+        wanted = draw.randint(_LEAST_PROMPT, longest)
+        most = (wanted - _LEAST_PROMPT) // _FACT_TOKENS + 1
+        facts = draw.randint(-(-most // 3), most)
+        steps = draw.randint(-(-facts // 2), facts)
+        problem = make_problem(number, steps=steps, distractors=facts - steps)
+        prompt, solution = (
+            tokenizer.encode(text, add_special_tokens=False).ids
+            for text in (problem.prompt, problem.solution)
         )
+        # Something is left to write.
+        found.append(prompt + solution[: min(wanted - len(prompt), len(solution) - 1)])
     return found
 
 

@@ -6,11 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.command import launch
 from benchmarks.soak.__main__ import soak as command
 from benchmarks.soak.report import table
 from benchmarks.soak.run import SoakOptions, first_difference, growth, random_prompts, soak
+from deltadecode.lab.tasks import model_path
 
 FAKE = str(Path(__file__).with_name("fake_soak.py"))
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -81,10 +84,21 @@ def test_the_plan_reads_every_page():
 
 
 def test_prompts_are_the_models_own_and_of_many_lengths():
-    prompts = random_prompts(20, 2, 40, seed=3)
-    assert prompts == random_prompts(20, 2, 40, seed=3)
-    assert {len(prompt) for prompt in prompts} <= set(range(2, 41))
+    prompts = random_prompts(20, 60, seed=3)
+    assert prompts == random_prompts(20, 60, seed=3)
+    assert {len(prompt) for prompt in prompts} <= set(range(38, 61))
     assert len({len(prompt) for prompt in prompts}) > 5
+
+
+def test_the_model_is_sure_of_what_follows_a_prompt():
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.bfloat16)
+    for prompt in random_prompts(4, 120, seed=5):
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        first, second = torch.cat(out.logits).float().log_softmax(-1).topk(2).values.unbind(-1)
+        assert (first - second).min() > 5  # nats; rounding moves a logit by tenths
 
 
 @pytest.mark.parametrize(
@@ -92,6 +106,7 @@ def test_prompts_are_the_models_own_and_of_many_lengths():
     [
         (["--dtype", "int8"], "'int8'"),
         (["--blocks", "2"], "--blocks"),
+        (["--input-len", "37"], "--input-len"),
         (["--minutes", "0"], "--minutes"),
         (["--memory-share", "-1"], "--memory-share"),
         (["--tag", "a/b"], "'a/b'"),
