@@ -1,6 +1,10 @@
 """Float8 keys and values: stock vLLM with every page, the reference with few, and prefix hits."""
 
+from statistics import median
+
 import pytest
+
+from deltadecode_vllm import PROPOSER
 
 PROMPTS = [
     [5 + 7 * (place % 9) % 50 for place in range(80)],
@@ -22,8 +26,19 @@ TWO_TURNS = {
     **SCALED, "config": SPARSE, "rounds": 2,
     "engine": {**SCALED["engine"], "enable_prefix_caching": True, "max_num_batched_tokens": 32},
 }  # fmt: skip
+# Each verification has more rows than some of these prompts have pages.
+MOST_DRAFTS = {
+    **RUN, "config": {**SPARSE, "min_tokens": 0}, "cut": True,
+    "engine": {
+        **RUN["engine"],
+        "speculative_config": {
+            "method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 16,
+        },
+    },
+}  # fmt: skip
 RUNS = {
     "stock": RUN,
+    "16 drafts": MOST_DRAFTS,
     "every page": {**RUN, "config": ALL_PAGES, "cut": True},
     "sparse": {**RUN, "config": SPARSE},
     "reference": {**RUN, "config": SPARSE, "side": "transformers"},
@@ -53,8 +68,13 @@ def test_with_every_page_in_the_budget_it_is_stock_vllm(ran, scales):
     run, stock = ran[f"{scales}every page"], ran[f"{scales}stock"]
     assert run["tokens"] == stock["tokens"]
     for one, other in zip(run["logprobs"], stock["logprobs"], strict=True):
+        apart = []
         for step, expected in zip(one, other, strict=True):
-            assert step == pytest.approx(expected, abs=2e-3)
+            # Of a sum in another order, a number on the edge may go to the other float8. To round
+            # all of them otherwise moves every step by tenths.
+            assert step == pytest.approx(expected, abs=2e-2)
+            apart.append(max(abs(step[token] - expected[token]) for token in expected))
+        assert median(apart) < 1e-4
 
 
 @pytest.mark.parametrize("scales", ["", "scaled, "])
@@ -63,6 +83,11 @@ def test_a_sparse_plan_gives_what_transformers_gives_for_rounded_keys_and_values
     assert run["counted"][0] < run["counted"][1]
     assert run["tokens"] == ran[f"{scales}reference"]["tokens"]
     assert run["tokens"] != ran["not rounded"]["tokens"], "float8 has to show"
+
+
+def test_rule14_sixteen_drafts_change_no_token(ran):
+    assert ran["16 drafts"]["tokens"] == ran["stock"]["tokens"]
+    assert ran["16 drafts"]["drafted"] > 0
 
 
 def test_scales_show(ran):
