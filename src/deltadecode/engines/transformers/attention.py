@@ -70,6 +70,12 @@ def delta_attention(
     """
     role = getattr(module, ROLE, None)
     static = role is not None and role.state.static.active
+    if role is not None and role.state.graphs is not None and not torch.compiler.is_compiling():
+        recorder = role.state.local.recorder
+        if recorder is not None:
+            given = {"dropout": dropout, "scaling": scaling, **kwargs}
+            states = query, key, value, attention_mask
+            return recorder.attend(delta_attention, module, *states, given)  # type: ignore[no-any-return]
     # The counts and the step in progress are Python state, which a compiled graph would freeze.
     attend = _uncompiled if torch.compiler.is_dynamo_compiling() and not static else _attend
     out: Tensor = attend(module, role, query, key, value, attention_mask, dropout, scaling, kwargs)

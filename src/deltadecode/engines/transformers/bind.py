@@ -20,6 +20,7 @@ from deltadecode.architecture import attention_layers
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.hook import ForwardHook
 from deltadecode.engines.transformers.interface import attention_modules, check_interface
+from deltadecode.engines.transformers.layer_graphs import unwrap_layers, wrap_layers
 from deltadecode.engines.transformers.state import NAME, ROLE, ModelState, Role
 from deltadecode.errors import ArgumentTypeError, UnsupportedModelError
 
@@ -180,6 +181,7 @@ def bind(
     draft_tokens: int = 0,
     draft_fixed: bool = True,
     kv_dtype: str | None = None,
+    layer_graphs: bool = False,
 ) -> ModelState:
     """Give the modules of a model their roles, in place of older ones, and its decoder the hook.
 
@@ -196,7 +198,7 @@ def bind(
         older = hook.state if hook is not None else None
         older = older or next((state for state in _attached if state.config is config), None)
         previous = None if older is None else older.previous
-    state = ModelState(config, cfg, previous, draft_tokens, draft_fixed, kv_dtype)
+    state = ModelState(config, cfg, previous, draft_tokens, draft_fixed, kv_dtype, layer_graphs)
     attach(model, decoder, state)
     for used in decoder.configs:
         used._attn_implementation_internal = NAME
@@ -221,6 +223,10 @@ def attach(model: PreTrainedModel, decoder: Decoder, state: ModelState) -> None:
         vars(module)[ROLE] = Role(state, layer, plan.roles[layer], plan.sources[layer])
     for module in decoder.others:
         vars(module)[ROLE] = Role(state, module.layer_idx, "own", None)  # type: ignore[arg-type]
+    if state.graphs is not None:
+        found = attention_modules(model).values()
+        attentions = [module for modules in found for _, module in modules]
+        wrap_layers(decoder.model, state, [each for each in attentions if ROLE in vars(each)])
     ForwardHook(state).install(decoder.model)
     _attached.add(state)
 
@@ -232,6 +238,7 @@ def detach(model: PreTrainedModel) -> None:
             _attached.discard(hook.state)
         del part._forward_pre_hooks[key]
         part._forward_pre_hooks_with_kwargs.pop(key, None)
+    unwrap_layers(model)
     for module in model.modules():
         vars(module).pop(ROLE, None)
 

@@ -17,6 +17,7 @@ from deltadecode.engines.transformers.checks import (
     check_prompt,
     check_rows,
 )
+from deltadecode.engines.transformers.layer_graphs import unwrap_layers
 from deltadecode.engines.transformers.offload import DeltaOffloadedCache
 from deltadecode.engines.transformers.offload_checks import check_host
 from deltadecode.engines.transformers.state import ModelState
@@ -58,6 +59,8 @@ class ForwardHook:
             Arguments to call it with instead; None: unchanged.
         """
         state = self.state
+        if state is not None and state.graphs is not None:
+            _forget_graphs(model, state)
         if state is None and self.first_use is not None:
             state = _bound_here(model, self.first_use)
         if state is None or not state.active:
@@ -102,6 +105,8 @@ class ForwardHook:
                 check_host(model, cache, len(tokens), int(cache.get_seq_length()) + new)
             begin = _begin_uncompiled if torch.compiler.is_dynamo_compiling() else _begin
             begin(state, new == 1 and cache is not None, full, cache)
+            if state.graphs is not None and not torch.compiler.is_compiling():
+                _begin_graphs(model, state, cache, kwargs)
         return (), kwargs
 
 
@@ -114,6 +119,24 @@ def _begin(state: ModelState, one: bool, full: bool, cache: Any) -> None:
         apart.begin(decodes and not full)
     if isinstance(cache, DeltaOffloadedCache):
         state.stats.offload.follow(cache)
+
+
+@torch.compiler.disable
+def _begin_graphs(
+    model: PreTrainedModel, state: ModelState, cache: Any, kwargs: dict[str, Any]
+) -> None:
+    """Let a decode step use layer graphs."""
+    step = state.local.step
+    if state.graphs is not None and step is not None and step.decodes and not step.full:
+        state.local.graphed = state.graphs.begin(model, state, cache, kwargs)
+
+
+@torch.compiler.disable
+def _forget_graphs(model: PreTrainedModel, state: ModelState) -> None:
+    """Begin a pass without layer graphs; a step that broke off may have left some."""
+    state.local.graphed = None
+    if getattr(model, "_is_replica", False):  # its layers would run those of the model
+        unwrap_layers(model)
 
 
 # What a compiled graph writes to a ``threading.local`` is lost.

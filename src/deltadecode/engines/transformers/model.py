@@ -17,7 +17,11 @@ from deltadecode.engines.transformers.bind import (
 )
 from deltadecode.engines.transformers.cache import check_unshared
 from deltadecode.engines.transformers.checks import check_attentions
-from deltadecode.engines.transformers.lossless import check_croppable, check_draft_tokens
+from deltadecode.engines.transformers.lossless import (
+    check_croppable,
+    check_draft_tokens,
+    check_flag,
+)
 from deltadecode.engines.transformers.packing import check_kv_dtype
 from deltadecode.engines.transformers.stats import DecodeStats
 from deltadecode.errors import ArgumentError, ArgumentTypeError
@@ -30,6 +34,7 @@ def enable(
     lossless: bool = False,
     draft_tokens: int | None = None,
     kv_dtype: str | None = None,
+    layer_graphs: bool = False,
 ) -> None:
     """Decode with DELTA from now on (arXiv 2510.09883; docs/semantics.md).
 
@@ -53,6 +58,10 @@ def enable(
     kv_dtype : str, optional
         ``"int8"`` or ``"fp8"``: in the caches that ``generate`` and ``forward`` make, store keys
         and values in eight bits (docs/memory.md says what that loses). Not with ``lossless``.
+    layer_graphs : bool
+        On a GPU, run each decoder layer as two CUDA graphs, before and behind its cache and its
+        attention, at decode steps from a :class:`DeltaCache` or a :class:`DeltaOffloadedCache`. It
+        does nothing while the model is on the CPU or on several devices. Not with ``lossless``.
 
     Raises
     ------
@@ -62,8 +71,8 @@ def enable(
     DeltaConfigError
         When the plan does not fit the model; the model is then unchanged.
     ArgumentError
-        For another type, a number of drafts out of range, eight bits in lossless mode, or when the
-        model is set to return attention weights.
+        For another type, a number of drafts out of range, eight bits or layer graphs in lossless
+        mode, or when the model is set to return attention weights.
     """
     inner = unwrap(model)
     drafts = check_draft_tokens(lossless, draft_tokens)
@@ -71,6 +80,12 @@ def enable(
         raise ArgumentTypeError(f"cfg must be a DeltaConfig, got {type(cfg).__name__}")
     check_attentions(inner.config.output_attentions)
     check_kv_dtype(kv_dtype)
+    check_flag("layer_graphs", layer_graphs)
+    if layer_graphs and lossless:
+        raise ArgumentError(
+            "layer_graphs=True is for steps that read selected pages, got lossless=True, whose "
+            "passes are others"
+        )
     if kv_dtype is not None:
         if lossless:
             raise ArgumentError(
@@ -80,7 +95,7 @@ def enable(
         check_unshared(inner.config, "stored in eight bits")
     if drafts:
         check_croppable(find_decoder(inner).model)
-    bind(inner, cfg, drafts, draft_tokens is not None, kv_dtype)
+    bind(inner, cfg, drafts, draft_tokens is not None, kv_dtype, layer_graphs)
 
 
 def disable(model: PreTrainedModel) -> None:

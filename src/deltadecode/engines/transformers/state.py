@@ -10,6 +10,7 @@ import torch
 from deltadecode.architecture import attention_layers, longest_prompt, num_layers, text_config
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.times import Times
+from deltadecode.engines.transformers.layer_graphs import LayerGraphs
 from deltadecode.engines.transformers.planned import PlannedKernels
 from deltadecode.engines.transformers.stats import DecodeStats
 from deltadecode.engines.transformers.step import LocalPass, StaticPass
@@ -38,6 +39,8 @@ class ModelState:
         Always draft so many, where there are pages to read.
     kv_dtype : str or None
         That of the caches which ``generate`` and ``forward`` make.
+    layer_graphs : bool
+        Run decoder layers as CUDA graphs at decode steps from growing caches.
 
     Raises
     ------
@@ -53,12 +56,14 @@ class ModelState:
         draft_tokens: int = 0,
         draft_fixed: bool = True,
         kv_dtype: str | None = None,
+        layer_graphs: bool = False,
     ) -> None:
         text = text_config(config)
         layers = attention_layers(text)
         self.config, self.previous = config, previous
         self.draft_tokens, self.draft_fixed = draft_tokens, draft_fixed
         self.kv_dtype = kv_dtype
+        self.graphs = LayerGraphs() if layer_graphs else None
         self.cfg = DeltaConfig.for_model(text) if cfg is None else cfg
         self.plan = self.cfg.layer_plan(num_layers(text), layers)
         self.first, self.last = layers[0], layers[-1]
@@ -79,7 +84,8 @@ class ModelState:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the plan alone."""
         drafts = self.draft_tokens, self.draft_fixed
-        return type(self), (self.config, self.cfg, self.previous, *drafts, self.kv_dtype)
+        own = self.kv_dtype, self.graphs is not None
+        return type(self), (self.config, self.cfg, self.previous, *drafts, *own)
 
     def times_of(self, rows: int, tokens: int) -> Times:
         """What lossless decoding took with so many rows and about so many tokens of each."""

@@ -138,6 +138,8 @@ class LocalPass(threading.local):
     step: Step | None = None
     # Its Drafting, in lossless mode, while ``generate`` decodes.
     drafting: Any = None
+    graphed: Any = None  # its LayerPass, of a step with layer graphs
+    recorder: Any = None  # of the layer in progress, while it is recorded
 
 
 class StaticPass:

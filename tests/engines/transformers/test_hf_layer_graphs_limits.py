@@ -1,0 +1,475 @@
+"""When layers run as they are though layer graphs are asked for, and what becomes of recordings."""
+
+import copy
+import functools
+import gc
+import io
+import pickle
+import threading
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hf_pieces import SimulatedPiece, simulate
+from hf_tiny import generate, make_model, make_prompt, small_config, stock_name
+from test_hf_layer_graphs import assert_same, make, plain, replays, run
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+import deltadecode as dd
+from deltadecode.engines.transformers import bind
+from deltadecode.engines.transformers.layer_graphs import LayerForward
+from deltadecode.engines.transformers.swap import enabled, stock_attention
+
+STEPS = 8
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedPiece]:
+    return simulate(monkeypatch)
+
+
+def forwards(model: Any) -> list[Any]:
+    return [vars(layer).get("forward") for layer in model.model.layers]
+
+
+def put(layer: Any, attention: Any = None, mlp: Any = None) -> None:
+    """Replace what the parts of a layer compute; each gets the module's own forward first."""
+    for part, function in ((layer.self_attn, attention), (layer.mlp, mlp)):
+        if function is not None:
+            part.forward = functools.partial(function, type(part).forward, part)
+
+
+def attends(change: Any) -> Any:
+    """A Llama attention whose query, key and value are changed behind the cache."""
+
+    def forward(own: Any, part: Any, hidden_states: Any, **kwargs: Any) -> Any:
+        stock = modeling_llama.ALL_ATTENTION_FUNCTIONS
+
+        class Interface:
+            @staticmethod
+            def get_interface(*names: Any) -> Any:
+                function = stock.get_interface(*names)
+                return lambda module, *states, **options: function(
+                    module, *change(*states), **options
+                )
+
+        modeling_llama.ALL_ATTENTION_FUNCTIONS = Interface
+        try:
+            return own(part, hidden_states, **kwargs)
+        finally:
+            modeling_llama.ALL_ATTENTION_FUNCTIONS = stock
+
+    return forward
+
+
+REFUSED = {
+    "an operation between": (
+        {"attention": attends(lambda q, k, v, m: (q * 1.5, k, v, m))},
+        "computes mul between its cache and its attention",
+    ),
+    "keys of its own": (
+        {
+            "attention": lambda own, part, hidden_states, **given: own(
+                part, hidden_states, **{**given, "past_key_values": None}
+            )
+        },
+        "attends to keys that it does not store",
+    ),
+    "other keys": (
+        {"attention": attends(lambda q, k, v, m: (q, v, v, m))},
+        "attends to other keys than its cache gives",
+    ),
+    "a mask of its own": (
+        {"attention": attends(lambda q, k, v, m: (q, k, v, KEPT_MASK if k.shape[2] == 43 else m))},
+        "attends with a mask of its own",
+    ),
+    "a value that the host reads": (
+        {"mlp": lambda own, part, x: own(part, x) if float(x.sum()) else x},
+        "waits for the GPU in _local_scalar_dense",
+    ),
+    "a length that the host reads": (
+        {"mlp": lambda own, part, x: own(part, x) + len(x.nonzero())},
+        "waits for the GPU in nonzero",
+    ),
+    "another tensor": (
+        {"mlp": lambda own, part, x: own(part, x) + KEPT},
+        "reads in add what it was not given as a token's tensor",
+    ),
+    "another device": (
+        {"mlp": lambda own, part, x: own(part, x) + torch.ones(1, device="meta").shape[0]},
+        "computes ones on another device",
+    ),
+    "weights that change": (
+        {"mlp": lambda own, part, x: own(part, x) + part.up_proj.weight.mul_(1.0)[0, 0]},
+        "writes in mul_ to what it was given",
+    ),
+    "an error of the capture": (
+        {"mlp": lambda own, part, x: own(part, x) if recorded_alone() else x},
+        "cannot be recorded (no capture)",
+    ),
+}  # fmt: skip
+KEPT = torch.full((1,), 0.5)
+KEPT_MASK = torch.ones(1, 1, 1, 43, dtype=torch.bool)  # of the step that is recorded
+
+
+def recorded_alone() -> bool:
+    """Fails as an operation does in a capture, and else is True."""
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    if any(isinstance(mode, SimulatedPiece) for mode in modes):
+        raise RuntimeError("no capture\nof this")
+    return True
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_layers_that_cannot_be_recorded(case: str, pieces: list[SimulatedPiece]) -> None:
+    changed, reason = REFUSED[case]
+    model = make()
+    pair = model, plain(model)
+    for each in pair:
+        for layer in (1, 2):
+            put(each.model.layers[layer], **changed)
+    with pytest.warns(UserWarning) as seen:
+        assert_same(pair, make_prompt(41), 21)
+    (warning,) = seen
+    assert str(warning.message) == (
+        f"LlamaDecoderLayer {reason}: it decodes without layer graphs, and so may others of this "
+        "model"
+    )
+    assert [forward.refused for forward in forwards(model)] == [False, True, True] + [False] * 3
+    # What was recorded of them ran once at most.
+    assert {20 - 2} < replays(pieces) <= {-1, 0, 20 - 2}
+
+
+def test_experts_that_the_host_sends_tokens_to(pieces: list[SimulatedPiece]) -> None:
+    model = make("gpt_oss", experts="eager")
+    pair = model, plain(model)
+    with pytest.warns(UserWarning, match="GptOssDecoderLayer waits for the GPU in"):
+        assert_same(pair, make_prompt(41, 2), 20)
+    assert all(forward.refused for forward in forwards(model))
+
+
+def test_layers_of_another_kind(pieces: list[SimulatedPiece]) -> None:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        vocab_size=61, vocab_size_per_layer_input=61, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        hidden_size_per_layer_input=8, num_kv_shared_layers=2, laurel_rank=4, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"] * 3, sliding_window=12,
+        activation_sparsity_pattern=[0.0] * 6, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3nForCausalLM(config).eval()
+    cfg = small_config(dense_layers=(), delta_layers=(1,))
+    dd.enable(model, cfg, layer_graphs=True)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert_same((model, plain(model)), make_prompt(41), 20)
+    (message,) = {str(each.message) for each in seen if "layer graphs" in str(each.message)}
+    assert message.startswith("Gemma3nTextDecoderLayer gets hidden states of shape [4, 1, 1, 32]")
+    assert pieces == []
+
+
+@pytest.mark.parametrize("where", ["update", "attention"])
+def test_errors_of_cache_and_attention_are_raised(
+    where: str, pieces: list[SimulatedPiece], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    cache = dd.DeltaCache(model.config)
+    with torch.no_grad():
+        model(make_prompt(41), past_key_values=cache)
+        model(make_prompt(1), past_key_values=cache)
+        with monkeypatch.context() as patch:
+            if where == "update":
+                patch.setattr(cache.layers[2], "update", lambda *given: 1 / 0)
+            else:
+                kernels = bind.find_state(model).kernels
+                patch.setattr(kernels, "attend", lambda *given, **options: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(make_prompt(1), past_key_values=cache)
+    assert "update" not in vars(cache)
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    assert not any(forward.refused for forward in forwards(model))
+    assert_same((model, plain(model)), make_prompt(41), 20)
+
+
+def test_an_interrupt_ends_the_capture(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+
+    def interrupted(own: Any, part: Any, x: Any) -> Any:
+        if torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+            raise KeyboardInterrupt
+        return own(part, x)
+
+    put(model.model.layers[3], mlp=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, make_prompt(41), STEPS)
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    del model.model.layers[3].mlp.forward
+    assert_same((model, plain(model)), make_prompt(41), 20)
+
+
+@pytest.mark.parametrize("change", ["data", "load", "module", "half"])
+def test_other_weights(change: str, pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    pair = model, plain(model)
+    assert_same(pair, make_prompt(41), STEPS)
+    other = make_model("llama", "sdpa", seed=1)
+    for each in pair:
+        if change == "data":
+            for mine, its in zip(each.parameters(), other.parameters(), strict=True):
+                mine.data = its.data.clone()
+        elif change == "load":
+            each.load_state_dict(other.state_dict())
+        elif change == "module":
+            for mine, its in zip(each.model.layers, other.model.layers, strict=True):
+                mine.mlp = copy.deepcopy(its.mlp)
+        else:
+            each.bfloat16()
+    made = len(pieces)
+    assert_same(pair, make_prompt(41), STEPS)
+    assert len(pieces) == made + (0 if change == "load" else 12)
+
+
+def test_a_hook_within_a_layer_runs_at_every_step(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    twin = plain(model)
+    run(model, make_prompt(41), STEPS)
+    seen: list[Any] = []
+    mlp = model.model.layers[2].mlp
+    handle = mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    assert_same((model, twin), make_prompt(41), STEPS)
+    handle.remove()
+    assert seen == [41] + [1] * (STEPS - 1)
+    assert_same((model, twin), make_prompt(41), STEPS)
+    assert replays(pieces) == {2 * (STEPS - 1) - 2}
+
+
+def test_passes_that_are_no_steps_without_gradients(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+
+    def step(**options: Any) -> None:
+        cache = dd.DeltaCache(model.config)
+        with torch.no_grad():
+            model(make_prompt(41), past_key_values=cache)
+        for _ in range(3):
+            model(make_prompt(1), past_key_values=cache, **options)
+
+    step()  # gradients
+    with torch.no_grad():
+        model.train()
+        step()
+        model.eval()
+        with torch.autocast("cpu"):
+            step()
+        for _ in range(3):
+            model(make_prompt(1))  # a prompt of one token
+        run(model, make_prompt(41), 9, cache_implementation="static", disable_compile=True)
+    assert pieces == []
+    with torch.no_grad():
+        step()
+    assert len(pieces) == 12
+
+
+def test_nothing_is_recorded_on_a_cpu() -> None:
+    model = make()
+    assert_same((model, plain(model)), make_prompt(41), 20)
+    assert all(forward.recordings == {} for forward in forwards(model))
+
+
+def test_a_model_on_two_devices_is_not_recorded(
+    pieces: list[SimulatedPiece], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    model.model.register_buffer("elsewhere", torch.empty(1, device="meta"), persistent=False)
+    run(model, make_prompt(41), STEPS)
+    assert pieces == []
+    del model.model.elsewhere
+    for layer in model.model.layers:  # as adapters of PEFT have it
+        layer.mlp.up_proj.base_layer = nn.Identity()
+    run(model, make_prompt(41), STEPS)
+    assert pieces == []
+
+
+def test_disable_and_enable_again(pieces: list[SimulatedPiece]) -> None:
+    model = make_model("llama", "sdpa")
+    before = [set(vars(layer)) for layer in model.model.layers]
+    for _ in range(2):
+        dd.enable(model, small_config(), layer_graphs=True)
+        assert all(isinstance(forward, LayerForward) for forward in forwards(model))
+        generate(model, make_prompt(41), STEPS)
+    assert len(pieces) == 24
+    dd.enable(model, small_config())
+    assert forwards(model) == [None] * 6
+    dd.enable(model, small_config(), layer_graphs=True)
+    dd.disable(model)
+    assert [set(vars(layer)) for layer in model.model.layers] == before
+    generate(model, make_prompt(41), STEPS)
+    assert len(pieces) == 24
+
+
+def test_another_attention_for_a_while(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    pair = model, plain(model)
+    assert_same(pair, make_prompt(41), STEPS)
+    cfg = small_config(budget_pages=4)
+    for each in pair:
+        with stock_attention(each):
+            generate(each, make_prompt(41), STEPS)
+        with enabled(each, cfg):
+            generate(each, make_prompt(41), STEPS)
+    made = len(pieces)
+    assert made == 12
+    assert_same(pair, make_prompt(41), STEPS)
+    assert replays(pieces[-12:]) == {STEPS - 3}
+
+
+def _pickled(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled])
+def test_copies_have_recordings_of_their_own(copied: Any, pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    expected = run(model, make_prompt(41), STEPS)
+    twin = copied(model)
+    for mine, its in zip(forwards(model), forwards(twin), strict=True):
+        assert its is not mine and its.recordings == {} and its.last == mine.last
+    with torch.no_grad():
+        for parameter in twin.model.layers.parameters():
+            parameter.mul_(1.5)
+    other = run(twin, make_prompt(41), STEPS)
+    assert not torch.equal(other[1], expected[1])
+    assert_same((twin, plain(twin)), make_prompt(41), STEPS)
+    again = run(model, make_prompt(41), STEPS)
+    assert all(map(torch.equal, again[:2], expected[:2]))
+    assert len(pieces) == 24
+
+
+def test_a_layer_that_is_copied_alone(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    twin = plain(model)
+    model.model.layers[2] = copy.deepcopy(model.model.layers[2])
+    assert_same((model, twin), make_prompt(41), STEPS)
+    assert len(pieces) == 12
+    assert pickle.loads(pickle.dumps(model.model.layers[2])) is not None
+
+
+def test_a_model_is_freed_as_promptly_as_without(pieces: list[SimulatedPiece]) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        freed = []
+        for graphs in (False, True):
+            model = make_model("llama", "sdpa")
+            dd.enable(model, small_config(), layer_graphs=graphs)
+            state = weakref.ref(bind.find_state(model))
+            generate(model, make_prompt(3), STEPS)
+            weak = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+            pieces.clear()
+            del model
+            freed.append((weak() is None, state() is None))
+        assert freed[1] == freed[0] == (True, True)
+    finally:
+        gc.enable()
+
+
+def test_threads(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    prompts = [make_prompt(41, seed=seed) for seed in range(3)]
+    twin = plain(model)
+    expected = [generate(twin, prompt, 30) for prompt in prompts]
+    got: dict[int, Any] = {}
+
+    def decode(place: int) -> None:
+        got[place] = generate(model, prompts[place], 30)
+
+    threads = [threading.Thread(target=decode, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for place, out in enumerate(expected):
+        assert torch.equal(got[place].sequences, out.sequences)
+        assert torch.equal(torch.stack(got[place].logits), torch.stack(out.logits))
+    assert len(pieces) == 12
+
+
+def test_another_thread_meanwhile_runs_layers_as_they_are(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    twin = plain(model)
+    prompt = make_prompt(41, seed=3)
+    expected = generate(twin, prompt, STEPS)
+    inner: list[Any] = []
+
+    def meanwhile(module: Any, args: Any) -> None:
+        if args[0].shape[1] == 1 and not inner:
+            inner.append(None)
+            thread = threading.Thread(
+                target=lambda: inner.append(generate(model, prompt, STEPS)), daemon=True
+            )
+            thread.start()
+            thread.join()
+
+    handle = model.model.layers[3].register_forward_pre_hook(meanwhile)
+    got, outer = generate(model, make_prompt(41), 20), generate(twin, make_prompt(41), 20)
+    handle.remove()
+    assert torch.equal(torch.stack(got.logits), torch.stack(outer.logits))
+    assert torch.equal(torch.stack(inner[1].logits), torch.stack(expected.logits))
+    assert replays(pieces) == {19 - 2}
+
+
+def test_replicas_run_their_own_layers(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    run(model, make_prompt(41), STEPS)
+
+    def replica(part: nn.Module) -> Any:
+        twin = part._replicate_for_data_parallel()
+        for name, child in part._modules.items():
+            if child is not None:
+                twin._modules[name] = replica(child)
+        for name, parameter in part._parameters.items():
+            setattr(twin, name, None if parameter is None else parameter.detach() * 2)
+        return twin
+
+    twin = replica(model)
+    expected = plain(model)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(2)
+        logits = []
+        for each in (twin, expected):
+            cache = dd.DeltaCache(model.config)
+            each(make_prompt(41), past_key_values=cache)
+            logits.append([each(make_prompt(1), past_key_values=cache).logits for _ in range(4)])
+    assert all(map(torch.equal, *logits))
+    assert all(isinstance(forward, LayerForward) for forward in forwards(model))
+
+
+def test_compiled_models_run_as_they_are(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    twin = plain(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        logits = []
+        for each in (compiled, twin):
+            cache = dd.DeltaCache(model.config)
+            each(make_prompt(41), past_key_values=cache)
+            logits.append([each(make_prompt(1), past_key_values=cache).logits for _ in range(4)])
+    torch.testing.assert_close(*logits)
+
+
+def test_what_enable_refuses() -> None:
+    model = make_model("llama", stock_name("llama"))
+    with pytest.raises(dd.ArgumentError, match="got lossless=True") as error:
+        dd.enable(model, lossless=True, layer_graphs=True)
+    assert "\n" not in str(error.value)
+    with pytest.raises(dd.ArgumentError, match="layer_graphs must be True or False, got 'yes'"):
+        dd.enable(model, layer_graphs="yes")  # type: ignore[arg-type]
+    assert forwards(model) == [None] * 6
