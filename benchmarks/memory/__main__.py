@@ -42,11 +42,9 @@ def memory(
     kv_dtype: Annotated[
         str | None, typer.Option(help="Of DELTA's own caches: int8; default: the model's type.")
     ] = None,
-    compiled: Annotated[
+    layer_graphs: Annotated[
         bool,
-        typer.Option(
-            "--compile", help="Compile norms and MLPs of the model, for every cache alike."
-        ),
+        typer.Option("--layer-graphs", help="DELTA's own caches decode with layer graphs."),
     ] = False,
     record: Annotated[
         str | None,
@@ -90,8 +88,8 @@ def memory(
         cfg.layer_plan(known.layers)
     named = {"record": record, "rounding": rounding, "eight_bits": eight_bits}
     if any(named.values()):
-        if compiled:
-            raise BadInput("--compile is for steps that are timed, not for a model's texts")
+        if layer_graphs:
+            raise BadInput("--layer-graphs is for steps that are timed, not for a model's texts")
         given = {
             "shape": shape, **named, "context": context, "budget": budget, "texts": texts,
             "steps": steps, "file": file, "plan": plan,
@@ -107,11 +105,11 @@ def memory(
 
         options = Options(
             shape=known, plan=cfg, batches=batch or [1], contexts=context or [32768], steps=steps,
-            rounds=rounds, longest=longest or [], kv_dtype=kv_dtype, compiled=compiled,
+            rounds=rounds, longest=longest or [], kv_dtype=kv_dtype, layer_graphs=layer_graphs,
             command=cli.command_line(
                 "memory", shape=shape, batch=batch, context=context, steps=steps, rounds=rounds,
                 selections=selections, longest=longest, plan=plan, kv_dtype=kv_dtype,
-                compile=compiled,
+                layer_graphs=layer_graphs,
             ),
         )  # fmt: skip
         if selections is not None:

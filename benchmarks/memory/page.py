@@ -16,8 +16,12 @@ _LONGEST = "| GPU | cache | tokens | the GPU alone would hold | held in a run |"
 
 def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Lines of the table of steps and that of the longest contexts; a GB is 10^9 bytes."""
+    # In older results norms and MLPs may have been compiled, for every cache alike.
+    flags = "compiled", "layer_graphs"
     rows = [
-        row | {"kv_dtype": result.get("kv_dtype"), "compiled": bool(result.get("compiled"))}
+        row
+        | {"kv_dtype": result.get("kv_dtype")}
+        | {name: bool(result.get(name)) for name in flags}
         for result in results
         for row in result["rows"]
     ]
@@ -45,8 +49,8 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
                 yield _line(*cells, f"{row[f'by_gpu_{side}']:,}", held)
 
 
-def _point(row: dict[str, Any]) -> tuple[bool, int, int, str]:
-    return row["compiled"], row["batch"], row["context"], row["selections"]
+def _point(row: dict[str, Any]) -> tuple[bool, bool, int, int, str]:
+    return row["compiled"], row["layer_graphs"], row["batch"], row["context"], row["selections"]
 
 
 def _step_line(row: dict[str, Any], side: str) -> str:
@@ -62,8 +66,10 @@ def _step_line(row: dict[str, Any], side: str) -> str:
 
 
 def _name(name: str, row: dict[str, Any]) -> str:
-    kv_dtype = row["kv_dtype"] if name.startswith("Delta") else None
-    return f"`{name}`" + (f", {kv_dtype}" if kv_dtype else "")
+    if not name.startswith("Delta"):
+        return f"`{name}`"
+    notes = [row["kv_dtype"], "layer graphs" if row["layer_graphs"] else None]
+    return ", ".join([f"`{name}`", *(note for note in notes if note)])
 
 
 def _line(*cells: str) -> str:

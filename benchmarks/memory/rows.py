@@ -16,7 +16,7 @@ SELECTIONS = {
     MEASURED: "by a walk that changes as many pages a step as a real model did on real texts",
 }
 UNIT = "ms a step"
-COMPILED = "compiled: norms and MLPs of the model, for every cache alike"
+LAYER_GRAPHS = "layer graphs: in steps from DELTA's own caches"
 
 
 def point_rows(
@@ -95,8 +95,8 @@ def memory_table(result: dict[str, Any]) -> Table:
     title = f"memory: {result['model']}, {gpus[0] if gpus else result['machine']['cpu']}"
     modes = {line.get("selections") for line in result["rows"]}
     notes = [f"{mode} selections: {note}" for mode, note in SELECTIONS.items() if mode in modes]
-    if result.get("compiled"):
-        notes.append(COMPILED)
+    if result.get("layer_graphs"):
+        notes.append(LAYER_GRAPHS)
     shown = Table(title=title, title_justify="left", caption="\n".join(notes) or None)
     for name in ("case", "peer", "unit", "theirs", "ours", "ratio", "notes"):
         right = name in ("theirs", "ours", "ratio")

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import deltadecode as dd
 from benchmarks.e2e.shapes import ModelShape
 from benchmarks.memory.caches import Kind, fill, free_all, held_bytes, kinds
-from benchmarks.memory.compiled import compile_parts
 from benchmarks.memory.rows import MEASURED, RANDOM, longest_row, point_rows
 from benchmarks.memory.selections import Walk
 from benchmarks.report import Progress
@@ -25,7 +24,7 @@ from deltadecode.engines.transformers.offload_host import free_host_bytes
 from deltadecode.errors import UnsupportedCacheError
 from deltadecode.lab.results import result, rounded
 
-_WARMUP = 3  # the first one fills the pools
+_WARMUP = 3  # the first one fills the pools, the second one records layer graphs
 _SECONDS = 5.0  # of the steps of one cache, once there are two
 # Activations, workspaces and what is lost between blocks.
 _RESERVE = 2**30
@@ -40,7 +39,7 @@ class Options:
     ``missed`` is the record that selections follow, of which ``selections`` names the source;
     ``longest`` are the sizes of GPUs in GB (10^9 bytes) to find the longest context for;
     ``kv_dtype`` is that of DELTA's own caches. Every cache has ``rounds`` turns, and ``steps`` in
-    each of them. ``compiled`` says whether norms and MLPs of the model are, for every cache alike.
+    each of them. ``layer_graphs`` is for steps from DELTA's own caches.
     """
 
     shape: ModelShape
@@ -54,7 +53,7 @@ class Options:
     longest: Sequence[float] = ()
     kv_dtype: str | None = None
     rounds: int = 1
-    compiled: bool = False
+    layer_graphs: bool = False
 
 
 class Bench:
@@ -74,8 +73,6 @@ class Bench:
                 self.config, attn_implementation="sdpa", dtype=self.dtype
             )
         self.model = model.eval()
-        if options.compiled:
-            compile_parts(self.model, options.batches)
         self.kinds = kinds(shape, options.plan, options.kv_dtype)
 
     @property
@@ -179,7 +176,7 @@ class Bench:
 
     def _switch(self, kind: Kind) -> None:
         if kind.is_ours:
-            dd.enable(self.model, self.options.plan)
+            dd.enable(self.model, self.options.plan, layer_graphs=self.options.layer_graphs)
         else:
             dd.disable(self.model)
 
@@ -262,7 +259,7 @@ def run(options: Options, progress: Progress = lambda case, done: None) -> dict[
     shape = options.shape
     return result("memory", options.command, rows) | {
         "model": shape.name, "plan": options.plan.to_dict(), "plan_note": shape.plan_note,
-        "kv_dtype": options.kv_dtype, "compiled": options.compiled,
+        "kv_dtype": options.kv_dtype, "layer_graphs": options.layer_graphs,
         "selections": options.selections, "skipped": skipped,
     }  # fmt: skip
 

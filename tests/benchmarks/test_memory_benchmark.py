@@ -1,8 +1,10 @@
 """The memory benchmark: what it counts, in small, on a simulated device."""
 
+import importlib
 import json
 from functools import partial
 from operator import itemgetter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +220,15 @@ def test_tables_of_the_page_have_every_cache_once():
     lines = list(tables([{"rows": rows, "kv_dtype": "int8"}]))
     assert sum("| `DeltaCache`, int8 |" in line for line in lines) == 2
     assert sum("| `DynamicCache` |" in line for line in lines) == 1
+    lines = list(tables([{"rows": rows}, {"rows": rows, "layer_graphs": True}]))
+    marked = [
+        line.replace("DeltaCache` |", "DeltaCache`, layer graphs |").replace(
+            "OffloadedCache` |", "OffloadedCache`, layer graphs |"
+        )
+        for line in lines[2:7]
+    ]
+    assert lines[7:] == marked and sum("layer graphs" in line for line in marked) == 4
+    assert "layer graphs" not in " ".join(lines[:7])
     lines = list(tables([{"rows": rows}, {"rows": rows, "compiled": True}]))
     assert lines[7:] == [
         line.replace("Cache` |", "Cache`, compiled |") for line in lines[2:7]
@@ -235,6 +246,42 @@ def test_tables_of_the_page_have_every_cache_once():
         "| 24 GB | `DeltaOffloadedCache` | 226,000 | 226,000 | yes |",
         "| 24 GB | `DynamicCache` | 45,000 | 45,000 | yes |",
     ]
+
+
+def test_layer_graphs_are_of_deltas_own_caches_and_replayed(call, monkeypatch):
+    # The tests of engines are no package, and record on the CPU.
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "engines" / "transformers")
+    pieces = importlib.import_module("hf_pieces").simulate(monkeypatch)
+    seen = []
+    step = bench.Bench._step
+
+    def noted(self, cache, batch):
+        before = sum(piece.replays for piece in pieces)
+        seconds = step(self, cache, batch)
+        made = sum(piece.replays for piece in pieces) - before
+        seen.append((isinstance(cache, dd.DeltaCache), len(self.model.model.layers), made))
+        return seconds
+
+    monkeypatch.setattr(bench.Bench, "_step", noted)
+    arguments = "--shape", "tiny", "--context", 300, "--steps", 2, "--rounds", 1, "--layer-graphs"
+    code, out, err = call(*arguments, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["layer_graphs"] is True and result["command"].endswith(" --layer-graphs")
+    layers = seen[0][1]
+    # The first step of a cache runs as it is; warm-up ends behind a replay of every layer.
+    of_cache = [0, *[2 * layers] * (bench._WARMUP + 1)]
+    assert [made for ours, _, made in seen if ours] == 2 * of_cache
+    assert {made for ours, _, made in seen if not ours} == {0}
+    code, out, err = call(*arguments)
+    assert code == 0 and "layer graphs: in steps from DELTA's own caches" in " ".join(out.split())
+    plain = bench.run(bench.Options(TINY, TINY.plan, [1], [300], 2, ""))
+    assert plain["layer_graphs"] is False
+
+
+def test_texts_are_not_read_with_layer_graphs(call):
+    code, out, err = call("--record", "embedded", "--layer-graphs")
+    assert (code, out) == (2, "") and "--layer-graphs is for steps that are timed" in err
 
 
 def test_losses_of_caches_of_eight_bits(call):
