@@ -122,6 +122,22 @@ def test_tensors_of_the_token_are_copied_once_for_all_layers(pieces: list[Simula
         assert behind.inputs[0] is before.result
 
 
+def test_a_layer_that_gets_a_tensor_of_its_own_later(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    pair = model, plain(model)
+    for each in pair:
+        steps = iter(range(100))
+
+        def turned(module: Any, args: Any, given: Any, steps: Any = steps) -> Any:
+            cos, sin = given["position_embeddings"]
+            later = next(steps) > 6
+            return args, {**given, "position_embeddings": (cos + 0.5, sin) if later else (cos, sin)}
+
+        each.model.layers[3].register_forward_pre_hook(turned, with_kwargs=True)
+    assert_same(pair, make_prompt(41), 20)
+    assert replays(pieces) == {19 - BEFORE_REPLAYS}
+
+
 @pytest.mark.parametrize("changes", [{}, SHARE, NO_RECENT])
 @pytest.mark.parametrize("kind", ["default", "offloaded"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

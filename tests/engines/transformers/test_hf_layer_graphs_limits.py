@@ -14,7 +14,7 @@ import pytest
 import torch
 from hf_pieces import SimulatedPiece, simulate
 from hf_tiny import generate, make_model, make_prompt, small_config, stock_name
-from test_hf_layer_graphs import assert_same, make, plain, replays, run
+from test_hf_layer_graphs import assert_same, cache_of, make, plain, replays, run
 from torch import nn
 from transformers.models.llama import modeling_llama
 
@@ -143,11 +143,14 @@ def test_layers_that_cannot_be_recorded(case: str, pieces: list[SimulatedPiece])
     assert {20 - 2} < replays(pieces) <= {-1, 0, 20 - 2}
 
 
-def test_experts_that_the_host_sends_tokens_to(pieces: list[SimulatedPiece]) -> None:
-    model = make("gpt_oss", experts="eager")
+@pytest.mark.parametrize("kind", ["default", "offloaded"])
+def test_experts_that_the_host_sends_tokens_to(kind: str, pieces: list[SimulatedPiece]) -> None:
+    model = make("gpt_oss", experts="eager", recent_pages=0)
     pair = model, plain(model)
+    caches = [cache_of(each, kind) for each in pair]
+    # By then every layer has stored its token and attended.
     with pytest.warns(UserWarning, match="GptOssDecoderLayer waits for the GPU in"):
-        assert_same(pair, make_prompt(41, 2), 20)
+        assert_same(pair, make_prompt(41, 2), 20, caches=caches)
     assert all(forward.refused for forward in forwards(model))
 
 
@@ -194,6 +197,21 @@ def test_errors_of_cache_and_attention_are_raised(
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     assert not any(forward.refused for forward in forwards(model))
     assert_same((model, plain(model)), make_prompt(41), 20)
+
+
+def test_a_step_that_breaks_off_between_layers(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    twin = plain(model)
+
+    def broken(module: Any, args: Any) -> None:
+        if args[0].shape[1] == 1:
+            raise ZeroDivisionError
+
+    handle = model.model.layers[3].register_forward_pre_hook(broken)
+    with pytest.raises(ZeroDivisionError):
+        run(model, make_prompt(41), STEPS)
+    handle.remove()
+    assert_same((model, twin), make_prompt(41), 20)
 
 
 def test_an_interrupt_ends_the_capture(pieces: list[SimulatedPiece]) -> None:
@@ -260,6 +278,8 @@ def test_passes_that_are_no_steps_without_gradients(pieces: list[SimulatedPiece]
             model(make_prompt(1), past_key_values=cache, **options)
 
     step()  # gradients
+    model.requires_grad_(False)
+    step()  # none, but what others compute from its output may need some
     with torch.no_grad():
         model.train()
         step()
@@ -281,18 +301,27 @@ def test_nothing_is_recorded_on_a_cpu() -> None:
     assert all(forward.recordings == {} for forward in forwards(model))
 
 
-def test_a_model_on_two_devices_is_not_recorded(
-    pieces: list[SimulatedPiece], monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Packed(nn.Parameter):
+    """Weights as quantised ones are, of another type."""
+
+
+@pytest.mark.parametrize("case", ["two devices", "adapters", "hooks of accelerate", "packed"])
+def test_models_that_are_not_recorded(case: str, pieces: list[SimulatedPiece]) -> None:
     model = make()
-    model.model.register_buffer("elsewhere", torch.empty(1, device="meta"), persistent=False)
+    part = model.model.layers[3].mlp.up_proj
+    if case == "two devices":
+        part.register_buffer("elsewhere", torch.empty(1, device="meta"))
+    elif case == "adapters":  # as PEFT has them
+        part.base_layer = nn.Identity().eval()
+    elif case == "packed":
+        part.weight = Packed(part.weight.detach())
+    else:
+        part._hf_hook = object()
     run(model, make_prompt(41), STEPS)
     assert pieces == []
-    del model.model.elsewhere
-    for layer in model.model.layers:  # as adapters of PEFT have it
-        layer.mlp.up_proj.base_layer = nn.Identity()
+    model.model.layers[3].mlp = model.model.layers[2].mlp
     run(model, make_prompt(41), STEPS)
-    assert pieces == []
+    assert len(pieces) == 12
 
 
 def test_disable_and_enable_again(pieces: list[SimulatedPiece]) -> None:
@@ -400,6 +429,17 @@ def test_threads(pieces: list[SimulatedPiece]) -> None:
         assert torch.equal(got[place].sequences, out.sequences)
         assert torch.equal(torch.stack(got[place].logits), torch.stack(out.logits))
     assert len(pieces) == 12
+
+
+def test_one_thread_after_another(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    run(model, make_prompt(41), STEPS)
+    thread = threading.Thread(target=run, args=(model, make_prompt(41), STEPS))
+    thread.start()
+    thread.join()
+    run(model, make_prompt(41), STEPS)
+    assert len(pieces) == 12
+    assert replays(pieces) == {3 * (STEPS - 1) - 2}
 
 
 def test_another_thread_meanwhile_runs_layers_as_they_are(pieces: list[SimulatedPiece]) -> None:

@@ -20,18 +20,16 @@ class Frozen:
 
     Parameters
     ----------
-    model : nn.Module
-        The decoder.
     layers : sequence of nn.Module
-        Its layers that are recorded.
+        The layers that are recorded.
 
     Attributes
     ----------
     device : torch.device or None
-        Of all of the model; None where it cannot be recorded.
+        Of all layers; None where they cannot be recorded.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         inside = [part for layer in layers for part in layer.modules()]
         outer = set(layers)
         # Else the model would be freed by the garbage collector alone.
@@ -42,7 +40,7 @@ class Frozen:
             for part in inside
             if part._parameters or part._buffers
         ]
-        self.device = _device(model, inside)
+        self.device = _device(inside)
 
     def changed(self) -> bool:
         """Whether modules or weights are others than before, or lie elsewhere."""
@@ -76,19 +74,23 @@ def _children(part: nn.Module) -> list[int]:
 
 
 def _addresses(part: nn.Module) -> list[int]:
+    return [tensor.data_ptr() for tensor in _held(part)]
+
+
+def _held(part: nn.Module) -> list[Tensor]:
     held = (*part._parameters.values(), *part._buffers.values())
-    return [tensor.data_ptr() for tensor in held if tensor is not None]
+    return [tensor for tensor in held if tensor is not None]
 
 
-def _device(model: nn.Module, inside: Sequence[nn.Module]) -> torch.device | None:
-    """The one device of a model whose layers can be recorded."""
+def _device(inside: Sequence[nn.Module]) -> torch.device | None:
+    """The one device of layers, if they can be recorded."""
     # Adapters can be switched between two steps, and hooks of accelerate move what they get.
     if any(hasattr(part, "base_layer") or hasattr(part, "_hf_hook") for part in inside):
         return None
-    held = [*model.parameters(), *model.buffers()]
+    held = [tensor for part in inside for tensor in _held(part)]
     devices = {tensor.device for tensor in held}
-    kinds = {type(tensor) for tensor in held}
-    if len(devices) != 1 or not kinds <= {nn.Parameter, Tensor} or not inside:
+    # Weights of other types may be made anew at each use.
+    if len(devices) != 1 or not {type(tensor) for tensor in held} <= {nn.Parameter, Tensor}:
         return None
     device = devices.pop()
     return device if layer_pieces.Pieces.takes(device) else None
