@@ -388,6 +388,10 @@ def test_a_layer_that_is_copied_alone(pieces: list[SimulatedPiece]) -> None:
     model.model.layers[2] = copy.deepcopy(model.model.layers[2])
     assert_same((model, twin), make_prompt(41), STEPS)
     assert len(pieces) == 12
+    older = model.model.layers[2]  # it may be put back
+    model.model.layers[2] = copy.deepcopy(older)
+    assert_same((model, twin), make_prompt(41), STEPS)
+    assert len(pieces) == 24
     assert pickle.loads(pickle.dumps(model.model.layers[2])) is not None
 
 

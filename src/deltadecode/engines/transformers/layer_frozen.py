@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ class Frozen:
 
     Parameters
     ----------
+    model : nn.Module
+        The decoder.
     layers : sequence of nn.Module
-        The layers that are recorded.
+        Its layers that are recorded.
 
     Attributes
     ----------
@@ -29,17 +32,17 @@ class Frozen:
         Of all layers; None where they cannot be recorded.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         inside = [part for layer in layers for part in layer.modules()]
         outer = set(layers)
         # Else the model would be freed by the garbage collector alone.
         self._inside = [weakref.ref(part) for part in inside if part not in outer]
-        self._children = [(weakref.ref(part), _children(part)) for part in inside if part._modules]
-        self._weights = [
-            (weakref.ref(part), _addresses(part))
-            for part in inside
-            if part._parameters or part._buffers
-        ]
+        around = [part for part in model.modules() if outer.intersection(part._modules.values())]
+        held = [part for part in (*around, *inside) if part._modules]
+        self._children = [(weakref.ref(part), _children(part)) for part in held]
+        # Parameters and buffers by name, which hold no module: modules would hold the model.
+        named = [held for part in inside for held in (part._parameters, part._buffers) if held]
+        self._weights = [(held, _addresses(held)) for held in named]
         self.device = _device(inside)
 
     def changed(self) -> bool:
@@ -48,11 +51,7 @@ class Frozen:
             part = known()
             if part is None or _children(part) != children:
                 return True
-        for known, addresses in self._weights:
-            part = known()
-            if part is None or _addresses(part) != addresses:
-                return True
-        return False
+        return any(_addresses(held) != addresses for held, addresses in self._weights)
 
     def hooked(self) -> bool:
         """Whether hooks look into a layer, or a part of it is in training."""
@@ -73,8 +72,8 @@ def _children(part: nn.Module) -> list[int]:
     return [id(child) for child in part._modules.values()]
 
 
-def _addresses(part: nn.Module) -> list[int]:
-    return [tensor.data_ptr() for tensor in _held(part)]
+def _addresses(held: dict[str, Any]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in held.values()]
 
 
 def _held(part: nn.Module) -> list[Tensor]:

@@ -58,7 +58,7 @@ class LayerGraphs:
             return None
         if self._frozen is None or self._frozen.changed():
             found = _wrapped(model)
-            self._frozen, self._pieces = Frozen(list(found)), None
+            self._frozen, self._pieces = Frozen(model, list(found)), None
             for forward in found.values():
                 forward.recordings.clear()
         device = self._frozen.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -274,7 +275,9 @@ class Recorder:
         self._look_away()
         piece, self._open = self._open, None
         if piece is not None:
-            with suppress(RuntimeError):  # of the capture, which is over
+            # That nothing was recorded yet is no news, and nor is that the capture is over.
+            with suppress(RuntimeError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 piece.end()
 
     def _see(self) -> None:
