@@ -131,8 +131,14 @@ def test_layers_that_cannot_be_recorded(case: str, pieces: list[SimulatedPiece])
     for each in pair:
         for layer in (1, 2):
             put(each.model.layers[layer], **changed)
+    kept: list[Any] = []
+    model.model.layers[2].register_forward_hook(
+        lambda module, args, out: kept.append((out, out.clone()))
+    )
     with pytest.warns(UserWarning) as seen:
         assert_same(pair, make_prompt(41), 21)
+    # What such a layer returns belongs to nobody.
+    assert len(kept) == 21 and all(torch.equal(*both) for both in kept)
     (warning,) = seen
     assert str(warning.message) == (
         f"LlamaDecoderLayer {reason}: it decodes without layer graphs, and so may others of this "

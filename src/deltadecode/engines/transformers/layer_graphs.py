@@ -215,12 +215,13 @@ class LayerPass:
             for place, (given, buffer) in enumerate(zip(tensors, recording.inputs, strict=True)):
                 self._fill(given, buffer, shared=place > 0)
             out = recording.replay(self._cache, mask)
+        if recordings[sign] is None:
+            return out
         first = out[0] if isinstance(out, tuple) else out
-        if isinstance(first, Tensor):
-            self._results[id(first)] = first
-            if forward.last:  # it leaves the model, perhaps as it is
-                first = first.clone()
-                return (first, *out[1:]) if isinstance(out, tuple) else first
+        self._results[id(first)] = first
+        if forward.last:  # it leaves the model, perhaps as it is
+            first = first.clone()
+            return (first, *out[1:]) if isinstance(out, tuple) else first
         return out
 
     def _record(
