@@ -165,6 +165,22 @@ def test_layers_of_another_kind(pieces: list[SimulatedPiece]) -> None:
     assert pieces == []
 
 
+def test_a_layer_that_gets_one_tensor_twice(pieces: list[SimulatedPiece]) -> None:
+    model = make()
+    pair = model, plain(model)
+    for each in pair:
+        steps = iter(range(100))
+
+        def doubled(module: Any, args: Any, given: Any, steps: Any = steps) -> Any:
+            cos, sin = given["position_embeddings"]
+            both = (cos, cos) if next(steps) < 5 else (cos, sin)
+            return args, {**given, "position_embeddings": both}
+
+        each.model.layers[3].register_forward_pre_hook(doubled, with_kwargs=True)
+    with pytest.warns(UserWarning, match="LlamaDecoderLayer gets one tensor twice: it decodes"):
+        assert_same(pair, make_prompt(41), 20)
+
+
 @pytest.mark.parametrize("where", ["update", "attention"])
 def test_errors_of_cache_and_attention_are_raised(
     where: str, pieces: list[SimulatedPiece], monkeypatch: pytest.MonkeyPatch

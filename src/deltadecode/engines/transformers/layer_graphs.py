@@ -235,6 +235,10 @@ class LayerPass:
         kwargs: dict[str, Any],
     ) -> Any:
         plain = type(layer).forward.__get__(layer)
+        if len({id(tensor) for tensor in tensors}) < len(tensors):  # they may differ at other steps
+            forward.refused = True
+            self._graphs.warn(layer, "gets one tensor twice")
+            return plain(*args, **kwargs)
         inputs = [self._buffer(tensor, shared=place > 0) for place, tensor in enumerate(tensors)]
         found = {id(tensor): buffer for tensor, buffer in zip(tensors, inputs, strict=True)}
         given = [*layer.parameters(), *layer.buffers()]
