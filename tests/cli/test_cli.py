@@ -109,18 +109,24 @@ def test_interrupt_ends_with_130_and_one_line(model, tmp_path):
     assert err == b"deltadecode: error: interrupted\n"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"]])
-def test_a_result_that_stdout_does_not_take_is_one_line_and_exit_code_1(arguments):
+def test_a_result_that_stdout_does_not_take_is_one_line_and_exit_code_1(arguments, unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command(*arguments), stdout=full, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(
+            command(*arguments), stdout=full, stderr=subprocess.PIPE, env=environment, check=False
+        )
     assert done.returncode == 1
     assert b"No space left on device" in done.stderr and done.stderr.count(b"\n") == 1
 
 
-def test_a_reader_who_leaves_is_no_traceback():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_leaves_is_no_traceback(unbuffered):
     process = subprocess.Popen(
-        command("info", "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        command("info", "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()

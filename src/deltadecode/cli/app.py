@@ -84,7 +84,6 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> NoR
         complain(str(error))
         code = 1
     except BrokenPipeError:  # the reader of stdout wants no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -93,7 +92,17 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None, name: str) -> NoR
         code = 1
     if code == INTERRUPTED:  # what typer makes of KeyboardInterrupt, too
         complain("interrupted")
+    if code:
+        _drop_unwritten()
     sys.exit(code or 0)
+
+
+def _drop_unwritten() -> None:
+    """Forget what stdout has not taken: Python would try again at its end, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_message(error: typer.TyperException) -> str:

@@ -133,7 +133,12 @@ def test_cropped_and_continued(removed: int) -> None:
 
 
 def test_generate_makes_one_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise RuntimeError("no driver")
+
     monkeypatch.setattr(offload, "CudaTransfer", Transfer)
+    # A CUDA build of PyTorch without a driver: the class's own offloaded cache cannot be made.
+    monkeypatch.setattr(torch, "Stream", refuse)
     model = enabled()
     default, ours, configured = (
         run(model, make_prompt(41, rows=2), None, 12, **options)

@@ -43,7 +43,15 @@ def _prepare_cache_for_generation(
 ) -> Any:
     """Let the class make a cache, and put one of ours in its place."""
     users_cache = model_kwargs.get("past_key_values")
-    result = stock(model, generation_config, model_kwargs, *args, **kwargs)
+    offloaded = generation_config.cache_implementation == "offloaded"
+    if offloaded and users_cache is None:
+        # The class's own takes a stream at once, which a CUDA build without a driver does not have.
+        generation_config.cache_implementation = "dynamic"
+    try:
+        result = stock(model, generation_config, model_kwargs, *args, **kwargs)
+    finally:
+        if offloaded:
+            generation_config.cache_implementation = "offloaded"
     made = model_kwargs.get("past_key_values")
     if users_cache is None and made is not None:
         cache: DeltaCache | DeltaStaticCache
@@ -54,7 +62,7 @@ def _prepare_cache_for_generation(
                 keys = getattr(layer, "keys", None)
                 if keys is not None:
                     state.prepare_counts(number, keys.device)
-        elif generation_config.cache_implementation == "offloaded":
+        elif offloaded:
             cache = DeltaOffloadedCache(model.config, state.cfg, kv_dtype=state.kv_dtype)
         else:
             cache = DeltaCache(model.config, kv_dtype=state.kv_dtype)
