@@ -43,8 +43,8 @@ def _prepare_cache_for_generation(
 ) -> Any:
     """Let the class make a cache, and put one of ours in its place."""
     users_cache = model_kwargs.get("past_key_values")
-    offloaded = generation_config.cache_implementation == "offloaded"
-    if offloaded and users_cache is None:
+    offloaded = users_cache is None and generation_config.cache_implementation == "offloaded"
+    if offloaded:
         # The class's own takes a stream at once, which a CUDA build without a driver does not have.
         generation_config.cache_implementation = "dynamic"
     try:

@@ -195,12 +195,11 @@ class Recorder:
     ) -> tuple[Tensor, None]:
         """In the place of attention, while the layer runs."""
         arguments = module, query, key, value, mask
+        if self._finishing and self._attended is not None:
+            attended, self._attended = self._attended, None
+            return attended, None
         if self._finishing or (self._open is None and self._attended is not None):
-            attended = self._attended if self._finishing else None
-            self._attended = None if self._finishing else self._attended
-            return (
-                self._eagerly(attend, arguments, kwargs) if attended is None else (attended, None)
-            )
+            return self._eagerly(attend, arguments, kwargs)  # type: ignore[no-any-return]
         if self._open is not None:
             first = self._attended is None
             raise RefusedError(f"attends {'to keys that it does not store' if first else 'twice'}")
