@@ -90,10 +90,11 @@ def test_hits_are_counted_and_pages_fetched():
     assert stats.steps == 39
 
 
-def test_padded_batches_that_are_cropped_copied_and_go_on():
-    model = make("llama", torch.bfloat16)
+@pytest.mark.parametrize("cfg", [CFG, SHARE])
+def test_padded_batches_that_are_cropped_copied_and_go_on(cfg):
+    model = make("llama", torch.bfloat16, cfg)
     tokens, mask = left_padded()
-    pair = caches(model)
+    pair = caches(model, cfg)
     first, _ = assert_same(model, pair, tokens, mask)
     for cache in pair:
         cache.crop(-11)
@@ -105,7 +106,7 @@ def test_padded_batches_that_are_cropped_copied_and_go_on():
     twins = tuple(copy.deepcopy(cache) for cache in pair)
     assert_same(model, pair, tokens, mask)
     assert_same(model, twins, tokens, mask)
-    assert_same(model, caches(model), tokens, mask, 20, prefill_chunk_size=50)
+    assert_same(model, caches(model, cfg), tokens, mask, 20, prefill_chunk_size=50)
 
 
 def test_memory_that_is_not_pinned_gives_the_same(monkeypatch):

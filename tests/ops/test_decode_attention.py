@@ -115,6 +115,28 @@ def test_rule5_what_lies_past_the_count_is_no_page(backend, poison):
     close(out, expected, torch.float32)
 
 
+def test_rule5_where_pages_lie_and_how_wide_their_table_is_changes_no_bit(backend):
+    # Fewer tokens than the list of pages has room for, and two splits of what it has room for.
+    case = make_case(20, [101, 90], page_size=16, dim=16)
+    pages = [[0, 2, 3, 4, 5, 6], [1, 2, 4, 5]]
+    ids, counts = pack(pages, 8)
+    blocks = len(case.k_cache)
+    order = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
+    table = case.block_table[:, :7].clamp(0, blocks - 1)
+    wide = torch.full((2, 64), blocks, dtype=torch.int32)
+    wide[:, :7] = order.argsort()[table]
+    nowhere = torch.full_like(case.k_cache[:1], math.nan)
+    moved = [torch.cat([x[order], nowhere]) for x in (case.k_cache, case.v_cache)]
+    first, second = (
+        ops.decode_attention(
+            case.q, *caches, where, case.seq_lens, **case.options, page_ids=ids,
+            page_counts=counts, backend=backend,
+        )
+        for caches, where in (((case.k_cache, case.v_cache), table), (moved, wide))
+    )  # fmt: skip
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lengths", [[23, 70, 0, 41], [41, 41]])
 def test_rule1_a_row_that_counts_minus_one_attends_to_everything(backend, lengths, layout):

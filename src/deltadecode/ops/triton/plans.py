@@ -139,7 +139,8 @@ class AttentionPlan:
         packed = 1 if kind.sparse else tokens_in_tile(kind.tokens, group)
         turns = -(-kind.tokens // packed)
         rows, reach = math.prod(kind.queries), kind.reach
-        attended = min(reach, kind.ids_width * kind.page_size) if kind.sparse else reach
+        # Of selected pages, whatever the table has room for: equal bits wherever the pages lie.
+        attended = kind.ids_width * kind.page_size if kind.sparse else reach
         dim_pad = max(16, triton.next_power_of_2(dim))
         tile, parts = attention_shape(
             dim_pad, kind.cache_dtype.itemsize, padded(kind.queries[0]) * turns * kind.kv_heads,
