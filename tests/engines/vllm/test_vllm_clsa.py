@@ -52,7 +52,7 @@ def shipped():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    asked, codes = zip(*(needles(facts, 1, facts)[0] for facts in (3, 12, 40)), strict=True)
+    asked, codes = zip(*(needles(facts, 1, facts)[0] for facts in (3, 12, 36)), strict=True)
     prompts = [tokenizer(text)["input_ids"] for text in asked]
     return {"path": str(model_path()), "prompts": prompts}, tokenizer, codes
 
@@ -131,6 +131,26 @@ def test_what_the_model_cannot_do_is_refused_in_one_line(ran, run, error):
 
 def test_on_unsupported_serves_the_model_as_it_is(ran):
     assert ran["stock if told"]["tokens"][0] == ran["clsa"]["tokens"]
+
+
+def test_layers_with_a_window_have_no_schedule_made_ahead():
+    from deltadecode.engines.vllm.clsa.windows import without_schedule
+
+    class Builder:
+        def __init__(self, size):
+            self.size, self.aot_schedule = size, True  # as FlashAttention 3 has it
+
+    class Backend:
+        @staticmethod
+        def get_builder_cls():
+            return Builder
+
+    backend = without_schedule(Backend)
+    assert issubclass(backend, Backend)
+    assert backend is without_schedule(Backend)  # vLLM groups layers by it
+    builder = backend.get_builder_cls()(3)
+    assert isinstance(builder, Builder)
+    assert (builder.size, builder.aot_schedule) == (3, False)
 
 
 def test_rows_without_a_new_token_change_nothing():

@@ -19,6 +19,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
+from deltadecode.engines.vllm.clsa.windows import without_schedule
+
 Attend = Callable[[Tensor], Tensor]
 
 
@@ -72,6 +74,8 @@ class SelfAttention(nn.Module):
             per_layer_sliding_window=window,
             prefix=f"{prefix}.attn",
         )
+        if window is not None:
+            self.attn.attn_backend = without_schedule(self.attn.attn_backend)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """[T, hidden] to the same."""
