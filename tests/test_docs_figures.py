@@ -282,10 +282,11 @@ def test_what_caches_measured_is_on_their_page():
 def test_ratios_of_caches_are_those_of_their_files():
     memory = page("docs/memory.md")
     shown = [cells[1:4] for cells in memory.rows if cells[-1] in ("goals", "1.5, 10", "")][1:]
-    assert len(shown) == 5
+    assert len(shown) == 7
+    graphs = "layer-graphs"
     points = (
+        (graphs, 131072), (f"{graphs}-256k", 262144), (f"{graphs}-b4", 32768),
         ("rounds", 131072), ("256k", 131072), ("256k", 262144), ("b4", 32768),
-        ("compiled", 131072),
     )  # fmt: skip
     for cells, (name, context) in zip(shown, points, strict=True):
         rows = rows_of(f"memory-20261129-h200-{name}.json", context=context, selections="measured")

@@ -16,12 +16,8 @@ _LONGEST = "| GPU | cache | tokens | the GPU alone would hold | held in a run |"
 
 def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Lines of the table of steps and that of the longest contexts; a GB is 10^9 bytes."""
-    # In older results norms and MLPs may have been compiled, for every cache alike.
-    flags = "compiled", "layer_graphs"
     rows = [
-        row
-        | {"kv_dtype": result.get("kv_dtype")}
-        | {name: bool(result.get(name)) for name in flags}
+        row | {"kv_dtype": result.get("kv_dtype"), "graphs": bool(result.get("layer_graphs"))}
         for result in results
         for row in result["rows"]
     ]
@@ -49,8 +45,8 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
                 yield _line(*cells, f"{row[f'by_gpu_{side}']:,}", held)
 
 
-def _point(row: dict[str, Any]) -> tuple[bool, bool, int, int, str]:
-    return row["compiled"], row["layer_graphs"], row["batch"], row["context"], row["selections"]
+def _point(row: dict[str, Any]) -> tuple[bool, int, int, str]:
+    return row["graphs"], row["batch"], row["context"], row["selections"]
 
 
 def _step_line(row: dict[str, Any], side: str) -> str:
@@ -59,7 +55,7 @@ def _step_line(row: dict[str, Any], side: str) -> str:
     stock = not ours and not row["peer"].startswith("Delta")
     return _line(
         str(row["batch"]), f"{row['context']:,}", "any" if stock else row["selections"],
-        _name(OURS if ours else row["peer"], row) + ", compiled" * row["compiled"],
+        _name(OURS if ours else row["peer"], row),
         f"{row[side]:.1f}", *bytes_of,
         f"{row['hit_rate']:.3f}" if ours else "–",
     )  # fmt: skip
@@ -68,7 +64,7 @@ def _step_line(row: dict[str, Any], side: str) -> str:
 def _name(name: str, row: dict[str, Any]) -> str:
     if not name.startswith("Delta"):
         return f"`{name}`"
-    notes = [row["kv_dtype"], "layer graphs" if row["layer_graphs"] else None]
+    notes = [row["kv_dtype"], "layer graphs" if row["graphs"] else None]
     return ", ".join([f"`{name}`", *(note for note in notes if note)])
 
 

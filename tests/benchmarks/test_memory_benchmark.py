@@ -229,10 +229,6 @@ def test_tables_of_the_page_have_every_cache_once():
     ]
     assert lines[7:] == marked and sum("layer graphs" in line for line in marked) == 4
     assert "layer graphs" not in " ".join(lines[:7])
-    lines = list(tables([{"rows": rows}, {"rows": rows, "compiled": True}]))
-    assert lines[7:] == [
-        line.replace("Cache` |", "Cache`, compiled |") for line in lines[2:7]
-    ] and "compiled" not in " ".join(lines[:7])
     lines = list(tables([{"rows": [*rows, long]}]))
     assert (
         "| 1 | 131,072 | measured | `DeltaOffloadedCache` | 40.0 | 3.00 GB | 16.00 GB | 0.900 |"

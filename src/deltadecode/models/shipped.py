@@ -15,7 +15,7 @@ def model_path() -> Path:
     """Directory of a CLSA model of 16 layers and 14.6 million parameters in bfloat16.
 
     ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load it. It was
-    trained on chain problems, needles and Python's library. Raises DeltaDecodeError when the
+    trained on chain problems, needles and Python sources. Raises DeltaDecodeError when the
     distribution ``deltadecode-clsa`` is not installed.
     """
     return shipped_model("clsa", "CLSA", "clsa")
