@@ -14,6 +14,7 @@ _SCORE_BYTES = 64 * 2**20
 # Bytes of an additive mask over all heads, which PyTorch makes on a GPU where the number of tokens
 # is no multiple of 16: 11 GiB at 200 padded rows of 2,000 tokens and 4 heads.
 _MASK_BYTES = 2**29
+_ALIGNED = 16
 
 
 def full_attention(
@@ -48,6 +49,9 @@ def full_attention(
     if sinks is None and softcap is None:
         if query.shape[2] == 1 and query.is_cpu and dropout == 0.0:
             return _one_query(query, key, value, mask, scaling)
+        count = queries_at_once(query, key, mask)
+        if mask is not None and count < queries and kwargs.get("position_bias") is None:
+            return _by_queries(count, query, key, value, mask, dropout, scaling)
         rows = rows_at_once(query, mask)
         outputs = [
             sdpa_attention_forward(module, *part, dropout=dropout, scaling=scaling, **kwargs)[0]
@@ -76,6 +80,58 @@ def rows_at_once(query: Tensor, mask: Tensor | None) -> int:
     if mask is None or query.is_cpu or rows == 0:
         return rows
     return max(1, _MASK_BYTES // (heads * mask.shape[2] * mask.shape[3] * query.element_size()))
+
+
+def queries_at_once(query: Tensor, key: Tensor, mask: Tensor | None) -> int:
+    """Queries of one row that go through ``sdpa`` together: all, but of a long prompt in chunks.
+
+    Query [B, Hq, Q, D], key [B, Hkv, T, D], mask [B or 1, Hq or 1, Q, T]. The query heads of a KV
+    head go side by side, and share an additive mask with the other ones unless PyTorch copies it.
+    """
+    (heads, queries), (kv_heads, tokens) = query.shape[1:3], key.shape[1:3]
+    if mask is None or query.is_cpu:
+        return queries
+    copies = kv_heads if mask.shape[1] > 1 or tokens % _ALIGNED else 1
+    fitting = _MASK_BYTES // (heads // kv_heads * copies * tokens * query.element_size())
+    return min(queries, max(1, fitting))
+
+
+def _by_queries(
+    count: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    dropout: float,
+    scale: float | None,
+) -> Tensor:
+    """Masked attention [B, Q, Hq, D] of ``count`` queries of one row at a time.
+
+    The query heads of one KV head become queries of one head: keys are not repeated.
+    """
+    batch, heads, queries, _ = query.shape
+    kv_heads, tokens = key.shape[1:3]
+    group = heads // kv_heads
+    mask = mask.expand(batch, -1, queries, tokens)
+    outputs = []
+    for row in range(batch):
+        states = key[row : row + 1], value[row : row + 1]
+        parts = []
+        for first in range(0, queries, count):
+            part = query[row, :, first : first + count]
+            size = part.shape[1]
+            own = mask[row, :, first : first + count]
+            if own.shape[0] > 1:
+                own = own.reshape(1, kv_heads, group * size, tokens)
+            else:
+                own = own.expand(group, -1, -1).reshape(1, 1, group * size, tokens)
+            packed = part.reshape(1, kv_heads, group * size, -1)
+            out = nn.functional.scaled_dot_product_attention(
+                packed, *states, own, dropout_p=dropout, scale=scale
+            )
+            parts.append(out.view(heads, size, -1).transpose(0, 1))
+        outputs.append(torch.cat(parts))
+    return torch.stack(outputs)
 
 
 def _by_rows(
