@@ -244,6 +244,9 @@ def test_hit_rates_and_losses_of_rounding_are_those_of_the_files():
         found = rows_of(file, context=context, budget_pages=budget)
         assert cells[2] == str(-(-context // found[0]["page_size"]))
         assert cells[3:] == [rounded(row["hit_rate"], 3) for row in found]
+    first, second = rows_of("memory-20261129-embedded-selections.json", context=2000)
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert f": {rounded(first['hit_rate'], 3)} and {rounded(second['hit_rate'], 3)}\n" in text
     start = rows.index(["keys and values", "opticks", "shakespeare"])
     columns = [rows_of(f"memory-20261129-smollm2-rounding-{name}.json") for name in rows[start][1:]]
     for cells, *both in zip(rows[start + 1 :], *columns, strict=False):

@@ -46,6 +46,16 @@ def memory(
         bool,
         typer.Option("--layer-graphs", help="DELTA's own caches decode with layer graphs."),
     ] = False,
+    prompt_chunk: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Instead: whole prompts of --context tokens in chunks of so many."
+        ),
+    ] = None,
+    gather: Annotated[
+        bool,
+        typer.Option(help="Pages are fetched by a kernel; --no-gather: gathered by the CPU."),
+    ] = True,
     record: Annotated[
         str | None,
         typer.Option(help="Instead: record the fetches of this model on real texts, on the CPU."),
@@ -88,8 +98,9 @@ def memory(
         cfg.layer_plan(known.layers)
     named = {"record": record, "rounding": rounding, "eight_bits": eight_bits}
     if any(named.values()):
-        if layer_graphs:
-            raise BadInput("--layer-graphs is for steps that are timed, not for a model's texts")
+        for name, told in (("--layer-graphs", layer_graphs), ("--prompt-chunk", prompt_chunk)):
+            if told:
+                raise BadInput(f"{name} is for steps that are timed, not for a model's texts")
         given = {
             "shape": shape, **named, "context": context, "budget": budget, "texts": texts,
             "steps": steps, "file": file, "plan": plan,
@@ -106,10 +117,10 @@ def memory(
         options = Options(
             shape=known, plan=cfg, batches=batch or [1], contexts=context or [32768], steps=steps,
             rounds=rounds, longest=longest or [], kv_dtype=kv_dtype, layer_graphs=layer_graphs,
-            command=cli.command_line(
+            prompt_chunk=prompt_chunk, gather=gather, command=cli.command_line(
                 "memory", shape=shape, batch=batch, context=context, steps=steps, rounds=rounds,
                 selections=selections, longest=longest, plan=plan, kv_dtype=kv_dtype,
-                layer_graphs=layer_graphs,
+                layer_graphs=layer_graphs, prompt_chunk=prompt_chunk, no_gather=not gather,
             ),
         )  # fmt: skip
         if selections is not None:

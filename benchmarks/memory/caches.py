@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import deltadecode as dd
 from benchmarks.e2e.shapes import ModelShape
-from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes
+from deltadecode.engines.transformers.offload_host import CudaTransfer, Transfer, free_host_bytes
 from deltadecode.engines.transformers.offload_layer import Offload
 from deltadecode.engines.transformers.offload_pages import pool_pages
 from deltadecode.engines.transformers.packing import packed_bytes
@@ -41,12 +41,16 @@ class Needs:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of cache of a shape with a plan; ``kv_dtype`` is that of DELTA's own."""
+    """One kind of cache of a shape with a plan; ``kv_dtype`` is that of DELTA's own.
+
+    ``gather`` is whether a kernel fetches pages, or else the CPU gathers them.
+    """
 
     name: str
     shape: ModelShape
     plan: dd.DeltaConfig
     kv_dtype: str | None = None
+    gather: bool = True
 
     @property
     def is_ours(self) -> bool:
@@ -58,7 +62,7 @@ class Kind:
         if self.name == DELTA:
             return dd.DeltaCache(config, kv_dtype=self.kv_dtype)
         if self.name == OURS:
-            transfer = None if device.type == "cuda" else Transfer()
+            transfer = CudaTransfer(self.gather) if device.type == "cuda" else Transfer()
             return dd.DeltaOffloadedCache(
                 config, self.plan, transfer=transfer, kv_dtype=self.kv_dtype
             )
@@ -109,9 +113,12 @@ class Kind:
         return least
 
 
-def kinds(shape: ModelShape, plan: dd.DeltaConfig, kv_dtype: str | None = None) -> list[Kind]:
+def kinds(
+    shape: ModelShape, plan: dd.DeltaConfig, kv_dtype: str | None = None, gather: bool = True
+) -> list[Kind]:
     """All of them, the slowest last."""
-    return [Kind(name, shape, plan, kv_dtype) for name in (OURS, DELTA, STOCK, STOCK_OFFLOADED)]
+    names = (OURS, DELTA, STOCK, STOCK_OFFLOADED)
+    return [Kind(name, shape, plan, kv_dtype, gather) for name in names]
 
 
 def fill(cache: Any, shape: ModelShape, like: Tensor, batch: int, tokens: int) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory.caches import OURS
+from benchmarks.memory.prompts import prompt_cells
 
 _STEPS = "| batch | tokens | selections | cache | ms a step | on the GPU | on the host | hit rate |"
+_PROMPTS = "| tokens | chunks of | cache | prompt, s | ms a step | GPU at most | on the host |"
 _LONGEST = "| GPU | cache | tokens | the GPU alone would hold | held in a run |"
 
 
 def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Lines of the table of steps and that of the longest contexts; a GB is 10^9 bytes."""
+    """Lines of the tables of steps, prompts and the longest contexts; a GB is 10^9 bytes."""
     rows = [
         row | {"kv_dtype": result.get("kv_dtype"), "graphs": bool(result.get("layer_graphs"))}
         for result in results
@@ -23,7 +25,8 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     ]
     steps = [row for row in rows if row["kind"] == "step"]
     longest = [row for row in rows if row["kind"] == "longest"]
-    yield from (_STEPS, "|---" * 8 + "|")
+    if steps:
+        yield from (_STEPS, "|---" * 8 + "|")
     shown = None
     for row in sorted(steps, key=_point):
         if _point(row) != shown:
@@ -32,6 +35,7 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         # What stock caches read does not depend on what is selected: one line of them.
         if row["peer"].startswith("Delta") or row["selections"] == "random":
             yield _step_line(row, "theirs")
+    yield from _prompts([row for row in rows if row["kind"] == "prompt"])
     if longest:
         yield from ("", _LONGEST, "|---" * 5 + "|")
     seen = set()
@@ -43,6 +47,18 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
                 held = "yes" if row[f"held_{side}"] else "no"
                 cells = f"{row['gpu_gb']:g} GB", name, f"{int(row[side]):,}"
                 yield _line(*cells, f"{row[f'by_gpu_{side}']:,}", held)
+
+
+def _prompts(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of the table of prompts: ours once for each length, then the others."""
+    if rows:
+        yield from (_PROMPTS, "|---" * 7 + "|")
+    shown = None
+    for row in rows:
+        for side in ("theirs",) if row["tokens"] == shown else ("ours", "theirs"):
+            name = _name(OURS if side == "ours" else row["peer"], row)
+            shown = row["tokens"]
+            yield _line(f"{shown:,}", f"{row['chunk']:,}", name, *prompt_cells(row, side))
 
 
 def _point(row: dict[str, Any]) -> tuple[bool, int, int, str]:

@@ -121,6 +121,12 @@ def _notes(line: dict[str, Any]) -> str:
     if line.get("kind") == "longest":
         held = [name for name in ("theirs", "ours") if line[f"held_{name}"]]
         return f"held in a run: {' and '.join(held) or 'neither'}"
+    if line.get("kind") == "prompt":
+        peaks, steps = (
+            [f"{line[f'{key}_{side}'] / unit:.2f}" for side in ("theirs", "ours")]
+            for key, unit in (("gpu_peak", 1e9), ("step_ms", 1))
+        )
+        return f"{' and '.join(peaks)} GB of the GPU at most, {' and '.join(steps)} ms a step"
     if "added" in line:
         return f"adds {line['added']:.5f}"
     return f"hit rate {line['hit_rate']:.3f}"

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import deltadecode as dd
 from benchmarks.e2e.shapes import ModelShape
 from benchmarks.memory.caches import Kind, fill, free_all, held_bytes, kinds
+from benchmarks.memory.prompts import prompt_rows
 from benchmarks.memory.rows import MEASURED, RANDOM, longest_row, point_rows
 from benchmarks.memory.selections import Walk
 from benchmarks.report import Progress
@@ -39,7 +40,9 @@ class Options:
     ``missed`` is the record that selections follow, of which ``selections`` names the source;
     ``longest`` are the sizes of GPUs in GB (10^9 bytes) to find the longest context for;
     ``kv_dtype`` is that of DELTA's own caches. Every cache has ``rounds`` turns, and ``steps`` in
-    each of them. ``layer_graphs`` is for steps from DELTA's own caches.
+    each of them. ``layer_graphs`` is for steps from DELTA's own caches. With ``prompt_chunk``
+    prompts go through the model in chunks of so many tokens, and no steps are timed from filled
+    caches; without ``gather`` the CPU gathers the pages that an offloaded cache fetches.
     """
 
     shape: ModelShape
@@ -54,6 +57,8 @@ class Options:
     kv_dtype: str | None = None
     rounds: int = 1
     layer_graphs: bool = False
+    prompt_chunk: int | None = None
+    gather: bool = True
 
 
 class Bench:
@@ -73,7 +78,7 @@ class Bench:
                 self.config, attn_implementation="sdpa", dtype=self.dtype
             )
         self.model = model.eval()
-        self.kinds = kinds(shape, options.plan, options.kv_dtype)
+        self.kinds = kinds(shape, options.plan, options.kv_dtype, options.gather)
 
     @property
     def like(self) -> Tensor:
@@ -96,7 +101,7 @@ class Bench:
         why = kind.refused(batch, context, self.device)
         if why is not None:
             return {"why": why}
-        self._switch(kind)
+        self.switch(kind)
         before = self._allocated()
         try:
             began = time.perf_counter()
@@ -123,7 +128,7 @@ class Bench:
     def holds(self, kind: Kind, batch: int, tokens: int) -> str | None:
         """Fill a cache with so many tokens and decode two more; None, or why it could not."""
         free_all()
-        self._switch(kind)
+        self.switch(kind)
         try:
             cache = kind.make(self.config, self.device)
             fill(cache, self.options.shape, self.like, batch, tokens - 2)
@@ -174,7 +179,8 @@ class Bench:
         self._synchronize()
         return time.perf_counter() - began
 
-    def _switch(self, kind: Kind) -> None:
+    def switch(self, kind: Kind) -> None:
+        """Have the model decode as this kind of cache is for."""
         if kind.is_ours:
             dd.enable(self.model, self.options.plan, layer_graphs=self.options.layer_graphs)
         else:
@@ -222,6 +228,8 @@ def join_turns(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def run(options: Options, progress: Progress = lambda case, done: None) -> dict[str, Any]:
     """Measure every batch and context from every kind of cache, then the longest contexts.
 
+    With ``prompt_chunk``, a prompt of every context instead.
+
     Raises
     ------
     ValueError
@@ -229,15 +237,31 @@ def run(options: Options, progress: Progress = lambda case, done: None) -> dict[
     """
     turns = options.rounds * len(kinds(options.shape, options.plan))
     least = turns * _lengths(options) + 1
-    if min(options.contexts) < least:
+    if options.prompt_chunk is None and min(options.contexts) < least:
         raise ValueError(
             f"--context must be at least {least} tokens for {options.rounds} rounds of "
             f"{options.steps} steps of every cache, got {min(options.contexts)}"
         )
     progress("make the model", 0.0)
     bench = Bench(options)
+    rows, skipped = _prompts(bench, progress) if options.prompt_chunk else _points(bench, progress)
+    for size in options.longest:
+        rows += _longest(bench, size, lambda case: progress(case, 1.0))
+    shape = options.shape
+    return result("memory", options.command, rows) | {
+        "model": shape.name, "plan": options.plan.to_dict(), "plan_note": shape.plan_note,
+        "kv_dtype": options.kv_dtype, "layer_graphs": options.layer_graphs,
+        "gather": options.gather, "selections": options.selections, "skipped": skipped,
+    }  # fmt: skip
+
+
+Found = tuple[list[dict[str, Any]], list[dict[str, str]]]  # rows, and what was left out
+
+
+def _points(bench: Bench, progress: Progress) -> Found:
+    options = bench.options
     points = [(batch, context) for batch in options.batches for context in options.contexts]
-    parts = max(1, len(points) * turns + len(options.longest) * 3)
+    parts = max(1, len(points) * options.rounds * len(bench.kinds))
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     done = 0
@@ -253,15 +277,18 @@ def run(options: Options, progress: Progress = lambda case, done: None) -> dict[
         made, left = point_rows(joined, batch, context)
         rows += made
         skipped += left
-    for size in options.longest:
-        rows += _longest(bench, size, lambda case, at=done: progress(case, at / parts))
-        done += 3
-    shape = options.shape
-    return result("memory", options.command, rows) | {
-        "model": shape.name, "plan": options.plan.to_dict(), "plan_note": shape.plan_note,
-        "kv_dtype": options.kv_dtype, "layer_graphs": options.layer_graphs,
-        "selections": options.selections, "skipped": skipped,
-    }  # fmt: skip
+    return rows, skipped
+
+
+def _prompts(bench: Bench, progress: Progress) -> Found:
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    for done, tokens in enumerate(bench.options.contexts):
+        progress(f"a prompt of {tokens:,} tokens", done / len(bench.options.contexts))
+        made, left = prompt_rows(bench, tokens)
+        rows += made
+        skipped += left
+    return rows, skipped
 
 
 def _longest(bench: Bench, size: float, show: Any) -> list[dict[str, Any]]:

@@ -148,7 +148,7 @@ def test_bytes_that_are_needed_are_those_that_are_held(kv_dtype):
     options = bench.Options(TINY, CFG, [1], [700], 1, "", kv_dtype=kv_dtype)
     tiny = bench.Bench(options)
     for kind in tiny.kinds[:3]:
-        tiny._switch(kind)
+        tiny.switch(kind)
         cache = kind.make(tiny.config, tiny.device)
         fill(cache, TINY, tiny.like, 3, 2000)
         tiny._step(cache, 3)
@@ -275,9 +275,52 @@ def test_layer_graphs_are_of_deltas_own_caches_and_replayed(call, monkeypatch):
     assert plain["layer_graphs"] is False
 
 
-def test_texts_are_not_read_with_layer_graphs(call):
-    code, out, err = call("--record", "embedded", "--layer-graphs")
-    assert (code, out) == (2, "") and "--layer-graphs is for steps that are timed" in err
+def test_prompts_go_through_the_model_in_chunks(call, monkeypatch):
+    chunks = []
+    update = dd.DeltaOffloadedCache.update
+
+    def noted(self, keys, values, layer, *args, **kwargs):
+        if layer == 0:
+            chunks.append(keys.shape[2])
+        return update(self, keys, values, layer, *args, **kwargs)
+
+    monkeypatch.setattr(dd.DeltaOffloadedCache, "update", noted)
+    arguments = "--shape", "tiny", "--context", 300, "--steps", 4, "--prompt-chunk", 128
+    code, out, err = call(*arguments, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert chunks == [128, 128, 44, *[1] * 7]
+    assert [row["peer"] for row in result["rows"]] == [DELTA, STOCK]
+    assert [one["why"] for one in result["skipped"]] == ["Transformers' offloading needs a GPU"]
+    for row in result["rows"]:
+        assert row["unit"] == "s a prompt" and row["ours"] > 0 and row["theirs"] > 0
+        # 307 tokens behind the last step, and an eighth more; keys and values in float32.
+        assert row["host_bytes_ours"] > 307 * 2 * TINY.kv_heads * TINY.head_dim * 4
+        assert row["host_bytes_theirs"] == 0 < row["step_ms_ours"]
+    assert result["command"].endswith(" --prompt-chunk 128")
+    lines = list(tables([result]))
+    assert len(lines) == 2 + 3 and lines[2].startswith("| 300 | 128 | `DeltaOffloadedCache` | ")
+    code, out, err = call(*arguments)
+    assert code == 0 and out.count("0.00 and") == 2
+
+
+def test_pages_may_be_gathered_by_the_cpu(call):
+    gpu = torch.device("cuda")
+    for gather in (True, False):
+        kind = kinds(TINY, CFG, gather=gather)[0]
+        made = kind.make(bench.AutoConfig.for_model(**TINY.config()), gpu)
+        assert made.shared.transfer.gather is gather
+    code, out, err = call(
+        "--shape", "tiny", "--context", 300, "--steps", 1, "--no-gather", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["gather"] is False
+
+
+def test_texts_are_not_read_with_options_of_timed_steps(call):
+    for options in (("--layer-graphs",), ("--prompt-chunk", 64)):
+        code, out, err = call("--record", "embedded", *options)
+        assert (code, out) == (2, "") and f"{options[0]} is for steps that are timed" in err
 
 
 def test_losses_of_caches_of_eight_bits(call):
