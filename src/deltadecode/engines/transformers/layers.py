@@ -204,6 +204,8 @@ class StoredLayer(DeltaLayer):
             key_states, value_states = map(self.packing.pack, (key_states, value_states))
         super().lazy_initialization(key_states, value_states)
 
+    # What a step stores, and where, is Python state, which a compiled graph would freeze.
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

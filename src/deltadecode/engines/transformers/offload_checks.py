@@ -49,6 +49,7 @@ def check_offload(model: Any, state: ModelState, rows: int, tokens: int) -> None
     check_host(model, cache, rows, tokens)
 
 
+@torch.compiler.disable  # it reads files
 def check_host(model: Any, cache: DeltaOffloadedCache, rows: int, tokens: int) -> None:
     """Refuse a cache on a device that it does not copy to, or of more than the host has room for.
 

@@ -172,6 +172,7 @@ class OffloadedLayer(StoredLayer):
         """Tokens n of each row, padding included."""
         return super().get_seq_length() if self._host is None else self._tokens
 
+    @torch.compiler.disable  # as there
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -187,7 +188,7 @@ class OffloadedLayer(StoredLayer):
         """
         if not self.get_seq_length():
             self._shared.transfer.check(key_states.device)
-        given = super().update(key_states, value_states, *args, **kwargs)
+        given: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         if self._host is not None and not self._absent:
             self._drop_pool()
         return given
