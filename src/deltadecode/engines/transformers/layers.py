@@ -137,6 +137,11 @@ class DeltaLayer(DynamicLayer):
         if hasattr(self, "_key_buffer"):
             del self._key_buffer, self._value_buffer
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "_key_buffer" in state:  # copied in another mode, perhaps
+            self._of_inference = self._key_buffer.is_inference()
+
     def _adopt(self, keys: Tensor, values: Tensor) -> None:
         self.keys = self._key_buffer = keys
         self.values = self._value_buffer = values

@@ -41,8 +41,9 @@ class Transfer:
         """Refuse a device that it does not copy to."""
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory on the host, uninitialised."""
-        return torch.empty(shape, dtype=dtype)
+        """Memory on the host, uninitialised; steps outside of inference mode may write to it."""
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype)
 
     def store(self, host: Tensor, start: int, key: Tensor, value: Tensor) -> None:
         """Copy new tokens [B, Hkv, T, D] to the host, from token ``start`` on."""
@@ -138,7 +139,7 @@ class CudaTransfer(Transfer):
         size = math.prod(shape) * dtype.itemsize
         # Whole pages of its own: memory is pinned by pages, and each of them once.
         whole = -(-size // PAGESIZE) * PAGESIZE
-        room = torch.empty(whole + PAGESIZE, dtype=torch.uint8)
+        room = super().allocate((whole + PAGESIZE,), torch.uint8)
         own = room[-room.data_ptr() % PAGESIZE :]
         if self.pinned and size and not _pin(own[:whole]):
             self.pinned = False

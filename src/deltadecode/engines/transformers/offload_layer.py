@@ -289,7 +289,9 @@ class OffloadedLayer(StoredLayer):
         cells, page_size = self._cells
         if self._pool is None or self._pool.shape[0] != cells:
             shape = cells, page_size, 2, *self._host.shape[3:]
-            self._pool = torch.empty(shape, dtype=self.dtype, device=self.device)
+            # Steps outside of inference mode must be able to write to it, too.
+            with torch.inference_mode(False):
+                self._pool = torch.empty(shape, dtype=self.dtype, device=self.device)
             self._halves = self._pool[:, :, 0], self._pool[:, :, 1]
 
     def fetch(self, place: int) -> None:
@@ -384,7 +386,7 @@ class OffloadedLayer(StoredLayer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        super().__setstate__(state)
         if self._host is not None:
             held = self._host
             self._host = self._shared.transfer.allocate(tuple(held.shape), held.dtype)

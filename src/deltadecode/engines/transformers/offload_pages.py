@@ -167,6 +167,8 @@ class PageDirectory:
             self._layout[row] = group.offset if group.slots is None else group.slots
         return rows
 
+    # Steps outside of inference mode must be able to write to what is made here, too.
+    @torch.inference_mode(False)
     def _clear(self, cfg: DeltaConfig, rows: int, device: torch.device) -> None:
         cells = self.capacity + 1
         # Of each cell the page that it holds, -1 for none, and the step of its last use. Both are
