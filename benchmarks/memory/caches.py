@@ -14,8 +14,8 @@ from transformers import DynamicCache
 import deltadecode as dd
 from benchmarks.e2e.shapes import ModelShape
 from deltadecode.engines.transformers.offload_host import CudaTransfer, Transfer, free_host_bytes
-from deltadecode.engines.transformers.offload_layer import Offload
 from deltadecode.engines.transformers.offload_pages import pool_pages
+from deltadecode.engines.transformers.offload_room import Offload
 from deltadecode.engines.transformers.packing import packed_bytes
 
 STOCK, STOCK_OFFLOADED = "DynamicCache", "DynamicCache, offloaded"

@@ -6,7 +6,7 @@ from hf_shrink import tiny_model
 from hf_tiny import make_model, make_prompt, small_config
 
 import deltadecode as dd
-from deltadecode.engines.transformers import offload_layer
+from deltadecode.engines.transformers import offload_room
 from deltadecode.engines.transformers.offload_host import CudaTransfer, Transfer
 
 LINE = {"max_new_tokens": 3, "do_sample": False}
@@ -59,13 +59,13 @@ def test_other_implementations_stay_refused(model) -> None:
 def test_not_enough_host_memory(model, simulated, monkeypatch) -> None:
     of_slot = 2 * 2 * 2 * 8 * 4  # keys and values of two rows
     needed = 3 * (41 + 1024) * of_slot
-    monkeypatch.setattr(offload_layer, "free_host_bytes", lambda: needed - 1)
-    match = f"need {needed:,} more bytes of host memory for 41 tokens, got {needed - 1:,} free"
+    monkeypatch.setattr(offload_room, "free_host_bytes", lambda: needed - 1)
+    match = f"need {needed:,} more bytes of host memory for 43 tokens, got {needed - 1:,} free"
     refuses(model, match, past_key_values=simulated)
     assert all(layer.get_seq_length() == 0 for layer in simulated.layers)
-    monkeypatch.setattr(offload_layer, "free_host_bytes", lambda: needed)
+    monkeypatch.setattr(offload_room, "free_host_bytes", lambda: needed)
     model.generate(make_prompt(41, rows=2), past_key_values=simulated, **LINE)
-    monkeypatch.setattr(offload_layer, "free_host_bytes", lambda: 0)
+    monkeypatch.setattr(offload_room, "free_host_bytes", lambda: 0)
     model.generate(make_prompt(50, rows=2), past_key_values=simulated, **LINE)
     monkeypatch.setattr(CudaTransfer, "check", lambda self, device: None)
     # With the tokens that are asked for.

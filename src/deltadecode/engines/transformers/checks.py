@@ -11,7 +11,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from deltadecode.engines.transformers.cache import DeltaCache
 from deltadecode.engines.transformers.offload import DeltaOffloadedCache
-from deltadecode.engines.transformers.offload_checks import check_offload, check_offloaded
+from deltadecode.engines.transformers.offload_checks import (
+    check_host,
+    check_offload,
+    check_offloaded,
+)
 from deltadecode.engines.transformers.state import ModelState
 from deltadecode.engines.transformers.static_cache import DeltaStaticCache
 from deltadecode.errors import ArgumentError, UnsupportedCacheError
@@ -167,10 +171,13 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
         if isinstance(value, Tensor) and value.dim() > 1:
             tokens = max(tokens, value.shape[1])
     check_prompt(tokens, mask, state)
-    if settings.cache_implementation == "offloaded" and cache is None:
-        check_offload(model, state, _rows(settings, arguments), _stored(settings, tokens))
+    rows, stored = _rows(settings, arguments), _stored(settings, tokens)
+    if isinstance(cache, DeltaOffloadedCache):
+        check_host(model, cache, rows, stored, tokens)
+    elif settings.cache_implementation == "offloaded" and cache is None:
+        check_offload(model, state, rows, stored, tokens)
     if isinstance(cache, DeltaStaticCache):
-        check_rows(cache, mask, _stored(settings, tokens))
+        check_rows(cache, mask, stored)
     elif settings.cache_implementation == "static":
         check_gaps(mask, tokens)
 

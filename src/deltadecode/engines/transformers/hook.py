@@ -101,8 +101,11 @@ class ForwardHook:
             state.static.decodes = new == 1 and not state.static.prefilling
             state.static.full, state.static.tokens = full, new
         else:
-            if isinstance(cache, DeltaOffloadedCache) and isinstance(tokens, Tensor) and new > 1:
-                check_host(model, cache, len(tokens), int(cache.get_seq_length()) + new)
+            if isinstance(cache, DeltaOffloadedCache) and isinstance(tokens, Tensor):
+                end = int(cache.get_seq_length()) + new
+                # Before a layer has the new tokens: one that found no room would leave others with.
+                if new > 1 or cache.shared.outgrown(end):
+                    check_host(model, cache, len(tokens), end)
             begin = _begin_uncompiled if torch.compiler.is_dynamo_compiling() else _begin
             begin(state, new == 1 and cache is not None, full, cache)
             if state.graphs is not None and not torch.compiler.is_compiling():

@@ -13,8 +13,9 @@ from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.cache import DeltaCache, check_unshared
 from deltadecode.engines.transformers.layers import DeltaLayer, StoredLayer
 from deltadecode.engines.transformers.offload_host import CudaTransfer, Transfer
-from deltadecode.engines.transformers.offload_layer import Offload, OffloadedLayer
+from deltadecode.engines.transformers.offload_layer import OffloadedLayer
 from deltadecode.engines.transformers.offload_pages import PageDirectory
+from deltadecode.engines.transformers.offload_room import Offload
 from deltadecode.engines.transformers.packing import Packing
 from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.errors import ArgumentTypeError, UnsupportedCacheError

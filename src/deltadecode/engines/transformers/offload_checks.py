@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -34,10 +35,8 @@ def check_offloaded(cache: DeltaOffloadedCache, state: ModelState) -> None:
             )
 
 
-def check_offload(model: Any, state: ModelState, rows: int, tokens: int) -> None:
-    """Refuse what ``cache_implementation="offloaded"`` cannot do.
-
-    ``tokens`` is how many slots of each row the call stores at most.
+def check_offload(model: Any, state: ModelState, rows: int, tokens: int, prompt: int) -> None:
+    """Refuse what ``cache_implementation="offloaded"`` cannot do; arguments of check_host.
 
     Raises
     ------
@@ -46,12 +45,27 @@ def check_offload(model: Any, state: ModelState, rows: int, tokens: int) -> None
     """
     cache = DeltaOffloadedCache(model.config, state.cfg, kv_dtype=state.kv_dtype)
     check_offloaded(cache, state)
-    check_host(model, cache, rows, tokens)
+    check_host(model, cache, rows, tokens, prompt)
 
 
 @torch.compiler.disable  # it reads files
-def check_host(model: Any, cache: DeltaOffloadedCache, rows: int, tokens: int) -> None:
+def check_host(
+    model: Any, cache: DeltaOffloadedCache, rows: int, tokens: int, prompt: int | None = None
+) -> None:
     """Refuse a cache on a device that it does not copy to, or of more than the host has room for.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Its parameters say the devices.
+    cache : DeltaOffloadedCache
+        The cache; nothing of it changes.
+    rows : int
+        Rows that it gets.
+    tokens : int
+        Slots of each row, at most, with those that it holds.
+    prompt : int, optional
+        Those before the first decode step; by default all of them.
 
     Raises
     ------
@@ -63,5 +77,9 @@ def check_host(model: Any, cache: DeltaOffloadedCache, rows: int, tokens: int) -
     for device in sorted(devices, key=str):
         shared.transfer.check(device)
     of_token = token_bytes(model.config, model.dtype.itemsize, cache.kv_dtype)
-    if of_token is not None and not shared.cfg.reads_all(tokens):
-        shared.check_room(tokens, rows * of_token)
+    if of_token is None or shared.cfg.reads_all(tokens):
+        return
+    first = tokens if prompt is None else min(prompt, tokens)
+    # Within the budget tokens are on the device: they move out with the first one beyond it.
+    beyond = bisect_left(range(tokens), True, lo=first, key=lambda n: not shared.cfg.reads_all(n))
+    shared.check_room(tokens, rows * of_token, beyond)

@@ -7,63 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.layers import Reading, StoredLayer
-from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes
 from deltadecode.engines.transformers.offload_pages import PageDirectory, PageRequest
+from deltadecode.engines.transformers.offload_room import Offload
 from deltadecode.engines.transformers.packing import Packing
 from deltadecode.engines.transformers.rows import RowGroup
 from deltadecode.errors import UnsupportedCacheError
 
 # Slots behind the tokens of states that are loaded for a prompt, as DeltaLayer has them.
 _SLACK = 64
-
-
-class Offload:
-    """What the sparse layers of a cache share.
-
-    Attributes
-    ----------
-    cfg : DeltaConfig
-        The plan that says which layers are sparse, and how many pages they read.
-    transfer : Transfer
-        Copies between host and device.
-    """
-
-    def __init__(self, cfg: DeltaConfig, transfer: Transfer) -> None:
-        self.cfg, self.transfer = cfg, transfer
-        # Slots on the host of each sparse layer. Not the layers themselves: memory in a cycle would
-        # be freed late.
-        self.rooms: list[int] = []
-
-    @staticmethod
-    def room_for(tokens: int) -> int:
-        """Slots to take for so many tokens: host memory is large and pinning is slow."""
-        return tokens + max(1024, tokens // 8)
-
-    def check_room(self, tokens: int, of_token: int) -> None:
-        """Refuse more tokens than host memory has room for, before a layer takes any of it.
-
-        Parameters
-        ----------
-        tokens : int
-            Slots of each sparse layer.
-        of_token : int
-            Bytes of one slot in one layer.
-
-        Raises
-        ------
-        UnsupportedCacheError
-            Naming the bytes that are needed and those that are free.
-        """
-        wanted = self.room_for(tokens)
-        needed = sum(wanted - room for room in self.rooms if room < tokens) * of_token
-        free = free_host_bytes()
-        if free is not None and needed > free:
-            raise UnsupportedCacheError(
-                f"the sparse layers need {needed:,} more bytes of host memory for {tokens:,} "
-                f"tokens, got {free:,} free"
-            )
 
 
 class OffloadedLayer(StoredLayer):

@@ -1,0 +1,129 @@
+"""Host memory of an offloaded cache: how much is taken, and what is refused before it is taken."""
+
+import weakref
+
+import pytest
+import torch
+from hf_tiny import make_model, make_prompt, small_config
+
+import deltadecode as dd
+from deltadecode.engines.transformers import offload_room
+from deltadecode.engines.transformers.offload_host import Transfer
+
+OF_SLOT = 2 * 2 * 8 * 4  # bytes of keys and values in one layer
+GREEDY = {"do_sample": False}
+
+
+class Host(Transfer):
+    """Host memory of a limited size, of which every tensor counts until it is freed."""
+
+    def __init__(self) -> None:
+        self.size = 2**40
+        self.held = self.most = self.taken = self.times = 0
+
+    @property
+    def free(self) -> int:
+        return self.size - self.held
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        memory = super().allocate(shape, dtype)
+        self.times += 1
+        self.taken += memory.nbytes
+        self.held += memory.nbytes
+        self.most = max(self.most, self.held)
+        weakref.finalize(memory.untyped_storage(), self._freed, memory.nbytes)
+        return memory
+
+    def _freed(self, count: int) -> None:
+        self.held -= count
+
+
+@pytest.fixture
+def host(monkeypatch):
+    host = Host()
+    monkeypatch.setattr(offload_room, "free_host_bytes", lambda: host.free)
+    return host
+
+
+@pytest.fixture
+def model():
+    model = make_model("llama", "sdpa")
+    model.config.max_position_embeddings = 20000
+    dd.enable(model, small_config())
+    return model
+
+
+@pytest.fixture
+def cache(model, host):
+    return dd.DeltaOffloadedCache(model.config, small_config(), transfer=host)
+
+
+def lengths(cache):
+    return [layer.get_seq_length() for layer in cache.layers]
+
+
+def refuses(model, match, prompt, **options):
+    with pytest.raises(dd.UnsupportedCacheError, match=match):
+        model.generate(prompt, **{**GREEDY, **options})
+
+
+def test_a_prompt_in_chunks_is_refused_before_the_first(model, cache, host) -> None:
+    host.size = 3 * (3000 + 1024) * OF_SLOT - 1
+    match = f"need {host.size + 1:,} more bytes of host memory for 3,002 tokens"
+    refuses(
+        model, match, make_prompt(3000),
+        past_key_values=cache, max_new_tokens=3, prefill_chunk_size=500,
+    )  # fmt: skip
+    assert lengths(cache) == [0] * 6
+    assert host.times == 0
+
+
+def test_new_tokens_behind_a_cache_are_refused_before_the_prompt(model, cache, host) -> None:
+    tokens = model.generate(
+        make_prompt(50), past_key_values=cache, max_new_tokens=3, **GREEDY
+    )  # 52 tokens are stored, in memory for 1,074
+    host.size = host.held
+    refuses(
+        model, "for 1,075 tokens, got 0 free", tokens, past_key_values=cache, max_new_tokens=1023
+    )
+    assert lengths(cache) == [52] * 6
+    longer = torch.cat([tokens, make_prompt(1021)], dim=1)
+    model.generate(longer, past_key_values=cache, max_new_tokens=1, **GREEDY)
+    assert lengths(cache) == [1074] * 6
+
+
+def test_a_step_that_finds_no_room_changes_no_layer(model, cache, host) -> None:
+    plain = dd.DeltaCache(model.config)
+    with torch.no_grad():
+        for held in (cache, plain):
+            model(make_prompt(1060), past_key_values=held)  # memory for 1,060 + 1,024 each
+            model(make_prompt(1023), past_key_values=held)
+            model(make_prompt(1), past_key_values=held)
+        # For one layer there would be room, for all three there is not.
+        host.size = host.held + 3200 * OF_SLOT
+        with pytest.raises(dd.UnsupportedCacheError, match="for 2,085 tokens"):
+            model(make_prompt(1), past_key_values=cache)
+        assert lengths(cache) == [2084] * 6
+        host.size = 2**40
+        for seed in range(3):
+            token = make_prompt(1, seed=seed)
+            ours, wanted = (model(token, past_key_values=held).logits for held in (cache, plain))
+            assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(10, 15), (10, 70), (41, 3), (41, 70)])
+def test_what_is_checked_is_what_is_taken(model, host, monkeypatch, tokens, steps) -> None:
+    """Memory grows layer by layer; the old and the new are there at once for one of them."""
+    room_for = staticmethod(lambda tokens: tokens + max(16, tokens // 8))
+    monkeypatch.setattr(offload_room.Offload, "room_for", room_for)
+    made = {"max_new_tokens": steps, **GREEDY}
+    prompt = make_prompt(tokens)
+    caches = [dd.DeltaOffloadedCache(model.config, small_config(), transfer=host) for _ in range(2)]
+    model.generate(prompt, past_key_values=caches.pop(), **made)
+    needed = host.most
+    assert host.held == 0 and needed
+    host.size = needed - 1
+    refuses(model, f"need {needed:,} more bytes", prompt, past_key_values=caches[0], **made)
+    assert lengths(caches[0]) == [0] * 6
+    host.size = needed
+    model.generate(prompt, past_key_values=caches[0], **made)
