@@ -1,13 +1,15 @@
 """Host memory of an offloaded cache: how much is taken, and what is refused before it is taken."""
 
+import copy
 import weakref
 
 import pytest
 import torch
 from hf_tiny import make_model, make_prompt, small_config
+from transformers.generation.streamers import BaseStreamer
 
 import deltadecode as dd
-from deltadecode.engines.transformers import offload_room
+from deltadecode.engines.transformers import offload, offload_room
 from deltadecode.engines.transformers.offload_host import Transfer
 
 OF_SLOT = 2 * 2 * 8 * 4  # bytes of keys and values in one layer
@@ -109,6 +111,69 @@ def test_a_step_that_finds_no_room_changes_no_layer(model, cache, host) -> None:
             token = make_prompt(1, seed=seed)
             ours, wanted = (model(token, past_key_values=held).logits for held in (cache, plain))
             assert torch.equal(ours, wanted)
+
+
+def generate_by_itself(model, host, monkeypatch, prompt, **options):
+    """Let ``generate`` make the offloaded cache, and return it."""
+    monkeypatch.setattr(offload, "CudaTransfer", lambda: host)
+    out = model.generate(
+        prompt, cache_implementation="offloaded", return_dict_in_generate=True, **GREEDY, **options
+    )
+    return out.past_key_values
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_prompt_in_chunks_takes_memory_once(model, cache, host, monkeypatch, own) -> None:
+    made = {"max_new_tokens": 2, "prefill_chunk_size": 250}
+    prompt = make_prompt(3000)
+    if own:
+        model.generate(prompt, past_key_values=cache, **made, **GREEDY)
+    else:
+        cache = generate_by_itself(model, host, monkeypatch, prompt, **made)
+    assert host.times == 3
+    assert host.taken == cache.host_bytes == 3 * (3000 + 1024) * OF_SLOT
+    assert cache.shared.reserve == 0
+
+
+def test_what_one_call_takes_does_not_count_for_the_next(model, cache, host) -> None:
+    made = {"max_new_tokens": 2, "prefill_chunk_size": 250, **GREEDY}
+    model.generate(make_prompt(3000), past_key_values=cache, **made)
+    first = host.times
+    model.generate(make_prompt(3100), past_key_values=cache, **made)  # within the room of the first
+    assert host.times == first
+    model.generate(make_prompt(6000), past_key_values=cache, **made)
+    assert (host.times - first, cache.host_bytes) == (3, 3 * 7024 * OF_SLOT)
+    cache.crop(-(cache.get_seq_length() - 10))  # within the budget: all on the device
+    assert cache.host_bytes == 0
+    with torch.no_grad():
+        model(make_prompt(30), past_key_values=cache)
+    assert cache.host_bytes == 3 * (40 + 1024) * OF_SLOT
+    cache.reset()
+    model.generate(make_prompt(50), past_key_values=cache, **made)
+    assert cache.host_bytes == 3 * (50 + 1024) * OF_SLOT
+
+
+def test_a_call_that_breaks_off_reserves_nothing(model, cache, host) -> None:
+    class Break(BaseStreamer):
+        def put(self, value):
+            if cache.get_seq_length() >= 500:
+                twins.append(copy.deepcopy(cache.shared))
+                raise KeyboardInterrupt
+
+        def end(self):
+            pass
+
+    twins: list = []
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(
+            make_prompt(3000), past_key_values=cache, max_new_tokens=9, streamer=Break(), **GREEDY
+        )
+    assert cache.get_seq_length() == 3000
+    assert (cache.shared.reserve, twins[0].reserve) == (0, 0)
+    cache.reset()
+    with torch.no_grad():
+        model(make_prompt(30), past_key_values=cache)
+    assert cache.host_bytes == 3 * (30 + 1024) * OF_SLOT
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(10, 15), (10, 70), (41, 3), (41, 70)])

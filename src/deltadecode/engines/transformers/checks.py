@@ -130,8 +130,13 @@ def check_prompt(tokens: int, mask: Any, state: ModelState) -> None:
         )
 
 
-def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[str, Any]) -> None:
+def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[str, Any]) -> int:
     """Refuse what ``generate`` cannot do with DELTA.
+
+    Returns
+    -------
+    int
+        Tokens of the longest row before the first new one, cache and padding included.
 
     Raises
     ------
@@ -180,6 +185,7 @@ def check_generate(model: PreTrainedModel, state: ModelState, arguments: dict[st
         check_rows(cache, mask, stored)
     elif settings.cache_implementation == "static":
         check_gaps(mask, tokens)
+    return tokens
 
 
 def _check_lossless(

@@ -28,8 +28,22 @@ _LOOP = ("input_ids", "logits_processor", "stopping_criteria", "generation_confi
 
 def _generate(stock: Method, state: ModelState, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse what cannot work before anything has run."""
-    check_generate(model, state, _arguments_of(stock, (model, *args), kwargs))
-    return stock(model, *args, **kwargs)
+    arguments = _arguments_of(stock, (model, *args), kwargs)
+    state.local.prompt = check_generate(model, state, arguments)
+    try:
+        _reserve(state, arguments.get("past_key_values"))
+        return stock(model, *args, **kwargs)
+    finally:
+        if state.local.reserving is not None:
+            state.local.reserving.reserve = 0
+        state.local.prompt, state.local.reserving = 0, None
+
+
+def _reserve(state: ModelState, cache: Any) -> None:
+    """Let an offloaded cache take host memory for a whole prompt at once, in this call alone."""
+    if isinstance(cache, DeltaOffloadedCache):
+        state.local.reserving = cache.shared
+        cache.shared.reserve = state.local.prompt
 
 
 def _prepare_cache_for_generation(
@@ -66,6 +80,7 @@ def _prepare_cache_for_generation(
             cache = DeltaOffloadedCache(model.config, state.cfg, kv_dtype=state.kv_dtype)
         else:
             cache = DeltaCache(model.config, kv_dtype=state.kv_dtype)
+        _reserve(state, cache)
         model_kwargs["past_key_values"] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()

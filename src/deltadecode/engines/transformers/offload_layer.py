@@ -217,7 +217,7 @@ class OffloadedLayer(StoredLayer):
         self._tokens = end
 
     def _grow_host(self, tokens: int, of_slot: tuple[int, ...]) -> None:
-        room = self._shared.room_for(tokens)
+        room = self._shared.room_now(tokens)
         self._shared.check_room(tokens, self._rows * self._of_token)
         older = self._host
         self._host = self._shared.transfer.allocate((room, *of_slot), self.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes
 from deltadecode.errors import UnsupportedCacheError
@@ -16,6 +18,9 @@ class Offload:
         The plan that says which layers are sparse, and how many pages they read.
     transfer : Transfer
         Copies between host and device.
+    reserve : int
+        Tokens of the prompt, with what the cache holds, while ``generate`` runs; 0 otherwise. Of a
+        prompt in chunks a layer takes memory once, as of one that comes at once.
     """
 
     def __init__(self, cfg: DeltaConfig, transfer: Transfer) -> None:
@@ -23,11 +28,20 @@ class Offload:
         # Slots on the host of each sparse layer. Not the layers themselves: memory in a cycle would
         # be freed late.
         self.rooms: list[int] = []
+        self.reserve = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the reserve, which is that of a call."""
+        return {**vars(self), "reserve": 0}
 
     @staticmethod
     def room_for(tokens: int) -> int:
         """Slots to take for so many tokens: host memory is large and pinning is slow."""
         return tokens + max(1024, tokens // 8)
+
+    def room_now(self, tokens: int) -> int:
+        """Slots to take now for so many tokens, and for the rest of a prompt that comes."""
+        return self.room_for(max(tokens, self.reserve))
 
     def outgrown(self, tokens: int) -> bool:
         """Whether a layer has to take memory before it holds so many tokens on the host."""
@@ -64,6 +78,7 @@ class Offload:
         They grow one after the other, and each of them has its old memory until the new is filled.
         """
         rooms, taken, most = list(self.rooms), 0, 0
+        first = max(first, self.reserve)
         while rooms and min(rooms) < tokens:
             wanted = self.room_for(first)
             for number, room in enumerate(rooms):

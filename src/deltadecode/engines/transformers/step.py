@@ -140,6 +140,9 @@ class LocalPass(threading.local):
     drafting: Any = None
     graphed: Any = None  # its LayerPass, of a step with layer graphs
     recorder: Any = None  # of the layer in progress, while it is recorded
+    # While ``generate`` runs: tokens of its prompt, and the Offload that takes memory for them.
+    prompt = 0
+    reserving: Any = None
 
 
 class StaticPass:
