@@ -1,6 +1,7 @@
 """Host memory of an offloaded cache: how much is taken, and what is refused before it is taken."""
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -174,6 +175,20 @@ def test_a_call_that_breaks_off_reserves_nothing(model, cache, host) -> None:
     with torch.no_grad():
         model(make_prompt(30), past_key_values=cache)
     assert cache.host_bytes == 3 * (30 + 1024) * OF_SLOT
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda held: pickle.loads(pickle.dumps(held))])
+def test_a_copy_is_checked_by_the_memory_it_has(model, monkeypatch, twin_of) -> None:
+    cache = dd.DeltaOffloadedCache(model.config, small_config(), transfer=Transfer())
+    tokens = model.generate(make_prompt(41), past_key_values=cache, max_new_tokens=12, **GREEDY)
+    twin = twin_of(cache)
+    assert twin.host_bytes == 3 * 52 * OF_SLOT
+    monkeypatch.setattr(offload_room, "free_host_bytes", lambda: 0)
+    with torch.no_grad(), pytest.raises(dd.UnsupportedCacheError, match="for 53 tokens"):
+        model(tokens[:, -1:], past_key_values=twin)
+    assert lengths(twin) == [52] * 6
+    with torch.no_grad():
+        model(tokens[:, -1:], past_key_values=cache)  # has room
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(10, 15), (10, 70), (41, 3), (41, 70)])

@@ -342,4 +342,5 @@ class OffloadedLayer(StoredLayer):
         if self._host is not None:
             held = self._host
             self._host = self._shared.transfer.allocate(tuple(held.shape), held.dtype)
+            self._shared.rooms[self._number] = held.shape[0]
             self._host.copy_(held)
