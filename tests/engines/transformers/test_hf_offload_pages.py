@@ -7,6 +7,7 @@ import torch
 from hf_tiny import make_model, make_prompt, small_config
 
 import deltadecode as dd
+from deltadecode.engines.transformers import offload_host
 from deltadecode.engines.transformers.offload_host import Transfer, free_host_bytes
 from deltadecode.engines.transformers.offload_pages import PageDirectory
 from deltadecode.engines.transformers.rows import RowGroup
@@ -180,6 +181,37 @@ def test_stats() -> None:
 def test_free_host_bytes() -> None:
     free = free_host_bytes()
     assert free is None or free > 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "files", "unlimited"),
+    [
+        ("memory.max", "memory.current", "file", "max"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", str(2**63 - 4096)),
+    ],
+)
+def test_free_host_bytes_of_a_control_group(
+    tmp_path, monkeypatch, limit: str, usage: str, files: str, unlimited: str
+) -> None:
+    """Version 2, and version 1, which has a folder of its own for memory."""
+    folder = tmp_path / "memory" if "bytes" in limit else tmp_path
+    groups = [
+        (tmp_path / where.relative_to(offload_host._CGROUP), *names)
+        for where, *names in offload_host._GROUPS
+    ]
+    monkeypatch.setattr(offload_host, "_GROUPS", groups)
+    whole = free_host_bytes()
+    folder.mkdir(exist_ok=True)
+    (folder / limit).write_text("1000\n")
+    (folder / usage).write_text("900\n")
+    assert free_host_bytes() == 100
+    (folder / "memory.stat").write_text(f"anon 7\n{files} 50\n")
+    assert free_host_bytes() == 150
+    (folder / usage).write_text("1100\n")
+    assert free_host_bytes() == 0
+    (folder / limit).write_text(f"{unlimited}\n")
+    there = free_host_bytes()
+    assert there is None if whole is None else there > 1000
 
 
 def test_a_pool_is_freed_by_a_crop_and_is_in_no_pickle() -> None:

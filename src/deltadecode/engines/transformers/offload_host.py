@@ -30,6 +30,13 @@ _STAGED_BYTES = 64 * 2**20
 # Pinned for all devices.
 _PORTABLE = 1
 
+# Where control groups of version 2 and 1 say their limit, what is used, and what of it are files.
+_CGROUP = Path("/sys/fs/cgroup")
+_GROUPS = [
+    (_CGROUP, "memory.max", "memory.current", "file"),
+    (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+]
+
 
 class Transfer:
     """Copies between a host and a simulated device, which is the CPU itself.
@@ -271,14 +278,14 @@ def free_host_bytes() -> int | None:
     """Host memory that this process may still take; None where the system does not say."""
     free = _number(Path("/proc/meminfo"), "MemAvailable:")
     free = None if free is None else free * 1024
-    group = Path("/sys/fs/cgroup")
-    most, used = _number(group / "memory.max"), _number(group / "memory.current")
-    if most is None or used is None:
-        return free
-    # What a group has in files can be taken from it.
-    cached = _number(group / "memory.stat", "file") or 0
-    left = max(0, most - used + cached)
-    return left if free is None else min(free, left)
+    for group, limit, usage, files in _GROUPS:
+        most, used = _number(group / limit), _number(group / usage)
+        if most is not None and used is not None:
+            # What a group has in files can be taken from it.
+            cached = _number(group / "memory.stat", files) or 0
+            left = max(0, most - used + cached)
+            free = left if free is None else min(free, left)
+    return free
 
 
 def _number(path: Path, name: str | None = None) -> int | None:
