@@ -59,5 +59,20 @@ def test_info_says_what_a_cache_needs(run, model):
     assert short["offloaded_host"] == 0
 
 
+def test_info_leaves_out_an_offloaded_cache_that_is_refused(run, model, tmp_path):
+    described = json.loads(run("info", model, "--json")[1])["model"]
+    assert described["offload_refused"] is None
+    AutoConfig.for_model("gemma3n_text").save_pretrained(tmp_path)
+    code, out, _ = run("info", tmp_path, "--context", "4000")
+    assert code == 0
+    line = next(line for line in out.splitlines() if "4,000 tokens" in line)
+    assert line.endswith("on the GPU") and "offloaded" not in line
+    assert "no offloaded cache: layers that read the keys of others cannot be offloaded" in out
+    described = json.loads(run("info", tmp_path, "--context", "4000", "--json")[1])["model"]
+    cache = described["cache"]
+    assert cache["device"] and (cache["offloaded_device"], cache["offloaded_host"]) == (None, None)
+    assert "num_kv_shared_layers=15" in described["offload_refused"]
+
+
 def test_ranges():
     assert ranges([0, 1, 3, 4, 5, 9]) == "0, 1, 3-5, 9"

@@ -18,7 +18,7 @@ from deltadecode.architecture import (
 from deltadecode.cli import options
 from deltadecode.cli.loading import load_config, make_plan, resolve_model
 from deltadecode.cli.output import print_json, quiet_libraries, stdout
-from deltadecode.config import LayerPlan
+from deltadecode.config import DeltaConfig, LayerPlan
 from deltadecode.profiles import find_profile
 
 # Tokens of the cache that a model is shown with, where it has as many positions.
@@ -62,6 +62,9 @@ def info(
         console.print(_plan_table(facts["model"]))
         if facts["model"]["cache"] is not None:
             console.print(_cache_line(facts["model"]["cache"]), soft_wrap=True)
+        if facts["model"]["offload_refused"] is not None:
+            reason = facts["model"]["offload_refused"]
+            console.print(f"no offloaded cache: {reason}", soft_wrap=True)
 
 
 def layers_by_role(plan: LayerPlan) -> list[dict[str, Any]]:
@@ -95,14 +98,30 @@ def _describe(folder: str, context: int | None, kv_dtype: str | None) -> dict[st
 
     tokens = min(longest_prompt(text) or _CONTEXT, _CONTEXT) if context is None else context
     held = cache_bytes(config, cfg, plan, tokens, kv_dtype)
+    cache = None if held is None else asdict(held)
+    refused = _offload_refused(config, cfg, kv_dtype)
+    if cache is not None and refused is not None:
+        cache.update(offloaded_device=None, offloaded_host=None)
     return {
         "class": type(text).__name__,
         "layers": num_layers(text),
         "plan_from": "default" if profile is None else "profile",
         "config": asdict(cfg),
         "roles": layers_by_role(plan),
-        "cache": None if held is None else asdict(held),
+        "cache": cache,
+        "offload_refused": refused,
     }
+
+
+def _offload_refused(config: Any, cfg: DeltaConfig, kv_dtype: str | None) -> str | None:
+    """Why a model has no offloaded cache; None if it has one."""
+    from deltadecode.engines.transformers.offload import DeltaOffloadedCache
+
+    try:
+        DeltaOffloadedCache(config, cfg, kv_dtype=kv_dtype)
+    except ValueError as error:  # ours, or of Transformers' own cache
+        return str(error)
+    return None
 
 
 def _facts_table(facts: dict[str, Any]) -> Table:
@@ -130,14 +149,15 @@ def _plan_line(model: dict[str, Any]) -> str:
     return f"{model['class']}, {model['layers']} layers, {kind}: {numbers}"
 
 
-def _cache_line(held: dict[str, int]) -> str:
-    device, ours, host = (
-        _size(held[name]) for name in ("device", "offloaded_device", "offloaded_host")
+def _cache_line(held: dict[str, Any]) -> str:
+    line = (
+        f"cache of a sequence of {held['tokens']:,} tokens, planned layers: "
+        f"{_size(held['device'])} on the GPU"
     )
-    return (
-        f"cache of a sequence of {held['tokens']:,} tokens, planned layers: {device} on the GPU; "
-        f"offloaded: {ours} on the GPU and {host} on the host"
-    )
+    if held["offloaded_device"] is None:
+        return line
+    ours, host = _size(held["offloaded_device"]), _size(held["offloaded_host"])
+    return f"{line}; offloaded: {ours} on the GPU and {host} on the host"
 
 
 def _size(count: int) -> str:
