@@ -74,5 +74,16 @@ def test_info_leaves_out_an_offloaded_cache_that_is_refused(run, model, tmp_path
     assert "num_kv_shared_layers=15" in described["offload_refused"]
 
 
+def test_info_says_that_a_context_is_longer_than_the_models_positions(run, model):
+    out = run("info", model, "--context", "2000")[1]
+    assert "2,000 tokens are more than the model's 128 positions\n" in out
+    described = json.loads(run("info", model, "--context", "2000", "--json")[1])["model"]
+    assert (described["positions"], described["beyond_positions"]) == (128, True)
+    for options in ([], ["--context", "128"]):
+        assert "positions" not in run("info", model, *options)[1]
+        described = json.loads(run("info", model, *options, "--json")[1])["model"]
+        assert (described["positions"], described["beyond_positions"]) == (128, False)
+
+
 def test_ranges():
     assert ranges([0, 1, 3, 4, 5, 9]) == "0, 1, 3-5, 9"

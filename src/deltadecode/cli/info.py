@@ -62,6 +62,9 @@ def info(
         console.print(_plan_table(facts["model"]))
         if facts["model"]["cache"] is not None:
             console.print(_cache_line(facts["model"]["cache"]), soft_wrap=True)
+        if facts["model"]["beyond_positions"]:
+            positions = facts["model"]["positions"]
+            console.print(f"{context:,} tokens are more than the model's {positions:,} positions")
         if facts["model"]["offload_refused"] is not None:
             reason = facts["model"]["offload_refused"]
             console.print(f"no offloaded cache: {reason}", soft_wrap=True)
@@ -96,7 +99,8 @@ def _describe(folder: str, context: int | None, kv_dtype: str | None) -> dict[st
     profile = find_profile(signature(config))
     from deltadecode.engines.transformers.offload_size import cache_bytes
 
-    tokens = min(longest_prompt(text) or _CONTEXT, _CONTEXT) if context is None else context
+    positions = longest_prompt(text)
+    tokens = min(positions or _CONTEXT, _CONTEXT) if context is None else context
     held = cache_bytes(config, cfg, plan, tokens, kv_dtype)
     cache = None if held is None else asdict(held)
     refused = _offload_refused(config, cfg, kv_dtype)
@@ -105,6 +109,8 @@ def _describe(folder: str, context: int | None, kv_dtype: str | None) -> dict[st
     return {
         "class": type(text).__name__,
         "layers": num_layers(text),
+        "positions": positions,
+        "beyond_positions": positions is not None and tokens > positions,
         "plan_from": "default" if profile is None else "profile",
         "config": asdict(cfg),
         "roles": layers_by_role(plan),
