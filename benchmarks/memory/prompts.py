@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from torch import Tensor
 from benchmarks.memory.caches import OURS, Kind, free_all, held_bytes
 from deltadecode.errors import UnsupportedCacheError
 from deltadecode.lab.results import rounded, row
-
-if TYPE_CHECKING:
-    from benchmarks.memory.run import Bench
 
 PROMPT_UNIT = "s a prompt"
 # Steps behind the prompt that are not counted: the first one fills the pools, the second one
@@ -36,9 +33,10 @@ class _Clock:
         """Called behind the last token."""
 
 
-def prompt_of(bench: Bench, kind: Kind, tokens: int) -> dict[str, Any]:
+def prompt_of(bench: Any, kind: Kind, tokens: int) -> dict[str, Any]:
     """Decode behind a prompt of random tokens, one sequence; ``why`` where that does not fit.
 
+    ``bench`` has the model, a :class:`benchmarks.memory.run.Bench`.
     Else seconds until the first new token, the median step behind it in ms, the most bytes that the
     GPU had allocated, weights included, and those that the cache holds on the host.
     """
@@ -74,7 +72,7 @@ def prompt_of(bench: Bench, kind: Kind, tokens: int) -> dict[str, Any]:
         free_all()
 
 
-def prompt_rows(bench: Bench, tokens: int) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def prompt_rows(bench: Any, tokens: int) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Rows of one length, each of another cache beside the offloaded one; and what was left out."""
     chunk = bench.options.prompt_chunk
     case = f"a prompt of {tokens:,} tokens in chunks of {chunk:,}"
