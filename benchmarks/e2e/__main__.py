@@ -44,7 +44,7 @@ def e2e(
     ] = False,
     acceptance: Annotated[
         float | None,
-        typer.Option(help="With --lossless: of each draft, drawn; weights are random."),
+        typer.Option(help="Of each draft, drawn by vLLM; weights are random."),
     ] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option(help="Of both engines: auto, as the weights, or fp8.")

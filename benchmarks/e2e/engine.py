@@ -12,7 +12,7 @@ import numpy as np
 import deltadecode_vllm
 from benchmarks import multicast
 from benchmarks.e2e.profile import summarize
-from benchmarks.e2e.workloads import PACE_STEPS, own_drafts
+from benchmarks.e2e.workloads import PACE_STEPS, drawn_acceptance, own_drafts
 from benchmarks.processes import serve_process, write_entry_point
 from benchmarks.watch import watch
 from deltadecode.engines.serving.settings import KEY
@@ -220,7 +220,7 @@ def _drafting(spec: dict[str, Any]) -> dict[str, Any]:
     if not spec["lossless"]:
         from vllm.platforms import current_platform
 
-        lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
+        lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2, **drawn_acceptance(count, rate)}
         # On the device: only then, as with drafting models, does vLLM schedule asynchronously.
         method = "ngram_gpu" if current_platform.is_cuda() else "ngram"
         return {"method": method, "num_speculative_tokens": count, **lookup}
@@ -230,7 +230,8 @@ def _drafting(spec: dict[str, Any]) -> dict[str, Any]:
 def _draft_always(count: int) -> None:
     """Have every sequence drafted in every step: weights are random, and repeat nothing.
 
-    What a step costs does not depend on how many drafts are accepted.
+    What a step costs does not depend on how many drafts are accepted. With an acceptance vLLM
+    draws how many, and from one seed on both sides.
     """
     # After the engine has started: on CPUs, vLLM 0.32 does not once numba is loaded.
     from vllm.v1.spec_decode.ngram_proposer import NgramProposer

@@ -23,7 +23,9 @@ def make_row(
 
     ``opening`` is what both answered before, for its preemptions. Values are medians over all steps
     of all rounds, or over the rounds; of lossless steps all of a round count together, by the
-    tokens that they gave, and ``steps_ours`` are all of them in ms. ``within_budget``: whether
+    tokens that they gave, and ``steps_ours`` are all of them in ms. With drafts,
+    ``tokens_a_step_ours`` has what a step gave each sequence in each round: its own token and
+    the drafts that were accepted. ``within_budget``: whether
     every sparse layer reads all there is, so that nothing can be gained. A headline has ``tok_s``
     and a ``curve`` of [context, ms of a step] for either side.
     """
@@ -35,7 +37,7 @@ def make_row(
         "within_budget": plan.reads_all(workload.context),
         "preemptions": sum(one["preemptions"] for one in (*opening, *ours, *theirs)),
     }
-    if workload.lossless:
+    if workload.drafts:
         shared |= {"drafts": workload.drafts, "synthetic_acceptance": workload.acceptance}
     if workload.kind == "profile":
         shared |= {"profile_ours": ours[0], "profile_theirs": theirs[0]}
@@ -92,6 +94,9 @@ def _notes(line: dict[str, Any]) -> str:
     if line["kind"] == "profile":
         theirs, ours = (line[side]["graph_launches"] for side in ("profile_theirs", "profile_ours"))
         notes.append(f"graph launches a step: {theirs:g} and {ours:g}")
+    if "tokens_a_step_ours" in line:
+        given = (fmean(line[f"tokens_a_step_{side}"]) for side in ("theirs", "ours"))
+        notes.append("tokens a step: {:.3g} and {:.3g}".format(*given))
     if line["within_budget"]:
         notes.append("within the budget")
     if line["preemptions"]:
@@ -105,16 +110,17 @@ def _step_row(
     values = {}
     for name, rounds in (("ours", ours), ("theirs", theirs)):
         steps = [seconds * 1e3 for one in rounds for seconds in one["seconds"]]
+        tokens = [one.get("tokens", 1.0) for one in rounds]
+        if workload.drafts:
+            shared[f"tokens_a_step_{name}"] = [round(given, 3) for given in tokens]
         if workload.lossless:
             # Steps give unlike numbers of tokens, and take as unlike times: only all of them
             # together say what a token takes.
-            tokens = [one.get("tokens", 1.0) for one in rounds]
             each = [
                 1e3 * fmean(one["seconds"]) / given
                 for one, given in zip(rounds, tokens, strict=True)
             ]
             values[name] = median(each)
-            shared[f"tokens_a_step_{name}"] = [round(given, 3) for given in tokens]
             shared[f"steps_{name}"] = [float(f"{taken:.3g}") for taken in steps]
         else:
             each = [median(one["seconds"]) * 1e3 for one in rounds]

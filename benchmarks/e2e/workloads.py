@@ -133,19 +133,29 @@ def own_drafts(count: int, acceptance: float | None) -> dict[str, Any]:
     With an acceptance vLLM draws whether a draft holds: of random weights it would say nothing.
     """
     own = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": count}
+    return {**own, **drawn_acceptance(count, acceptance)}
+
+
+def drawn_acceptance(count: int, acceptance: float | None) -> dict[str, Any]:
+    """What has vLLM draw whether each of ``count`` drafts holds; empty without an acceptance.
+
+    A step gives 1 + a + a² + ... tokens on average, with a power for each draft.
+    """
     if acceptance is None:
-        return own
+        return {}
     # Of a draft and all before it.
     rates = [acceptance ** (place + 1) for place in range(count)]
-    return {**own, "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
+    return {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
 
 
 def check_drafts(lossless: bool, drafts: int, acceptance: float | None) -> None:
-    """Check what lossless mode is measured with; a ValueError for what cannot be."""
+    """Check what drafts are measured with; a ValueError for what cannot be."""
     if lossless and not 1 <= drafts <= MOST_DRAFTS:
         raise ValueError(f"drafts must be in 1..{MOST_DRAFTS} with --lossless, got {drafts}")
-    if acceptance is not None and not (lossless and 0 < acceptance <= 1):
-        raise ValueError(f"acceptance is for --lossless, above 0 and at most 1, got {acceptance}")
+    if acceptance is not None and not drafts:
+        raise ValueError(f"acceptance is of drafts, got {acceptance} without --drafts")
+    if acceptance is not None and not 0 < acceptance <= 1:
+        raise ValueError(f"acceptance must be above 0 and at most 1, got {acceptance}")
 
 
 def parse_point(text: str) -> tuple[int, int]:

@@ -58,6 +58,8 @@ def make_options(
                 f"--server-flag must give one value, as in {_COMPILATION}.mode=0: the benchmark "
                 f"gives others, got {flag.partition('=')[0]}"
             )
+    if acceptance is not None and not lossless:
+        raise ValueError(f"acceptance is for --lossless, got {acceptance} without")
     check_drafts(lossless, drafts, acceptance)
     if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes must be above 0, got {minutes:g}")

@@ -52,7 +52,10 @@ def test_help_names_the_workloads(run):
         (["--plan", "none.json"], "'none.json'"),
         (["--memory-share", "0.6"], "0.6"),
         (["--lossless", "--workload", "step"], "drafts must be in 1..16 with --lossless, got 0"),
-        (["--drafts", "2", "--acceptance", "0.9", "--workload", "step"], "for --lossless"),
+        (["--acceptance", "0.9", "--workload", "step"], "acceptance is of drafts, got 0.9 without"),
+        (["--drafts", "2", "--acceptance", "1.5", "--workload", "step"], "at most 1, got 1.5"),
+        (["--drafts", "2", "--acceptance", "0", "--workload", "step"], "above 0 and at most 1"),
+        (["--drafts", "2", "--acceptance", "nan", "--workload", "step"], "at most 1, got nan"),
         (["--out", __file__], "--out"),
     ],
 )

@@ -1,14 +1,18 @@
 """A real engine of the end-to-end benchmark, driven step by step."""
 
 import json
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.e2e.measure import WORKER
 from benchmarks.e2e.run import make_options
+from benchmarks.processes import environment
+
+DRAWING = (sys.executable, str(Path(__file__).with_name("drawing_engine.py")))
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +21,7 @@ def answers(tmp_path_factory):
     return run(tmp_path_factory.mktemp("tiny"), "stock")
 
 
-def run(folder, side, **options):
+def run(folder, side, worker=WORKER, **options):
     setup = make_options(
         shape="tiny", points=["4:200"], steps=8, rounds=2, memory_share=0.1, **options
     )
@@ -26,12 +30,12 @@ def run(folder, side, **options):
     for one in setup.workloads:
         todo += [*one.opening(), *[one.measuring()] * one.rounds, *one.closing()]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.e2e.engine"],
+        worker,
         input="".join(json.dumps(each) + "\n" for each in todo),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        env={**environment(), "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return [*zip(todo[1:], lines[1:], strict=True)], lines[0]["ready"]
@@ -72,6 +76,19 @@ def test_steps_with_drafts_verify_them(tmp_path):
     for answer in steps:
         assert len(answer["seconds"]) == 8
         assert answer["verified"] == 8 * 4 * 3
+
+
+def test_both_sides_accept_as_many_drafts_as_are_drawn(tmp_path):
+    """1 + 0.69 + 0.69² + 0.69³ tokens a step: 2.5."""
+    given = {}
+    for side in ("stock", "DELTA"):
+        done, ready = run(tmp_path, side, DRAWING, kinds=["step"], drafts=3, acceptance=0.69)
+        assert ready["backends"] == ["CUSTOM" if side == "DELTA" else "CPU_ATTN"]
+        steps = [a["done"] for c, a in done if c["do"] == "steps"]
+        assert [each["verified"] for each in steps] == [8 * 4 * 3] * 3
+        given[side] = [each["tokens"] for each in steps]
+    assert given["stock"] == given["DELTA"]
+    assert 2.1 < sum(given["stock"]) / 3 < 2.9
 
 
 def test_ranks_run_the_plan(tmp_path):
