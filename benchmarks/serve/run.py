@@ -57,6 +57,8 @@ class LoadOptions:
             "--max-model-len", str(min(longest, self.shape.positions)),
             "--max-num-seqs", str(max(one.concurrency for one in self.workloads)),
             "--disable-uvicorn-access-log", multicast.FLAG,
+            # Else a kernel is named once: not again, when it is compiled for another shape.
+            "--jit-monitor-verbose",
         ]  # fmt: skip
         if self.shape.eager:
             line.append("--enforce-eager")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,9 +20,10 @@ from benchmarks.processes import environment, write_entry_point
 from deltadecode.cli.output import one_line
 
 NAME = "load"  # of the model, in requests
-JIT = "JIT compilation during inference"
 _STOP_S = 60
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Behind the name come details in brackets, or the end of the sentence.
+_JIT = re.compile(r"JIT compilation during inference: (\S+)")
 _ERROR = re.compile(r"(error|refused|exception)\b", re.IGNORECASE)
 
 
@@ -40,6 +42,7 @@ class Server:
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._began = time.monotonic()
+        self._warm = 0  # bytes of the log when the warm-up was over
         with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [*command, "--host", "127.0.0.1", "--port", str(self.port)],
@@ -84,6 +87,7 @@ class Server:
                 list(threads.map(ask, range(requests)))
         except OSError as error:
             raise self.failure(f"did not answer a request ({one_line(error)})") from error
+        self._warm = self._log.stat().st_size
 
     def metrics(self) -> dict[str, float]:
         """Sums of its metrics over their labels."""
@@ -95,11 +99,20 @@ class Server:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def facts(self) -> dict[str, Any]:
-        """What its log says: tokens of the KV cache and compilations under load."""
+        """What its log says: tokens of the KV cache, and kernels that requests waited for.
+
+        ``jit_compilations`` are those after the warm-up, ``jit_kernels`` how many of them each
+        kernel has, and ``jit_kernels_warm_up`` the same of before.
+        """
         text = self.log()
+        written = self._log.read_bytes()
+        before, after = compiled(written[: self._warm]), compiled(written[self._warm :])
         found = re.search(r"KV cache size: ([\d,]+) tokens", text)
         tokens = int(found[1].replace(",", "")) if found else None
-        return {"kv_tokens": tokens, "jit_compilations": text.count(JIT)}
+        return {
+            "kv_tokens": tokens, "jit_compilations": sum(after.values()),
+            "jit_kernels": after, "jit_kernels_warm_up": before,
+        }  # fmt: skip
 
     def stop(self) -> None:
         """End it and all of its processes."""
@@ -124,6 +137,12 @@ def server_environment(folder: Path) -> dict[str, str]:
     if not any(plugin.name == "deltadecode" for plugin in plugins):
         kept["PYTHONPATH"] = os.pathsep.join([str(write_entry_point(folder)), kept["PYTHONPATH"]])
     return kept
+
+
+def compiled(log: bytes) -> dict[str, int]:
+    """Kernels that a log says were compiled, with how often each was."""
+    names = _JIT.findall(log.decode("utf-8", errors="replace"))
+    return dict(Counter(name.rstrip(".") for name in names))
 
 
 def parse_metrics(text: str) -> dict[str, float]:
