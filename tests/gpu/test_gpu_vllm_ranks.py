@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gpu_vllm import agreeing
+from test_gpu_vllm import FLOAT8, agreeing
 from test_gpu_vllm import pytestmark as needs_vllm
 from test_gpu_vllm import work as work  # a fixture of this module too
 
@@ -89,6 +89,14 @@ def test_ranks_that_select_together_give_the_tokens_of_one(one_rank, together):
     # Sums of bfloat16 in another order may turn a few near-ties.
     assert agreeing(one_rank, together) >= 10
     assert correct(together) >= 11
+
+
+def test_ranks_that_select_together_give_the_tokens_of_one_with_float8_caches(work):
+    one = run(work, CONFIG, tp=1, **FLOAT8)
+    two = run(work, {**CONFIG, "sync_heads": True}, **FLOAT8)
+    # Of a sum in another order, a number on the edge may go to the other float8.
+    assert agreeing(one, two) >= 9
+    assert correct(two) >= correct(one) - 2
 
 
 def test_the_compiler_changes_nothing(work, together):
