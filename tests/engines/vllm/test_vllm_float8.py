@@ -1,4 +1,7 @@
-"""Float8 keys and values: stock vLLM with every page, the reference with few, and prefix hits."""
+"""Float8 keys and values: stock vLLM with every page, the reference with few, and prefix hits.
+
+Prefixes with answers in them also as keys and values that are not rounded.
+"""
 
 from statistics import median
 
@@ -26,6 +29,16 @@ TWO_TURNS = {
     **SCALED, "config": SPARSE, "rounds": 2,
     "engine": {**SCALED["engine"], "enable_prefix_caching": True, "max_num_batched_tokens": 32},
 }  # fmt: skip
+# Three of four layers are sparse: keys and values of decoded tokens are not those of a prefill.
+MOSTLY_SPARSE = {**SPARSE, "dense_layers": [], "delta_layers": [0]}
+# The second prompt is the first and its answer. Of 120 tokens, 96 are in the cache; of 81, 64.
+ANSWERED = {
+    **RUN, "config": MOSTLY_SPARSE, "rounds": 2, "answered": True, "logprobs": None,
+    "engine": {**RUN["engine"], "enable_prefix_caching": True},
+}  # fmt: skip
+ANSWERED_AUTO = {
+    **ANSWERED, "float8": None, "engine": {**ANSWERED["engine"], "kv_cache_dtype": "auto"},
+}  # fmt: skip
 # Each verification has more rows than some of these prompts have pages.
 MOST_DRAFTS = {
     **RUN, "config": {**SPARSE, "min_tokens": 0}, "cut": True,
@@ -48,6 +61,14 @@ RUNS = {
     "scaled, sparse": {**SCALED, "config": SPARSE},
     "scaled, reference": {**SCALED, "config": SPARSE, "side": "transformers"},
     "scaled, two turns": TWO_TURNS,
+    "fp8, answered": ANSWERED,
+    "fp8, answered, reference": {**ANSWERED, "side": "transformers"},
+    "auto, answered": ANSWERED_AUTO,
+    "auto, answered, prefilled": {
+        **ANSWERED_AUTO,
+        "engine": {**RUN["engine"], "kv_cache_dtype": "auto"},
+    },
+    "auto, answered, reference": {**ANSWERED_AUTO, "side": "transformers"},
 }
 
 
@@ -99,3 +120,13 @@ def test_a_second_turn_finds_its_prefix(ran):
     run = ran["scaled, two turns"]
     assert sum(run["cached"]) > 0
     assert run["tokens"] == ran["scaled, sparse"]["tokens"]
+
+
+@pytest.mark.parametrize("kind", ["auto", "fp8"])
+def test_a_second_turn_finds_the_answer_of_the_first(ran, kind):
+    """Keys and values of decoded tokens are reused: they come from a plan, not from a prefill."""
+    run = ran[f"{kind}, answered"]
+    assert run["cached"] == [96, 64]
+    assert run["tokens"] == ran[f"{kind}, answered, reference"]["tokens"]
+    if kind == "auto":
+        assert run["tokens"] != ran["auto, answered, prefilled"]["tokens"]

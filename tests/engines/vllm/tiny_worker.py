@@ -4,6 +4,7 @@ A job has ``folder`` (for the models) and ``runs``. Each of those makes one engi
 and says what it gave: ``model`` (a name of MODELS), ``config`` (of DELTA; without it the engine is
 stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts``, ``max_tokens`` and ``rounds``, how
 often the prompts come; with ``logprobs`` null it gives none. Further ``params`` are of sampling.
+With ``answered`` each round's prompts are those of the one before, and what came of them.
 With ``lora`` an adapter answers. With ``float8``, scales of keys and of values, Transformers keeps
 them so, and for vLLM they are written into the checkpoint, unless both are 1. With ``cut`` ours
 rounds as stock vLLM on CPUs. Where ``side`` is "transformers", that integration runs the prompts.
@@ -128,7 +129,10 @@ def expand_numbers():
 
 
 def run_transformers(job, folder):
-    """Each prompt alone, by the Transformers integration: what else a run gives has no meaning."""
+    """Each prompt alone, by the Transformers integration: what else a run gives has no meaning.
+
+    With ``answered`` a round reads the whole blocks that the one before left, as vLLM does.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -146,11 +150,21 @@ def run_transformers(job, folder):
     dd.enable(model, dd.DeltaConfig.from_dict(job["config"]))
     tokens = []
     for prompt in job["prompts"]:
-        out = model.generate(
-            torch.tensor([prompt]), max_new_tokens=job["max_tokens"], do_sample=False,
-            eos_token_id=None,
-        )  # fmt: skip
-        tokens.append(out[0, len(prompt) :].tolist())
+        cache = None
+        for _ in range(job["rounds"] if job.get("answered") else 1):
+            if cache is not None:
+                block = job["engine"]["block_size"]
+                cache.crop((len(prompt) - 1) // block * block - cache.get_seq_length())
+            ids = torch.tensor([prompt])
+            # Without a mask, tokens of the padding's id would be left out.
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=job["max_tokens"],
+                do_sample=False, eos_token_id=None, past_key_values=cache,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            answer = out.sequences[0, len(prompt) :].tolist()
+            prompt, cache = prompt + answer, out.past_key_values
+        tokens.append(answer)
     return {"tokens": tokens}
 
 
@@ -200,7 +214,7 @@ def run(job, folder):
         cut_float8()
     if "params" in job:
         expand_numbers()
-    if job.get("float8", [1, 1]) != [1, 1]:
+    if (job.get("float8") or [1, 1]) != [1, 1]:
         path = with_scales(path, *job["float8"])
     adapter = LoRARequest("adapter", 1, str(make_adapter(path)[0])) if job.get("lora") else None
     engine = {
@@ -223,8 +237,14 @@ def run(job, folder):
         ignore_eos=True, detokenize=False, **{"temperature": 0.0, **job.get("params", {})},
     )  # fmt: skip
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    requests = None
     try:
         for number in range(job.get("rounds", 1)):
+            if requests and job.get("answered"):
+                prompts = [
+                    {"prompt_token_ids": [*each.prompt_token_ids, *each.outputs[0].token_ids]}
+                    for each in requests
+                ]
             # The other way round each time: what came last may be cached still.
             order = -1 if number % 2 else 1
             requests = llm.generate(prompts[::order], params, use_tqdm=False, lora_request=adapter)[
