@@ -56,5 +56,12 @@ MODELS = {
         "attention_chunk_size": 32, "intermediate_size_mlp": 64, "num_local_experts": 4,
         "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
     },
+    # Its checkpoints have a drafter of one layer (MTP), which tiny_drafters.py adds.
+    "glm4_moe": {
+        "model_type": "glm4_moe", "num_hidden_layers": 4, **EXPERTS, "n_routed_experts": 4,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "partial_rotary_factor": 0.5, "use_qk_norm": False, "attention_bias": False,
+        "initializer_range": 0.1,
+    },
 }  # fmt: skip
 MODELS["gemma4_wide"] = {**MODELS["gemma4"], "global_head_dim": 512}

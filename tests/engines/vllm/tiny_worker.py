@@ -5,7 +5,8 @@ and says what it gave: ``model`` (a name of MODELS), ``config`` (of DELTA; witho
 stock), ``engine`` (arguments of ``vllm.LLM``), ``prompts``, ``max_tokens`` and ``rounds``, how
 often the prompts come; with ``logprobs`` null it gives none. Further ``params`` are of sampling.
 With ``answered`` each round's prompts are those of the one before, and what came of them.
-With ``lora`` an adapter answers. With ``float8``, scales of keys and of values, Transformers keeps
+With ``drafter``, a name of DRAFTERS, that many ``drafts`` come from it. With ``lora`` an adapter
+answers. With ``float8``, scales of keys and of values, Transformers keeps
 them so, and for vLLM they are written into the checkpoint, unless both are 1. With ``cut`` ours
 rounds as stock vLLM on CPUs. Where ``side`` is "transformers", that integration runs the prompts.
 With ``fork`` each run has a process of its own, which need not import vLLM again.
@@ -17,6 +18,7 @@ import os
 import sys
 from pathlib import Path
 
+from tiny_drafters import make_drafter
 from tiny_models import MODELS, SHAPE
 
 
@@ -174,7 +176,8 @@ def record_batches(batches):
 
     build = Builder.build
 
-    def recorded(self, common_prefix_len, common, *args, **kwargs):
+    def recorded(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
+        common = common_attn_metadata  # drafters of EAGLE's kind name it
         starts = common.query_start_loc[: common.num_reqs + 1]
         batches.append([starts.diff().tolist(), common.seq_lens[: common.num_reqs].tolist()])
         return build(self, common_prefix_len, common, *args, **kwargs)
@@ -223,6 +226,8 @@ def run(job, folder):
         "max_model_len": 256, "max_num_seqs": 4, "disable_log_stats": False,
         **job.get("engine", {}),
     }  # fmt: skip
+    if "drafter" in job:
+        engine["speculative_config"] = make_drafter(job["drafter"], path, job["drafts"])
     if "config" in job:
         engine |= {
             "attention_backend": "CUSTOM",
