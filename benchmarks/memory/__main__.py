@@ -56,6 +56,12 @@ def memory(
         bool,
         typer.Option(help="Pages are fetched by a kernel; --no-gather: gathered by the CPU."),
     ] = True,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Beside the offloaded cache: delta, stock, stock-offloaded. Default: all."
+        ),
+    ] = None,
     record: Annotated[
         str | None,
         typer.Option(help="Instead: record the fetches of this model on real texts, on the CPU."),
@@ -89,8 +95,12 @@ def memory(
     """
     with cli.checking(out, tag):
         from benchmarks.e2e.shapes import find_shape
+        from benchmarks.memory.caches import PEERS
         from deltadecode.config import DeltaConfig
 
+        for name in peer or ():
+            if name not in PEERS:
+                raise BadInput(f"--peer must be one of {', '.join(PEERS)}, got {name!r}")
         if kv_dtype not in (None, "int8"):
             raise BadInput(f"--kv-dtype must be int8, got {kv_dtype!r}")
         known = find_shape(shape)
@@ -117,10 +127,12 @@ def memory(
         options = Options(
             shape=known, plan=cfg, batches=batch or [1], contexts=context or [32768], steps=steps,
             rounds=rounds, longest=longest or [], kv_dtype=kv_dtype, layer_graphs=layer_graphs,
-            prompt_chunk=prompt_chunk, gather=gather, command=cli.command_line(
+            prompt_chunk=prompt_chunk, gather=gather, peers=tuple(dict.fromkeys(peer or PEERS)),
+            command=cli.command_line(
                 "memory", shape=shape, batch=batch, context=context, steps=steps, rounds=rounds,
                 selections=selections, longest=longest, plan=plan, kv_dtype=kv_dtype,
                 layer_graphs=layer_graphs, prompt_chunk=prompt_chunk, no_gather=not gather,
+                peer=peer,
             ),
         )  # fmt: skip
         if selections is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from deltadecode.engines.transformers.packing import packed_bytes
 
 STOCK, STOCK_OFFLOADED = "DynamicCache", "DynamicCache, offloaded"
 DELTA, OURS = "DeltaCache", "DeltaOffloadedCache"
+# By the names that the command line has for them.
+PEERS = {"delta": DELTA, "stock": STOCK, "stock-offloaded": STOCK_OFFLOADED}
 NUMBER = 2  # bytes of a key's or value's number, bfloat16
 
 # A prompt has the keys and values of two layers on their way to the host.
@@ -114,10 +116,14 @@ class Kind:
 
 
 def kinds(
-    shape: ModelShape, plan: dd.DeltaConfig, kv_dtype: str | None = None, gather: bool = True
+    shape: ModelShape,
+    plan: dd.DeltaConfig,
+    kv_dtype: str | None = None,
+    gather: bool = True,
+    peers: Sequence[str] = tuple(PEERS),
 ) -> list[Kind]:
-    """All of them, the slowest last."""
-    names = (OURS, DELTA, STOCK, STOCK_OFFLOADED)
+    """DELTA's offloaded cache and its peers, the slowest last."""
+    names = [OURS, *(name for peer, name in PEERS.items() if peer in peers)]
     return [Kind(name, shape, plan, kv_dtype, gather) for name in names]
 
 

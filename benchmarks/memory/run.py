@@ -15,7 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import deltadecode as dd
 from benchmarks.e2e.shapes import ModelShape
-from benchmarks.memory.caches import Kind, fill, free_all, held_bytes, kinds
+from benchmarks.memory.caches import (
+    PEERS,
+    STOCK_OFFLOADED,
+    Kind,
+    fill,
+    free_all,
+    held_bytes,
+    kinds,
+)
 from benchmarks.memory.prompts import prompt_rows
 from benchmarks.memory.rows import MEASURED, RANDOM, longest_row, point_rows
 from benchmarks.memory.selections import Walk
@@ -42,7 +50,8 @@ class Options:
     ``kv_dtype`` is that of DELTA's own caches. Every cache has ``rounds`` turns, and ``steps`` in
     each of them. ``layer_graphs`` is for steps from DELTA's own caches. With ``prompt_chunk``
     prompts go through the model in chunks of so many tokens, and no steps are timed from filled
-    caches; without ``gather`` the CPU gathers the pages that an offloaded cache fetches.
+    caches; without ``gather`` the CPU gathers the pages that an offloaded cache fetches. ``peers``
+    are those of `benchmarks.memory.caches.PEERS` that are measured, too.
     """
 
     shape: ModelShape
@@ -59,6 +68,7 @@ class Options:
     layer_graphs: bool = False
     prompt_chunk: int | None = None
     gather: bool = True
+    peers: Sequence[str] = tuple(PEERS)
 
 
 class Bench:
@@ -78,7 +88,7 @@ class Bench:
                 self.config, attn_implementation="sdpa", dtype=self.dtype
             )
         self.model = model.eval()
-        self.kinds = kinds(shape, options.plan, options.kv_dtype, options.gather)
+        self.kinds = kinds(shape, options.plan, options.kv_dtype, options.gather, options.peers)
 
     @property
     def like(self) -> Tensor:
@@ -235,7 +245,7 @@ def run(options: Options, progress: Progress = lambda case, done: None) -> dict[
     ValueError
         For a context that is too short for the lengths of all kinds.
     """
-    turns = options.rounds * len(kinds(options.shape, options.plan))
+    turns = options.rounds * (1 + len(options.peers))
     least = turns * _lengths(options) + 1
     if options.prompt_chunk is None and min(options.contexts) < least:
         raise ValueError(
@@ -313,7 +323,7 @@ def _longest(bench: Bench, size: float, show: Any) -> list[dict[str, Any]]:
                 "tokens": tokens, "by_gpu": kind.longest(1, gpu, None),
                 "host_bytes": kind.needs(1, tokens).host, "why": None, "held": False,
             }  # fmt: skip
-            if kind.name != bench.kinds[-1].name and tokens > 2:
+            if kind.name != STOCK_OFFLOADED and tokens > 2:
                 show(f"{size:g} GB, {tokens:,} tokens: {kind.name}")
                 known["why"] = bench.holds(kind, 1, tokens)
                 known["held"] = known["why"] is None

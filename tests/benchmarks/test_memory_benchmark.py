@@ -304,6 +304,19 @@ def test_prompts_go_through_the_model_in_chunks(call, monkeypatch):
     assert code == 0 and out.count("0.00 and") == 2
 
 
+def test_some_peers_are_measured_alone(call):
+    arguments = "--shape", "tiny", "--context", 100, "--steps", 1, "--rounds", 1
+    for more in ((), ("--prompt-chunk", 64)):
+        code, out, err = call(*arguments, *more, "--peer", "stock", "--json")
+        assert code == 0, err
+        result = json.loads(out)
+        assert [row["peer"] for row in result["rows"]] == [STOCK] and not result["skipped"]
+        assert result["command"].endswith(" --peer stock")
+    code, out, err = call(*arguments, "--peer", "vllm")
+    assert (code, out) == (2, "")
+    assert "--peer must be one of delta, stock, stock-offloaded, got 'vllm'" in err
+
+
 def test_pages_may_be_gathered_by_the_cpu(call):
     gpu = torch.device("cuda")
     for gather in (True, False):
