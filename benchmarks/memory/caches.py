@@ -17,11 +17,16 @@ from deltadecode.engines.transformers.offload_host import CudaTransfer, Transfer
 from deltadecode.engines.transformers.offload_pages import pool_pages
 from deltadecode.engines.transformers.offload_room import Offload
 from deltadecode.engines.transformers.packing import packed_bytes
+from deltadecode.errors import UnsupportedCacheError
 
 STOCK, STOCK_OFFLOADED = "DynamicCache", "DynamicCache, offloaded"
 DELTA, OURS = "DeltaCache", "DeltaOffloadedCache"
 # By the names that the command line has for them.
 PEERS = {"delta": DELTA, "stock": STOCK, "stock-offloaded": STOCK_OFFLOADED}
+# Steps that are not counted: the first one fills the pools, the second one records layer graphs.
+WARMUP = 3
+# What a cache raises that has no room.
+NO_ROOM = torch.OutOfMemoryError, UnsupportedCacheError
 NUMBER = 2  # bytes of a key's or value's number, bfloat16
 
 # A prompt has the keys and values of two layers on their way to the host.
@@ -31,6 +36,11 @@ _APPENDED = 0.5
 _SPARE = 1 / 128  # room that DeltaCache takes behind a full buffer
 # Transformers has a layer's old and new states, the one before it and the one behind it there.
 _STOCK_IN_FLIGHT = 4.0
+
+
+def reason(error: Exception) -> str:
+    """Why a cache did not fit, of an error of `NO_ROOM`, in one line."""
+    return str(error).splitlines()[0][:200]
 
 
 @dataclass(frozen=True)

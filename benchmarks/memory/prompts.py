@@ -9,14 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.memory.caches import OURS, Kind, free_all, held_bytes
-from deltadecode.errors import UnsupportedCacheError
+from benchmarks.memory.caches import NO_ROOM, OURS, WARMUP, Kind, free_all, held_bytes, reason
+from benchmarks.memory.rows import left_out
 from deltadecode.lab.results import rounded, row
 
 PROMPT_UNIT = "s a prompt"
-# Steps behind the prompt that are not counted: the first one fills the pools, the second one
-# records layer graphs.
-_WARMUP = 3
 
 
 class _Clock:
@@ -56,17 +53,17 @@ def prompt_of(bench: Any, kind: Kind, tokens: int) -> dict[str, Any]:
         bench.model.generate(
             ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=clock,
             prefill_chunk_size=bench.options.prompt_chunk, do_sample=False, eos_token_id=None,
-            pad_token_id=0, max_new_tokens=1 + _WARMUP + bench.options.steps,
+            pad_token_id=0, max_new_tokens=1 + WARMUP + bench.options.steps,
         )  # fmt: skip
         steps = [1e3 * (b - a) for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
         held = held_bytes(cache, bench.device)
         return {
-            "seconds": clock.times[1] - began, "step_ms": rounded(median(steps[_WARMUP:])),
+            "seconds": clock.times[1] - began, "step_ms": rounded(median(steps[WARMUP:])),
             "gpu_peak": torch.cuda.max_memory_allocated() if cuda else 0,
             "gpu_bytes": held.gpu, "host_bytes": held.host,
         }  # fmt: skip
-    except (torch.OutOfMemoryError, UnsupportedCacheError) as error:
-        return {"why": str(error).splitlines()[0][:200]}
+    except NO_ROOM as error:
+        return {"why": reason(error)}
     finally:
         cache = None
         free_all()
@@ -77,11 +74,6 @@ def prompt_rows(bench: Any, tokens: int) -> tuple[list[dict[str, Any]], list[dic
     chunk = bench.options.prompt_chunk
     case = f"a prompt of {tokens:,} tokens in chunks of {chunk:,}"
     found = {kind.name: prompt_of(bench, kind, tokens) for kind in bench.kinds}
-    skipped = [
-        {"case": f"{case}: {name}", "why": one["why"]}
-        for name, one in found.items()
-        if "why" in one
-    ]
     ours = found[OURS]
     rows = []
     for name, theirs in found.items():
@@ -99,7 +91,7 @@ def prompt_rows(bench: Any, tokens: int) -> tuple[list[dict[str, Any]], list[dic
                 tokens=tokens, chunk=chunk, **numbers,
             )
         )  # fmt: skip
-    return rows, skipped
+    return rows, left_out(case, found)
 
 
 def prompt_cells(row: dict[str, Any], side: str) -> tuple[str, ...]:

@@ -30,11 +30,7 @@ def point_rows(
     """
     ours = found[OURS]
     case = f"batch {batch}, {context:,} tokens"
-    skipped = [
-        {"case": f"{case}: {name}", "why": theirs["why"]}
-        for name, theirs in found.items()
-        if "why" in theirs
-    ]
+    skipped = left_out(case, found)
     if "why" in ours:
         return [], skipped
     rows = []
@@ -60,6 +56,15 @@ def point_rows(
                 )
             )  # fmt: skip
     return rows, skipped
+
+
+def left_out(case: str, found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """The caches that did not fit, and why."""
+    return [
+        {"case": f"{case}: {name}", "why": one["why"]}
+        for name, one in found.items()
+        if "why" in one
+    ]
 
 
 def longest_row(

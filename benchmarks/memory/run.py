@@ -16,13 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import deltadecode as dd
 from benchmarks.e2e.shapes import ModelShape
 from benchmarks.memory.caches import (
+    NO_ROOM,
     PEERS,
     STOCK_OFFLOADED,
+    WARMUP,
     Kind,
     fill,
     free_all,
     held_bytes,
     kinds,
+    reason,
 )
 from benchmarks.memory.prompts import prompt_rows
 from benchmarks.memory.rows import MEASURED, RANDOM, longest_row, point_rows
@@ -30,10 +33,8 @@ from benchmarks.memory.selections import Walk
 from benchmarks.report import Progress
 from deltadecode.config import DeltaConfig
 from deltadecode.engines.transformers.offload_host import free_host_bytes
-from deltadecode.errors import UnsupportedCacheError
 from deltadecode.lab.results import result, rounded
 
-_WARMUP = 3  # the first one fills the pools, the second one records layer graphs
 _SECONDS = 5.0  # of the steps of one cache, once there are two
 # Activations, workspaces and what is lost between blocks.
 _RESERVE = 2**30
@@ -107,7 +108,7 @@ class Bench:
         # own: else the first one would make the plans that the others find.
         turns_before = turn * len(self.kinds) + self.kinds.index(kind)
         end = context - turns_before * _lengths(self.options)
-        tokens = end - len(modes) * (_WARMUP + self.options.steps)
+        tokens = end - len(modes) * (WARMUP + self.options.steps)
         why = kind.refused(batch, context, self.device)
         if why is not None:
             return {"why": why}
@@ -129,8 +130,8 @@ class Bench:
             if self.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated() - before
             return found | {"gpu_bytes": held.gpu, "gpu_peak": peak, "host_bytes": held.host}
-        except (torch.OutOfMemoryError, UnsupportedCacheError) as error:
-            return {"why": str(error).splitlines()[0][:200]}
+        except NO_ROOM as error:
+            return {"why": reason(error)}
         finally:
             cache = None
             free_all()
@@ -145,8 +146,8 @@ class Bench:
             for _ in range(2):
                 self._step(cache, batch)
             self._synchronize()
-        except (torch.OutOfMemoryError, UnsupportedCacheError) as error:
-            return str(error).splitlines()[0][:200]
+        except NO_ROOM as error:
+            return reason(error)
         else:
             return None
         finally:
@@ -159,15 +160,15 @@ class Bench:
         if mode == MEASURED and missed is not None:
             leading = Walk(
                 missed, self.options.plan, layers=len(self.options.plan.delta_layers), batch=batch,
-                first=cache.get_seq_length() + 1, steps=_WARMUP + steps, device=self.device,
+                first=cache.get_seq_length() + 1, steps=WARMUP + steps, device=self.device,
             ).leading()  # fmt: skip
         times: list[float] = []
         with leading:
-            for step in range(_WARMUP + steps):
-                if step == _WARMUP and kind.is_ours:
+            for step in range(WARMUP + steps):
+                if step == WARMUP and kind.is_ours:
                     dd.stats(self.model).reset()
                 seconds = self._step(cache, batch)
-                if step >= _WARMUP:
+                if step >= WARMUP:
                     times.append(1e3 * seconds)
                 # A slow cache would take minutes.
                 if len(times) > 1 and sum(times) > 1e3 * _SECONDS:
@@ -206,7 +207,7 @@ class Bench:
 
 def _lengths(options: Options) -> int:
     """Lengths that a cache decodes at in one turn, at most: with both ways to select pages."""
-    return 2 * (_WARMUP + options.steps)
+    return 2 * (WARMUP + options.steps)
 
 
 def join_turns(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:

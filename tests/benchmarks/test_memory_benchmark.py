@@ -266,7 +266,7 @@ def test_layer_graphs_are_of_deltas_own_caches_and_replayed(call, monkeypatch):
     assert result["layer_graphs"] is True and result["command"].endswith(" --layer-graphs")
     layers = seen[0][1]
     # The first step of a cache runs as it is; warm-up ends behind a replay of every layer.
-    of_cache = [0, *[2 * layers] * (bench._WARMUP + 1)]
+    of_cache = [0, *[2 * layers] * (bench.WARMUP + 1)]
     assert [made for ours, _, made in seen if ours] == 2 * of_cache
     assert {made for ours, _, made in seen if not ours} == {0}
     code, out, err = call(*arguments)
