@@ -104,11 +104,10 @@ class Server:
         ``jit_compilations`` are those after the warm-up, ``jit_kernels`` how many of them each
         kernel has, and ``jit_kernels_warm_up`` the same of before.
         """
-        text = self.log()
         written = self._log.read_bytes()
         before, after = compiled(written[: self._warm]), compiled(written[self._warm :])
-        found = re.search(r"KV cache size: ([\d,]+) tokens", text)
-        tokens = int(found[1].replace(",", "")) if found else None
+        found = re.search(rb"KV cache size: ([\d,]+) tokens", written)
+        tokens = int(found[1].replace(b",", b"")) if found else None
         return {
             "kv_tokens": tokens, "jit_compilations": sum(after.values()),
             "jit_kernels": after, "jit_kernels_warm_up": before,
