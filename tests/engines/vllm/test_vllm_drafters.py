@@ -1,16 +1,8 @@
 """Drafters that read the hidden states of a model change no token of a sparse plan (R10)."""
 
 import pytest
+from tiny_runs import PROMPTS, SPARSE
 
-PROMPTS = [
-    [5 + 7 * (place % 9) % 50 for place in range(60)],
-    [3 + 11 * place % 59 for place in range(41)],
-]
-# Sparse layers read three of five to thirteen pages.
-SPARSE = {
-    "page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1,
-    "dense_layers": [0], "delta_layers": [1],
-}  # fmt: skip
 RUN = {
     "prompts": PROMPTS, "max_tokens": 30, "logprobs": None, "engine": {"block_size": 32},
 }  # fmt: skip

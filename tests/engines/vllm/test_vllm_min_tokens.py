@@ -1,22 +1,14 @@
 """``min_tokens`` above the budget of pages: short rows read everything, longer ones are sparse."""
 
 import pytest
+from tiny_runs import PROMPTS, SPARSE
 
 from deltadecode import DeltaConfig
 from deltadecode.engines.serving.counts import attended_tokens
 from deltadecode.engines.serving.settings import ServingSettings
 
-# The first passes 75 tokens with its 15th token, the second with its 34th: rows of both kinds.
-PROMPTS = [
-    [5 + 7 * (place % 9) % 50 for place in range(60)],
-    [3 + 11 * place % 59 for place in range(41)],
-]
+# The first prompt passes it with its 15th token, the second with its 34th: rows of both kinds.
 LEAST = 75
-# Sparse layers read three pages: 24 tokens.
-SPARSE = {
-    "page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1,
-    "dense_layers": [0], "delta_layers": [1],
-}  # fmt: skip
 N_GRAM = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2,
 }  # fmt: skip

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
 from conftest import environment  # of this folder
 
 from deltadecode.lab.tasks import is_correct, make_problem
@@ -15,11 +16,6 @@ RANKS = Path(__file__).parents[2] / "gpu" / "rank_worker.py"
 CONFIG = {
     "page_size": 8, "budget_pages": 32, "recent_pages": 4, "delta_layers": [0, 5, 7, 12, 16],
 }  # fmt: skip
-FEW_PAGES = {
-    "page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1,
-    "dense_layers": [0], "delta_layers": [1],
-}  # fmt: skip
-RANDOM = [[5 + 7 * (p % 9) % 50 for p in range(60)], [3 + 11 * p % 59 for p in range(41)]]
 PROBLEMS = [make_problem(seed, steps=8, distractors=12) for seed in range(2)]
 REQUESTS = [{"prompt": problem.prompt} for problem in PROBLEMS]
 
@@ -54,12 +50,17 @@ def test_two_tensor_ranks_that_select_together_give_the_same_tokens(work, one_ra
 
 def test_two_tensor_ranks_that_select_together_give_the_same_tokens_of_float8_caches(tiny):
     """Of random weights: what the embedded model writes is the same with keys of any type."""
-    one = {"model": "llama", "config": FEW_PAGES, "prompts": RANDOM, "max_tokens": 40}
+    one = {
+        "model": "llama",
+        "config": tiny_runs.SPARSE,
+        "prompts": tiny_runs.PROMPTS,
+        "max_tokens": 40,
+    }
     one |= {"logprobs": None, "engine": {"block_size": 32}}
     float8 = {**one, "engine": {"block_size": 32, "kv_cache_dtype": "fp8"}}
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     two = {
-        **float8, "config": {**FEW_PAGES, "sync_heads": True},
+        **float8, "config": {**tiny_runs.SPARSE, "sync_heads": True},
         "engine": {**float8["engine"], **ranks},
     }  # fmt: skip
     found = tiny({"one": one, "float8": float8, "two": two}, fork=True)
