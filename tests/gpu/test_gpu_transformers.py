@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, Qwen2Config
 
 import deltadecode as dd
-from deltadecode.engines.transformers import attention
+from deltadecode.engines.transformers import attention, full
 
 pytestmark = [
     pytest.mark.gpu,
@@ -197,3 +197,76 @@ def test_decode_steps_leave_the_stock_function_alone(monkeypatch):
     tokens, _ = left_padded((60,))  # within the budget at first
     generate(model, tokens, torch.ones_like(tokens))
     assert set(queries) == {60}
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 8, 1000, 5003, 128), (3, 4, 4, 17, 64, 80)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_last_queries_of_a_prompt_need_no_mask(shape, dtype):
+    rows, heads, kv_heads, queries, tokens, dim = shape
+    torch.manual_seed(0)
+    query = torch.randn(rows, heads, queries, dim, device="cuda", dtype=dtype)
+    key, value = torch.randn(2, rows, kv_heads, tokens, dim, device="cuda", dtype=dtype)
+    module = torch.nn.Module()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = full.full_attention(module, query, key, value, None, dropout=0.0, scaling=None)
+    # No keys for each head, and no mask of queries by tokens.
+    spare = 2 * out.numel() * out.element_size() + 4 * rows * heads * queries
+    assert torch.cuda.max_memory_allocated() - before <= 2 * spare + 2**21
+    group = heads // kv_heads
+    wide = [x.double().repeat_interleave(group, dim=1) for x in (key, value)]
+    seen = torch.ones(queries, tokens, dtype=torch.bool, device="cuda").tril(tokens - queries)
+    expected = torch.nn.functional.scaled_dot_product_attention(query.double(), *wide, seen)
+    torch.testing.assert_close(
+        out,
+        expected.transpose(1, 2).to(dtype),
+        atol=4e-3 if dtype == torch.float16 else 2e-2,
+        rtol=0,
+    )
+
+
+def test_pieces_of_a_padded_chunk_are_the_chunk(monkeypatch):
+    torch.manual_seed(0)
+    query = torch.randn(2, 8, 300, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, 2, 2, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    place = torch.arange(1000, device="cuda")
+    seen = (place <= place[700:, None]) & (
+        place >= torch.tensor([0, 40], device="cuda")[:, None, None]
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4
+
+    def attend():
+        given = {"dropout": 0.0, "scaling": None}
+        return full.full_attention(module, query, key, value, seen[:, None], **given)
+
+    whole = attend()
+    monkeypatch.setattr(full, "_MASK_BYTES", 2**20)
+    monkeypatch.setattr(full, "sdpa_attention_forward", None)
+    torch.testing.assert_close(attend(), whole, atol=2e-2, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_chunks_of_a_prompt_are_the_prompt(dtype):
+    model = make("llama", dtype)
+    tokens, mask = left_padded((230, 230))
+    for given in ({}, {"attention_mask": mask}):
+        whole, parts = (
+            model(tokens, **given).logits,
+            chunked(model, tokens, given, 60),
+        )
+        torch.testing.assert_close(
+            parts, whole, atol=0.15 if dtype == torch.bfloat16 else 1e-3, rtol=0.02
+        )
+
+
+def chunked(model, tokens, given, size):
+    """Logits of all tokens, some at a time."""
+    cache, logits = dd.DeltaCache(model.config), []
+    mask = given.get("attention_mask")
+    for first in range(0, tokens.shape[1], size):
+        last = min(first + size, tokens.shape[1])
+        own = {} if mask is None else {"attention_mask": mask[:, :last]}
+        logits.append(model(tokens[:, first:last], past_key_values=cache, **own).logits)
+    return torch.cat(logits, dim=1)

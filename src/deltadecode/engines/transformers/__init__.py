@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from deltadecode.engines.transformers.attention import delta_attention
 from deltadecode.engines.transformers.bind import await_first_use
 from deltadecode.engines.transformers.cache import DeltaCache
 from deltadecode.engines.transformers.generation import wrap_generation
+from deltadecode.engines.transformers.masks import delta_mask
 from deltadecode.engines.transformers.model import disable, enable, stats
 from deltadecode.engines.transformers.offload import DeltaOffloadedCache
 from deltadecode.engines.transformers.state import NAME
@@ -36,7 +37,7 @@ __all__ = [
 
 def _register() -> None:
     AttentionInterface.register(NAME, delta_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, delta_mask)
     wrap_generation()
     stock = PreTrainedModel.get_correct_attn_implementation
 

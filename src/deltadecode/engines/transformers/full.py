@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Scores held at a time. Larger pieces bring no speed on a CPU, and a GPU is busy well below it.
@@ -43,7 +44,11 @@ def full_attention(
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     queries, tokens = query.shape[2], key.shape[2]
     if mask is None and causal and 1 < queries < tokens:
-        # Of a prompt the model keeps its last queries only: ``sdpa`` would take them for its first.
+        # A chunk of a prompt, or a model that keeps a prompt's last queries only: ``sdpa`` would
+        # take them for its first ones.
+        plain = sinks is None and softcap is None and kwargs.get("position_bias") is None
+        if plain and _flash_reads(query, key, value, dropout):
+            return _last_queries(query, key, value, scaling)
         ones = torch.ones(queries, tokens, dtype=torch.bool, device=query.device)
         mask = ones.tril(tokens - queries)[None, None]
     if sinks is None and softcap is None:
@@ -69,6 +74,25 @@ def full_attention(
         softcap=softcap,
         dropout=dropout,
     )
+
+
+def _flash_reads(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether PyTorch's flash kernel takes these, and no gradient goes back through it."""
+    if not query.is_cuda or dropout > 0 or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return False
+    params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, True)
+    return bool(torch.backends.cuda.can_use_flash_attention(params))
+
+
+def _last_queries(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Causal attention [B, Q, Hq, D] of the last Q of T tokens, without a mask in memory."""
+    bias = causal_lower_right(query.shape[2], key.shape[2])
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, bias, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)
 
 
 def rows_at_once(query: Tensor, mask: Tensor | None) -> int:
