@@ -3,9 +3,10 @@
 import copy
 from dataclasses import replace
 
+import offload_cases
 import pytest
 import torch
-from test_gpu_transformers import CFG, SHAPE, SHARE, left_padded, make
+from test_gpu_transformers import CFG, LENGTHS, SHAPE, SHARE, left_padded, make
 
 import deltadecode as dd
 from deltadecode.engines.transformers import offload_host
@@ -107,6 +108,42 @@ def test_padded_batches_that_are_cropped_copied_and_go_on(cfg):
     assert_same(model, pair, tokens, mask)
     assert_same(model, twins, tokens, mask)
     assert_same(model, caches(model, cfg), tokens, mask, 20, prefill_chunk_size=50)
+
+
+def same_by(model):
+    """What the cases of offload_cases.py call."""
+    return lambda *arguments, **options: assert_same(model, *arguments, **options)[0]
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("lengths", [(230, 230), (230, 101)])
+def test_beam_search(lengths, gather):
+    model = make("llama", torch.bfloat16)
+    pair = caches(model, gather=gather)
+    offload_cases.beam_search(same_by(model), pair, *left_padded(lengths), 40)
+    assert all(layer.offloaded for layer in sparse(pair[0]))
+
+
+# Beyond the budget of 96 tokens, and within it until the rows are chosen.
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("lengths", [(230, 230, 230), LENGTHS, (60, 37, 20)])
+@pytest.mark.parametrize("choice", offload_cases.CHOICES)
+def test_other_rows_decode_on(choice, lengths, gather):
+    model = make("llama", torch.bfloat16)
+    pair = caches(model, gather=gather)
+    offload_cases.other_rows(same_by(model), pair, *left_padded(lengths), 30, choice)
+    assert all(layer.offloaded for layer in sparse(pair[0]))
+
+
+@pytest.mark.parametrize("cfg", [CFG, SHARE])
+@pytest.mark.parametrize("twin_of", offload_cases.TWINS.values(), ids=offload_cases.TWINS)
+def test_a_copy_goes_on_by_itself(twin_of, cfg):
+    model = make("llama", torch.bfloat16, cfg)
+    pair = caches(model, cfg)
+    same = same_by(model)
+    twins = offload_cases.a_copy_goes_on(same, pair, *left_padded(), 40, twin_of)
+    for cache in (pair[0], twins[0]):
+        assert all(layer._host.is_pinned() for layer in sparse(cache))
 
 
 def test_memory_that_is_not_pinned_gives_the_same(monkeypatch):

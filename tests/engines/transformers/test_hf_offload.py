@@ -3,10 +3,9 @@
 Host and device are both the CPU here: the copies between them are those of ``Transfer``.
 """
 
-import copy
-import pickle
 from typing import Any
 
+import offload_cases
 import pytest
 import torch
 from hf_tiny import FAMILIES, make_model, make_prompt, small_config, sources, stock_name
@@ -161,28 +160,35 @@ def test_chunked_prefill() -> None:
         assert_same(model, caches(model), make_prompt(41, rows=2), 12, prefill_chunk_size=size)
 
 
+def same_by(model: Any) -> Any:
+    """What the cases of offload_cases.py call."""
+
+    def same(pair: Any, tokens: Any, mask: Any, steps: int, **options: Any) -> Any:
+        return assert_same(model, pair, tokens, steps, attention_mask=mask, **options)
+
+    return same
+
+
 def test_beam_search_and_several_sequences() -> None:
     model = enabled()
-    pair = caches(model)
-    assert_same(model, pair, make_prompt(41, rows=2), 12, num_beams=3, num_return_sequences=2)
-    for cache in pair:
-        cache.batch_select_indices(torch.tensor([4, 0]))
-        cache.batch_repeat_interleave(2)
-    for left, right in zip(pair[0].layers, pair[1].layers, strict=True):
-        assert torch.equal(left.keys, right.keys)
+    offload_cases.beam_search(same_by(model), caches(model), *padded((41, 41)), 12)
 
 
-@pytest.mark.parametrize(
-    "twin_of", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
-)
-def test_a_copy_goes_on_by_itself(twin_of: Any) -> None:
+# Beyond the budget of 20 tokens, and within it until the rows are chosen.
+@pytest.mark.parametrize("lengths", [(31, 31, 31), (31, 12, 22), (9, 4, 7)])
+@pytest.mark.parametrize("choice", offload_cases.CHOICES)
+def test_other_rows_decode_on(choice: str, lengths: tuple[int, ...]) -> None:
     model = enabled()
     pair = caches(model)
-    tokens = assert_same(model, pair, make_prompt(41, rows=2), 12)
-    twins = tuple(twin_of(cache) for cache in pair)
-    more = torch.cat([tokens, make_prompt(3, rows=2)], dim=1)
-    assert_same(model, twins, more, 12)
-    assert_same(model, pair, tokens, 12)
+    offload_cases.other_rows(same_by(model), pair, *padded(lengths), 8, choice)
+    assert all(layer.offloaded for layer in sparse(pair[0]))
+
+
+@pytest.mark.parametrize("twin_of", offload_cases.TWINS.values(), ids=offload_cases.TWINS)
+def test_a_copy_goes_on_by_itself(twin_of: Any) -> None:
+    model = enabled()
+    same = same_by(model)
+    offload_cases.a_copy_goes_on(same, caches(model), *padded((41, 41)), 12, twin_of)
 
 
 def test_reset_and_used_again() -> None:
