@@ -70,20 +70,28 @@ def run_worker(folder, path, job):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def counted(tmp_path_factory):
+    """Runs of vllm_worker.py: a job -> what it found, a dict for each request of a round."""
     folder = tmp_path_factory.mktemp("vllm")
     path = plugin_path(folder)
 
     def run(**job):
         job = {"side": "vllm", "rounds": [[{"prompt": p.prompt} for p in PROBLEMS]], **job}
         job["engine"] = {**ENGINE, **job.get("engine", {})}
-        rounds = run_worker(folder, path, job)["rounds"]
-        return [
+        found = run_worker(folder, path, job)
+        found["rounds"] = [
             [{**request["completions"][0], "cached": request["cached"]} for request in round_]
-            for round_ in rounds
+            for round_ in found["rounds"]
         ]
+        return found
 
     return run
+
+
+@pytest.fixture(scope="module")
+def work(counted):
+    """The rounds alone."""
+    return lambda **job: counted(**job)["rounds"]
 
 
 @pytest.fixture(scope="module")
