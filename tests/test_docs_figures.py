@@ -104,7 +104,7 @@ def test_gains_of_steps_are_those_of_bytes_and_files():
         bytes_ = SHAPES[shapes[model]].gain_by_bytes(batch, context)
         assert cells[2:4] == [rounded(bytes_, 2), rounded(row["theirs"] / row["ours"], 2)]
         shown += 1
-    assert shown == 8
+    assert shown == 9
 
 
 def test_what_lossless_mode_measured_is_on_its_page():
