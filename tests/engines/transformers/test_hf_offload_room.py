@@ -207,3 +207,39 @@ def test_what_is_checked_is_what_is_taken(model, host, monkeypatch, tokens, step
     assert lengths(caches[0]) == [0] * 6
     host.size = needed
     model.generate(prompt, past_key_values=caches[0], **made)
+
+
+ROOM = (82 + 1024) * OF_SLOT  # of one row of one layer
+
+
+@pytest.mark.parametrize(
+    ("rows", "needed", "change"),
+    [
+        # Two layers with four rows more, and then the new six of the third.
+        (6, (2 * 4 + 6) * ROOM, lambda cache: cache.batch_repeat_interleave(3)),
+        (3, (2 * 1 + 3) * ROOM, lambda cache: cache.batch_select_indices(torch.tensor([1, 0, 1]))),
+        (3, (2 * 1 + 3) * ROOM, lambda cache: cache.reorder_cache(torch.tensor([1, 0, 1]))),
+        (1, ROOM, lambda cache: cache.batch_select_indices(torch.tensor([1]))),
+        (1, ROOM, lambda cache: cache.batch_select_indices(torch.tensor([False, True]))),
+        # Their tokens alone are copied.
+        (2, 2 * 82 * OF_SLOT, lambda cache: cache.reorder_cache(torch.tensor([1, 0]))),
+    ],
+)
+def test_other_rows_are_refused_before_a_layer_has_them(
+    model, cache, host, rows, needed, change
+) -> None:
+    with torch.no_grad():
+        model(make_prompt(82, rows=2), past_key_values=cache)
+    kept = [layer.keys.clone() for layer in cache.layers]
+    assert host.held == 3 * 2 * ROOM
+    host.size = host.held + needed - 1
+    match = f"need {needed:,} more bytes of host memory for {rows} rows, got {needed - 1:,} free"
+    with pytest.raises(dd.UnsupportedCacheError, match=match):
+        change(cache)
+    assert all(torch.equal(a.keys, b) for a, b in zip(cache.layers, kept, strict=True))
+    host.size += 1
+    change(cache)
+    assert {layer.keys.shape[0] for layer in cache.layers} == {rows}
+    assert host.most <= host.size
+    if rows != 2:
+        assert host.most == host.size

@@ -163,4 +163,47 @@ class DeltaOffloadedCache(DeltaCache):
     @property
     def host_bytes(self) -> int:
         """Bytes of keys and values on the host, with the room behind them."""
-        return sum(layer.host_bytes for layer in self.layers if isinstance(layer, OffloadedLayer))
+        return sum(layer.host_bytes for layer in self._on_host())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            When the host has no room for as many rows; no layer has changed then.
+        """
+        layers = self._on_host()
+        if layers:
+            self.shared.check_rows(layers, layers[0].rows * repeats)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows only: row numbers, or a boolean [B].
+
+        Raises
+        ------
+        UnsupportedCacheError
+            As :meth:`batch_repeat_interleave`.
+        """
+        self._check_choice(indices)
+        super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take row ``beam_idx[b]`` as row b.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            As :meth:`batch_repeat_interleave`.
+        """
+        self._check_choice(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def _check_choice(self, indices: Tensor) -> None:
+        layers = self._on_host()
+        if layers:
+            self.shared.check_rows(layers, len(torch.arange(layers[0].rows)[indices.cpu()]))
+
+    def _on_host(self) -> list[OffloadedLayer]:
+        return [each for each in self.layers if isinstance(each, OffloadedLayer) and each.offloaded]

@@ -88,6 +88,11 @@ class OffloadedLayer(StoredLayer):
         return self._host is not None
 
     @property
+    def rows(self) -> int:
+        """Rows of the batch, once a token came."""
+        return self._rows
+
+    @property
     def apart(self) -> bool:
         """Whether decode steps get nothing from ``update``."""
         return self.offloaded or super().apart

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from deltadecode.config import DeltaConfig
@@ -65,12 +66,35 @@ class Offload:
             Naming the bytes that are needed and those that are free.
         """
         needed = self._peak(tokens if first is None else first, tokens) * of_token
-        free = free_host_bytes()
-        if free is not None and needed > free:
-            raise UnsupportedCacheError(
-                f"the sparse layers need {needed:,} more bytes of host memory for {tokens:,} "
-                f"tokens, got {free:,} free"
-            )
+        _check(needed, f"{tokens:,} tokens")
+
+    def check_rows(self, layers: Iterable[Any], rows: int) -> None:
+        """Refuse other rows where the host has no room for them.
+
+        Layers change one after the other, and each has its old memory until the new is filled. As
+        many rows as before stay where they are, and their tokens are copied.
+
+        Parameters
+        ----------
+        layers : iterable of OffloadedLayer
+            Those that are on the host.
+        rows : int
+            Of each of them.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            Naming the bytes that are needed and those that are free.
+        """
+        taken = most = 0
+        for layer in layers:
+            if rows == layer.rows:
+                most = max(most, layer.get_seq_length() * rows * layer.token_bytes)
+                continue
+            wanted = layer.host_bytes // layer.rows * rows
+            most = max(most, taken + wanted)
+            taken += wanted - layer.host_bytes
+        _check(most, f"{rows:,} rows")
 
     def _peak(self, first: int, tokens: int) -> int:
         """Slots that the layers take at most beside those they have, until they hold ``tokens``.
@@ -88,3 +112,12 @@ class Offload:
                     rooms[number] = wanted
             first = max(first, min(rooms)) + 1
         return most
+
+
+def _check(needed: int, what: str) -> None:
+    free = free_host_bytes()
+    if free is not None and needed > free:
+        raise UnsupportedCacheError(
+            f"the sparse layers need {needed:,} more bytes of host memory for {what}, "
+            f"got {free:,} free"
+        )
