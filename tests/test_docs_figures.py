@@ -193,6 +193,26 @@ def test_what_training_gave_is_on_the_page_of_clsa():
             assert shown[f"{name}, answers right"] == right
 
 
+def test_what_a_longer_training_gave_is_told_twice():
+    rows = rows_of("clsa-training-20261129-longer.json")
+    found = {
+        kind: (yoco["clsa"], yoco["other"], transformer["other"])
+        for kind in ("chain", "text")
+        for yoco, transformer in [[row for row in rows if row["case"].startswith(kind)]]
+    }
+    losses = [rounded(each["loss"], 3) for each in found["text"]]
+    told = f"{losses[0]}, {losses[1]} and {losses[2]} nats"
+    right = [rounded(100 * each["answers_right"], 1) for each in found["chain"]]
+    for name in ("docs/clsa.md", "training/README.md"):
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        assert told in text
+    assert f"chain problems {right[0]}, {right[1]} and {right[2]}%" in text
+    text = " ".join((ROOT / "docs" / "clsa.md").read_text(encoding="utf-8").split())
+    clsa, yoco, transformer = (each["loss"] for each in found["text"])
+    assert f"loses {rounded(yoco - transformer, 3)} to the Transformer there" in text
+    assert f"{rounded(yoco - clsa, 3)} here." in text
+
+
 def test_speeds_of_clsa_are_those_of_the_file():
     name = "clsa-20261129-h200.json"
     found = json.loads((RESULTS / name).read_text(encoding="utf-8"))

@@ -108,15 +108,21 @@ def memory(
         cfg.layer_plan(known.layers)
     named = {"record": record, "rounding": rounding, "eight_bits": eight_bits}
     if any(named.values()):
-        for name, told in (("--layer-graphs", layer_graphs), ("--prompt-chunk", prompt_chunk)):
-            if told:
-                raise BadInput(f"{name} is for steps that are timed, not for a model's texts")
+        timed = {
+            "--layer-graphs": layer_graphs, "--prompt-chunk": prompt_chunk, "--peer": peer,
+            "--no-gather": not gather, "--batch": batch, "--selections": selections,
+            "--longest": longest, "--kv-dtype": kv_dtype,
+        }  # fmt: skip
+        _refuse(timed, "is for steps that are timed, not for a model's texts")
         given = {
             "shape": shape, **named, "context": context, "budget": budget, "texts": texts,
             "steps": steps, "file": file, "plan": plan,
         }  # fmt: skip
         _read_texts(given, cfg, as_json, out, tag)
         return
+    if prompt_chunk is not None:
+        of_filled = {"--batch": batch, "--selections": selections}
+        _refuse(of_filled, "is for caches that are filled without a prompt")
     with cli.checking(out, tag):
         import torch
 
@@ -144,6 +150,12 @@ def memory(
     with cli.checking(out, tag), cli.progress() as show:
         result = run(options, progress=show)
     cli.deliver(result, out, tag, as_json, memory_table)
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, given in options.items():
+        if given:
+            raise BadInput(f"{name} {why}")
 
 
 def _read_texts(

@@ -35,7 +35,10 @@ def tables(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         # What stock caches read does not depend on what is selected: one line of them.
         if row["peer"].startswith("Delta") or row["selections"] == "random":
             yield _step_line(row, "theirs")
-    yield from _prompts([row for row in rows if row["kind"] == "prompt"])
+    prompts = [row for row in rows if row["kind"] == "prompt"]
+    if steps and prompts:
+        yield ""
+    yield from _prompts(prompts)
     if longest:
         yield from ("", _LONGEST, "|---" * 5 + "|")
     seen = set()

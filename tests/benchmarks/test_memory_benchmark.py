@@ -300,6 +300,10 @@ def test_prompts_go_through_the_model_in_chunks(call, monkeypatch):
     assert result["command"].endswith(" --prompt-chunk 128")
     lines = list(tables([result]))
     assert len(lines) == 2 + 3 and lines[2].startswith("| 300 | 128 | `DeltaOffloadedCache` | ")
+    steps = {**result["rows"][0], "kind": "step", "batch": 1, "context": 300, "hit_rate": 0.5}
+    steps |= {f"{place}_bytes_theirs": 1 for place in ("gpu", "host")} | {"selections": "random"}
+    together = list(tables([{"rows": [steps, *result["rows"]]}]))
+    assert together[4] == "" and together[5:] == lines
     code, out, err = call(*arguments)
     assert code == 0 and out.count("0.00 and") == 2
 
@@ -331,9 +335,20 @@ def test_pages_may_be_gathered_by_the_cpu(call):
 
 
 def test_texts_are_not_read_with_options_of_timed_steps(call):
-    for options in (("--layer-graphs",), ("--prompt-chunk", 64)):
+    flags = (
+        ("--layer-graphs",), ("--prompt-chunk", 64), ("--peer", "delta"), ("--no-gather",),
+        ("--batch", 2), ("--selections", "x.json"), ("--longest", 24), ("--kv-dtype", "int8"),
+    )  # fmt: skip
+    for options in flags:
         code, out, err = call("--record", "embedded", *options)
         assert (code, out) == (2, "") and f"{options[0]} is for steps that are timed" in err
+
+
+def test_prompts_go_without_options_of_filled_caches(call):
+    for options in (("--batch", 2), ("--selections", "x.json")):
+        code, out, err = call("--shape", "tiny", "--prompt-chunk", 64, *options)
+        assert (code, out) == (2, "")
+        assert f"{options[0]} is for caches that are filled without a prompt" in err
 
 
 def test_losses_of_caches_of_eight_bits(call):
