@@ -4,6 +4,7 @@ import pytest
 import torch
 from hf_shrink import tiny_model
 from hf_tiny import make_model, make_prompt, small_config
+from transformers.cache_utils import DynamicLayer
 
 import deltadecode as dd
 from deltadecode.engines.transformers import offload_room
@@ -78,6 +79,23 @@ def test_layers_that_cannot_be_offloaded(model) -> None:
     config.num_kv_shared_layers = 2
     with pytest.raises(dd.UnsupportedCacheError, match="num_kv_shared_layers=2"):
         dd.DeltaOffloadedCache(config, small_config())
+
+
+def test_a_sparse_layer_that_keeps_more_than_keys_and_values(model, monkeypatch) -> None:
+    class LongerLayer(DynamicLayer):
+        """Beside keys and values it has those of an index."""
+
+    made = dd.DeltaCache.__init__
+
+    def make(self, config, **options):
+        made(self, config, **options)
+        self.layers[2] = LongerLayer()
+
+    monkeypatch.setattr(dd.DeltaCache, "__init__", make)
+    refuses(
+        model, "sparse layer 2 cannot be offloaded: it keeps a LongerLayer, more than keys",
+        cache_implementation="offloaded",
+    )  # fmt: skip
 
 
 def test_a_plan_of_another_type(model) -> None:
