@@ -74,6 +74,20 @@ def test_info_leaves_out_an_offloaded_cache_that_is_refused(run, model, tmp_path
     assert "num_kv_shared_layers=15" in described["offload_refused"]
 
 
+def test_info_counts_no_bytes_of_a_cache_that_is_refused(run, tmp_path):
+    AutoConfig.for_model("gemma3n_text").save_pretrained(tmp_path)
+    options = "--context", "4000", "--kv-dtype", "int8"
+    code, out, _ = run("info", tmp_path, *options)
+    assert code == 0
+    assert "4,000 tokens" not in out
+    assert "no cache of int8: layers that read the keys of others cannot be stored in" in out
+    described = json.loads(run("info", tmp_path, *options, "--json")[1])["model"]
+    assert described["cache"] is None
+    assert described["cache_refused"] == described["offload_refused"]
+    described = json.loads(run("info", tmp_path, "--context", "4000", "--json")[1])["model"]
+    assert described["cache_refused"] is None
+
+
 def test_info_says_that_a_context_is_longer_than_the_models_positions(run, model):
     out = run("info", model, "--context", "2000")[1]
     assert "2,000 tokens are more than the model's 128 positions\n" in out

@@ -65,9 +65,9 @@ def info(
         if facts["model"]["beyond_positions"]:
             positions = facts["model"]["positions"]
             console.print(f"{context:,} tokens are more than the model's {positions:,} positions")
-        if facts["model"]["offload_refused"] is not None:
-            reason = facts["model"]["offload_refused"]
-            console.print(f"no offloaded cache: {reason}", soft_wrap=True)
+        line = _refused_line(facts["model"], kv_dtype)
+        if line is not None:
+            console.print(line, soft_wrap=True)
 
 
 def layers_by_role(plan: LayerPlan) -> list[dict[str, Any]]:
@@ -102,9 +102,9 @@ def _describe(folder: str, context: int | None, kv_dtype: str | None) -> dict[st
     positions = longest_prompt(text)
     tokens = min(positions or _CONTEXT, _CONTEXT) if context is None else context
     held = cache_bytes(config, cfg, plan, tokens, kv_dtype)
-    cache = None if held is None else asdict(held)
-    refused = _offload_refused(config, cfg, kv_dtype)
-    if cache is not None and refused is not None:
+    refused, offload_refused = _refused(config, cfg, kv_dtype)
+    cache = None if held is None or refused is not None else asdict(held)
+    if cache is not None and offload_refused is not None:
         cache.update(offloaded_device=None, offloaded_host=None)
     return {
         "class": type(text).__name__,
@@ -115,19 +115,25 @@ def _describe(folder: str, context: int | None, kv_dtype: str | None) -> dict[st
         "config": asdict(cfg),
         "roles": layers_by_role(plan),
         "cache": cache,
-        "offload_refused": refused,
+        "cache_refused": refused,
+        "offload_refused": offload_refused,
     }
 
 
-def _offload_refused(config: Any, cfg: DeltaConfig, kv_dtype: str | None) -> str | None:
-    """Why a model has no offloaded cache; None if it has one."""
+def _refused(config: Any, cfg: DeltaConfig, kv_dtype: str | None) -> tuple[str | None, str | None]:
+    """Why a model has no default and no offloaded cache of this type; None for one that it has."""
+    from deltadecode.engines.transformers.cache import DeltaCache
     from deltadecode.engines.transformers.offload import DeltaOffloadedCache
 
-    try:
-        DeltaOffloadedCache(config, cfg, kv_dtype=kv_dtype)
-    except ValueError as error:  # ours, or of Transformers' own cache
-        return str(error)
-    return None
+    reasons: list[str | None] = []
+    for kind, plan in ((DeltaCache, ()), (DeltaOffloadedCache, (cfg,))):
+        try:
+            kind(config, *plan, kv_dtype=kv_dtype)
+        except ValueError as error:  # ours, or of Transformers' own cache
+            reasons.append(str(error))
+        else:
+            reasons.append(None)
+    return reasons[0], reasons[1]
 
 
 def _facts_table(facts: dict[str, Any]) -> Table:
@@ -164,6 +170,15 @@ def _cache_line(held: dict[str, Any]) -> str:
         return line
     ours, host = _size(held["offloaded_device"]), _size(held["offloaded_host"])
     return f"{line}; offloaded: {ours} on the GPU and {host} on the host"
+
+
+def _refused_line(model: dict[str, Any], kv_dtype: str | None) -> str | None:
+    of_type = "" if kv_dtype is None else f" of {kv_dtype}"
+    if model["cache_refused"] is not None:
+        return f"no cache{of_type}: {model['cache_refused']}"
+    if model["offload_refused"] is not None:
+        return f"no offloaded cache{of_type}: {model['offload_refused']}"
+    return None
 
 
 def _size(count: int) -> str:
