@@ -111,9 +111,15 @@ def load_record(path: Path, plan: dd.DeltaConfig) -> dict[str, Any]:
     """The row of a record that a plan is measured with.
 
     The longest context with the plan's pages and K, and of its texts the one with most fetches. A
-    ValueError where there is none.
+    ValueError where there is none, or no result.
     """
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        why = getattr(error, "strerror", None) or "no rows can be read from it"
+        raise ValueError(
+            f"--selections must be a result of --record, got {str(path)!r}: {why}"
+        ) from error
     same = [
         one
         for one in rows

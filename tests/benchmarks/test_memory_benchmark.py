@@ -72,6 +72,19 @@ def test_the_record_of_the_longest_context_with_most_fetches(tmp_path):
         load_record(record_file(tmp_path, *rows[3:]), CFG)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(None, "No such file"), ("{}", "no rows"), ("[]", "no rows"), ("{", "no rows")],
+)
+def test_selections_of_another_file_are_refused(call, tmp_path, text, why):
+    path = tmp_path / "record.json"
+    if text is not None:
+        path.write_text(text)
+    code, out, err = call("--shape", "tiny", "--selections", path)
+    assert (code, out) == (2, "")
+    assert "--selections must be a result of --record, got" in err and why in err
+
+
 def test_rows_of_steps_of_every_cache(call, tmp_path):
     path = record_file(tmp_path, record_row(400, 0, CFG, MISSED, "text"))
     code, out, err = call(
