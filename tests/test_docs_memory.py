@@ -37,6 +37,8 @@ def test_what_a_long_prompt_takes() -> None:
 def test_what_a_step_costs() -> None:
     measured, _ = of_delta("layer-graphs")
     assert f"[{measured['ours']:.1f} ms instead of {measured['theirs']:.1f}](#measured)" in TEXT
+    first, second, third = (f"{ms:.1f}" for ms in measured["rounds_ours"])
+    assert f"took {first}, {second} and {third} ms a step" in TEXT
     said = f"At 131,072 tokens the cache takes {measured['gpu_bytes_ratio']:.1f} times less"
     assert said in TEXT
 
