@@ -11,6 +11,9 @@ INSTALL := $(PIP) install --constraint constraints.txt --no-build-isolation
 # Two workers share two cores, so each gets one thread. Files keep the order of conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# uv compiles nothing: without bytecode every process that imports vLLM would take ten seconds more.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-real test test-browser test-vllm smoke-vllm sweep wheel lm-eval lint format types contracts pytest bench-cpu clean
 
