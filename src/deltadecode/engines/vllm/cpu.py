@@ -82,9 +82,10 @@ class DeltaCPUImpl(DeltaImpl, CPUAttentionBackendImpl):
         lengths = attn_metadata.seq_lens.tolist()
         for row in range(attn_metadata.delta.decode, len(lengths)):
             tokens = lengths[row]
-            blocks = attn_metadata.block_table[row, : -(-tokens // k_cache.shape[1])].long()
+            blocks = attn_metadata.block_table[row, : -(-tokens // k_cache.shape[1])]
             keys, values = (
-                cache[blocks].flatten(0, 1)[:tokens].to(query.dtype) for cache in (k_cache, v_cache)
+                cache.index_select(0, blocks).flatten(0, 1)[:tokens].to(query.dtype)
+                for cache in (k_cache, v_cache)
             )
             span = slice(starts[row], starts[row + 1])
             out = causal(
@@ -124,7 +125,13 @@ def causal(
         last = tokens - new + first + torch.arange(part.shape[1])
         seen = torch.arange(tokens) <= last[:, None]
         if sinks is None and softcap is None:
-            out = scaled_dot_product_attention(part, keys, values, attn_mask=seen, scale=scale)
+            inputs = part, keys, values
+            if q.dtype == torch.float32:
+                # With rows, one of them here, PyTorch takes a kernel that is three times as fast.
+                # Of half precision it rounds the weights, too, which turns tokens.
+                inputs = part[None], keys[None], values[None]
+            out = scaled_dot_product_attention(*inputs, attn_mask=seen, scale=scale)
+            out = out.reshape(part.shape)
         else:
             out = _written_out(part, keys, values, seen, scale, sinks, softcap)
         parts.append(out.transpose(0, 1))
