@@ -7,6 +7,7 @@ a CUDA graph that is replayed for other lengths, has to be what one rank with al
 import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -132,4 +133,13 @@ if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, sys.argv[1]), nprocs=2)
+    # Forks need not import vLLM again; of a process with CUDA there can be none.
+    method = "spawn" if sys.argv[1] == "cuda" else "fork"
+    if method == "fork":
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        import fast_interpreter
+
+        fast_interpreter.install()
+    torch.multiprocessing.start_processes(
+        run_rank, (port, sys.argv[1]), nprocs=2, start_method=method
+    )
