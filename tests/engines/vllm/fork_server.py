@@ -15,9 +15,17 @@ import sys
 
 def import_vllm():
     import compressed_tensors  # noqa: F401
-    import vllm.v1.engine.llm_engine
+    import vllm.entrypoints.launchers.cli_args
+    import vllm.entrypoints.llm
+    import vllm.model_executor.layers.quantization.online.base
+    import vllm.model_executor.models.llama
+    import vllm.v1.attention.backends.cpu_attn
+    import vllm.v1.core.sched.scheduler
     import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging
     from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
 
     lazy = registry._LazyRegisteredModel
     inspect = lazy.inspect_model_cls
@@ -29,7 +37,16 @@ def import_vllm():
         return inspect(model)
 
     lazy.inspect_model_cls = inspect_here
-    gc.freeze()  # what is shared is not looked through in every process
+    # Once for all engines: both look through everything that is imported. vLLM 0.32 cannot look
+    # through numba, which drafts need, so it comes afterwards.
+    configure_logging(LoggingConfig())
+    current_platform.register_triton_kernel_overrides()
+    type(current_platform).register_triton_kernel_overrides = lambda *_: None
+    import numba  # noqa: F401
+
+    # What is shared is not looked through in every process, nor when its engine ends.
+    gc.freeze()
+    gc.unfreeze = lambda: None
 
 
 def become(asked):

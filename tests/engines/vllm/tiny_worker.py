@@ -224,6 +224,7 @@ def run(job, folder):
         "model": str(path), "enable_lora": adapter is not None, "served_model_name": job["model"],
         "dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "seed": 0,
         "max_model_len": 256, "max_num_seqs": 4, "disable_log_stats": False,
+        "num_gpu_blocks_override": 1024,  # to fill a whole GiB takes longer than most runs
         **job.get("engine", {}),
     }  # fmt: skip
     if "drafter" in job:
