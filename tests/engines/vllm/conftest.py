@@ -42,7 +42,8 @@ SCRIPTS = {
 # Files that take longest, in that order, so that no worker ends alone with one of them.
 LONGEST = (
     "embedded", "parallel", "lossless", "e2e_engine", "batches", "drafts", "load", "data_parallel",
-    "server", "families", "matrix", "tiny", "clsa", "float8", "lossless_sampling", "refusals",
+    "server", "families", "float8", "clsa", "matrix", "drafters", "lossless_sampling", "refusals",
+    "tiny", "min_tokens",
 )  # fmt: skip
 
 
