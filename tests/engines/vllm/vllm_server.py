@@ -14,7 +14,8 @@ from conftest import environment  # of this folder
 from deltadecode.lab.tasks import model_path
 
 NAME = "chain"
-FINISH = 300
+# In seconds. On two cores that others use too, importing vLLM alone may take minutes.
+START, FINISH = 900, 300
 
 
 class Server:
@@ -64,12 +65,15 @@ def serving(folder, *options):
             env=environment(VLLM_LOGGING_LEVEL="INFO"),
         )  # fmt: skip
         try:
-            for _ in range(FINISH):
+            for _ in range(START):
                 with suppress(OSError):
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                     break
                 assert process.poll() is None, log.read_text()[-4000:]
                 time.sleep(1)
+            else:
+                said = log.read_text()[-4000:]
+                raise AssertionError(f"not ready after {START} seconds: {said}")
             yield Server(port, log)
         finally:
             process.terminate()
