@@ -16,7 +16,7 @@ from benchmarks.command import command_line, launch
 
 NAMES = [
     *("cpu", "kernels", "e2e", "serve", "soak", "calibration", "evaluation", "policies"),
-    *("lossless", "clsa", "memory"),
+    *("lossless", "clsa", "memory", "smoke"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -58,12 +58,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def named_in_the_report(record_testsuite_property):
-    """A JUnit report names what it is of, which benchmarks/smoke reads."""
+    """A JUnit report names what it is of, for benchmarks/smoke."""
+    from benchmarks.smoke.run import NAMES
     from deltadecode.lab.results import commit
 
-    record_testsuite_property("commit", commit())
-    for name in ("vllm", "torch", "transformers"):
-        record_testsuite_property(name, importlib.metadata.version(name))
+    for name in NAMES:
+        value = commit() if name == "commit" else importlib.metadata.version(name)
+        record_testsuite_property(name, value)
 
 
 def environment(**more):
