@@ -180,6 +180,18 @@ def test_times_of_lossless_mode_in_vllm_are_those_of_the_files():
     assert shown == 3
 
 
+def test_releases_of_vllm_that_ran_are_those_of_the_file():
+    rows = rows_of("smoke-20261129-vllm-cpu.json")
+    assert not any(row["failed"] or row["skipped"] for row in rows)
+    served = ["test_vllm_server" in row["files"] for row in rows]
+    minors = [int(row["release"].split(".")[1]) for row in rows]
+    assert minors == list(range(24, 34))
+    assert served == [27 <= minor <= 32 for minor in minors]
+    text = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    assert "| each of 0.27 to 0.32 | on a CPU ([runs][smoke]" in text
+    assert "| each of 0.24 to 0.26, and 0.33 | there the first of these alone" in text
+
+
 def test_what_training_gave_is_on_the_page_of_clsa():
     rows = rows_of("clsa-training-20261129.json")
     shown = {cells[0]: cells[1:] for cells in page("docs/clsa.md").rows if len(cells) == 4}
