@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from deltadecode.engines.vllm import builder as builders
 from deltadecode.engines.vllm import versions
 from deltadecode.engines.vllm.builder import DeltaBuilder, most_rows
 from deltadecode.engines.vllm.cpu import causal
@@ -75,6 +76,37 @@ def test_rows_of_drafts_are_decode_rows_of_an_engine_that_drafts():
         builder = builder_with(config)
         assert builder.reorder_batch_threshold == 1
         assert builder.build(0, common).delta.decode == 0
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "drafts", "others", "sorts"),
+    [
+        ([1, 1, 1], 0, [], False),
+        ([1, 1, 5], 0, [], True),
+        ([2, 1, 3], 2, [], False),
+        ([2, 1, 4], 2, [], True),
+        ([1, 1, 1], 0, [None], False),
+        # Layers of another kind, such as linear ones, have an order of their own.
+        ([1, 1, 1], 0, [1], True),
+        ([1, 1, 1], None, [None], True),
+    ],
+)
+def test_only_batches_with_other_rows_are_sorted(new_tokens, drafts, others, sorts):
+    """A ``drafts`` of None stands for an engine that has no order to keep, as vLLM decides."""
+    ours = builder_with(SimpleNamespace(num_speculative_tokens=drafts))
+    others = [SimpleNamespace(reorder_batch_threshold=threshold) for threshold in others]
+    groups = [SimpleNamespace(get_metadata_builder=lambda b=b: b) for b in [ours, *others]]
+    runner = SimpleNamespace(
+        attn_groups=[groups[:1], groups[1:]],
+        reorder_batch_threshold=None if drafts is None else 1 + drafts,
+    )
+    step = SimpleNamespace(
+        num_scheduled_tokens=dict(enumerate(new_tokens)),
+        total_num_scheduled_tokens=sum(new_tokens),
+    )
+    sorted_ = []
+    builders._reorder_mixed(lambda runner, step: sorted_.append(step))(runner, step)
+    assert sorted_ == [step] * sorts
 
 
 def test_rows_of_prompts_are_those_of_the_runner_where_it_passes_them_on():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,7 +15,7 @@ from deltadecode.engines.serving.rows import PromptRows, divide
 from deltadecode.engines.vllm import BACKEND, versions
 from deltadecode.engines.vllm.checks import CACHE_DTYPES
 from deltadecode.errors import DeltaDecodeError
-from deltadecode_vllm import is_lossless
+from deltadecode_vllm import is_lossless, wrap_once
 
 
 class DeltaBackend:
@@ -83,6 +85,7 @@ class DeltaBuilder:
         self._numbers = versions.numbers_of_tokens(config)
         # vLLM then puts the rows of no more new tokens first.
         self._init_reorder_batch_threshold(self._most_tokens)  # type: ignore[attr-defined]
+        reorder_mixed_batches_only()
         self._prompts = PromptRows(most_rows(config), self.device)  # type: ignore[attr-defined]
         # Which rows of the next batch belong to prompts, where its metadata may not say so.
         self.prefilling: Tensor | None = None
@@ -139,6 +142,42 @@ class DeltaBuilder:
             rows.prefill = stock(0, versions.rows_after(common, rows.decode), fast_build, **kwargs)
         metadata.delta = rows
         return metadata
+
+
+def reorder_mixed_batches_only() -> None:
+    """Let vLLM's runner leave batches of nothing but decode rows as they are.
+
+    It sorts the rows of every batch, which is a good part of what a step of many rows costs on the
+    host. Only a batch with other rows needs that, or one whose layers are not all ours.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if hasattr(GPUModelRunner, "_may_reorder_batch"):
+        wrap_once(GPUModelRunner, "_may_reorder_batch", _reorder_mixed)
+
+
+def _reorder_mixed(reorder: Callable[..., None]) -> Any:
+    def _may_reorder_batch(self: Any, scheduler_output: Any) -> None:
+        threshold = self.reorder_batch_threshold
+        if threshold is None or _any_longer(scheduler_output, threshold) or not _is_ours(self):
+            reorder(self, scheduler_output)
+
+    return _may_reorder_batch
+
+
+def _any_longer(step: Any, threshold: int) -> bool:
+    """Whether a row has more new tokens."""
+    new_tokens = step.num_scheduled_tokens
+    one_each = step.total_num_scheduled_tokens == len(new_tokens)
+    return not one_each and max(new_tokens.values()) > threshold
+
+
+def _is_ours(runner: Any) -> bool:
+    for group in chain.from_iterable(runner.attn_groups):
+        builder = group.get_metadata_builder()
+        if not (builder.reorder_batch_threshold is None or isinstance(builder, DeltaBuilder)):
+            return False
+    return True
 
 
 def most_rows(vllm_config: Any) -> int:

@@ -40,6 +40,7 @@ _EVERYWHERE = {
     "vllm.v1.core.sched.output:CachedRequestData": ("req_ids", "num_computed_tokens"),
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "num_scheduled_tokens",
+        "total_num_scheduled_tokens",
         "scheduled_cached_reqs",
         "scheduled_spec_decode_tokens",
         "num_spec_tokens_to_schedule",
