@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from deltadecode.config import SHARE_DEN, DeltaConfig
 from deltadecode.engines.serving.settings import ServingSettings
 
+# Lengths in the first table of what a sequence attends to; it grows with the sequences.
+_FIRST_LENGTHS = 4096
+
 Ints = TypeVar("Ints", int, NDArray[np.int64])
 
 
@@ -39,6 +42,10 @@ def _budgets(config: DeltaConfig, pages: Ints) -> Any:
     return np.maximum(config.budget_pages, -(-config.share_num * pages // SHARE_DEN))
 
 
+def _nothing() -> NDArray[np.int64]:
+    return np.zeros(0, dtype=np.int64)
+
+
 @dataclass
 class StepCounts:
     """Tokens attended to in the decode steps that ran."""
@@ -46,8 +53,12 @@ class StepCounts:
     settings: ServingSettings
     attended: int = field(default=0, init=False)
     full: int = field(default=0, init=False)
+    # By the tokens of a sequence, so that no step computes it for each row.
+    _attended: NDArray[np.int64] = field(default_factory=_nothing, init=False)
 
-    def add(self, tokens: Sequence[int], new_tokens: Sequence[int]) -> None:
+    def add(
+        self, tokens: Sequence[int] | NDArray[np.int64], new_tokens: Sequence[int] = ()
+    ) -> None:
         """Count rows of a batch; none of a prompt.
 
         A step waits for this, so all rows are counted at once.
@@ -57,16 +68,22 @@ class StepCounts:
         tokens : sequence of int
             In each sequence, up to and including the first new one.
         new_tokens : sequence of int
-            Of each; more than one where drafts are verified, each with pages of its own (R10).
+            Of each; more than one where drafts are verified, each with pages of its own (R10). One
+            each where there are none.
         """
         seen = np.asarray(tokens, dtype=np.int64)
         most = max(new_tokens, default=0)
         if most > 1:
             places = np.arange(most)
             seen = (seen[:, None] + places)[places < np.asarray(new_tokens)[:, None]]
-        attended, full = attended_tokens(self.settings, seen)
+        try:
+            attended = self._attended[seen]
+        except IndexError:
+            lengths = np.arange(max(_FIRST_LENGTHS, 2 * int(seen.max())), dtype=np.int64)
+            self._attended = attended_tokens(self.settings, lengths)[0]
+            attended = self._attended[seen]
         self.attended += int(attended.sum())
-        self.full += int(full.sum())
+        self.full += self.settings.layer_counts[1] * int(seen.sum())
 
     def add_verifications(
         self, tokens: Sequence[int], new_tokens: Sequence[int], kept: Sequence[int]

@@ -10,6 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deltadecode.engines.serving.counts import StepCounts, layer_numbers
 from deltadecode.engines.serving.settings import KEY, ServingSettings
 from deltadecode.engines.vllm import versions
@@ -24,14 +27,20 @@ def count_steps(scheduler: Any, settings: ServingSettings) -> None:
     model_name = str(scheduler.vllm_config.model_config.served_model_name)
     update, make_stats = scheduler.update_from_output, scheduler.make_stats
 
+    rows = DecodeRows(scheduler, most)
+
     def update_from_output(scheduler_output: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
-        names, tokens, new_tokens = _decode_rows(scheduler.requests, scheduler_output, most)
         if lossless:
-            rows = output.req_id_to_index
-            kept = [len(output.sampled_token_ids[rows[name]]) for name in names]
+            names, tokens, new_tokens = rows.of(scheduler_output)
+            places = output.req_id_to_index
+            kept = [len(output.sampled_token_ids[places[name]]) for name in names]
             counts.add_verifications(tokens, new_tokens, kept)
         else:
-            counts.add(tokens, new_tokens)
+            steady = rows.steady(scheduler_output)
+            if steady is None:
+                counts.add(*rows.of(scheduler_output)[1:])
+            else:
+                counts.add(steady)
         return update(scheduler_output, output, *args, **kwargs)
 
     def make_stats_with_counts(*args: Any, **kwargs: Any) -> Any:
@@ -46,30 +55,63 @@ def count_steps(scheduler: Any, settings: ServingSettings) -> None:
     scheduler.make_stats = make_stats_with_counts
 
 
-def _decode_rows(
-    requests: dict[str, Any], output: Any, most: int
-) -> tuple[list[str], list[int], list[int]]:
-    """Request, tokens up to the first new one, and new tokens, of each decode row that ran.
+class DecodeRows:
+    """The decode rows of a scheduler's steps, when they have run.
 
-    Not of prompts, which every new request begins with, nor of requests that have ended meanwhile.
-    Rows of more than ``most`` tokens are computed again, after a preemption: prefill. A step's own
-    results are not in ``requests`` yet, while those of every earlier step are.
+    Not rows of prompts, which every new request begins with, nor of requests that have ended
+    meanwhile. Rows of more than ``most`` tokens are computed again, after a preemption: prefill. A
+    step's own results are not in the scheduler's requests yet, while those of earlier steps are.
     """
-    names: list[str] = []
-    tokens: list[int] = []
-    new_tokens: list[int] = []
-    running = output.scheduled_cached_reqs
-    for name, computed in zip(running.req_ids, running.num_computed_tokens, strict=True):
-        request = requests.get(name)
-        if request is None or request.is_finished() or computed < request.num_prompt_tokens:
-            continue
-        new = output.num_scheduled_tokens[name]
-        if new <= most:
-            # With asynchronous scheduling drafts count as computed that are then rejected.
-            names.append(name)
-            tokens.append(min(computed + 1, request.num_tokens))
-            new_tokens.append(new)
-    return names, tokens, new_tokens
+
+    def __init__(self, scheduler: Any, most: int) -> None:
+        self._scheduler, self._most = scheduler, most
+        # Of the step before.
+        self._names: list[str] = []
+        self._running: list[Any] = []
+        self._prompts: NDArray[np.int64] | None = None
+
+    def of(self, step: Any) -> tuple[list[str], list[int], list[int]]:
+        """Of each row its request, its tokens up to the first new one, and its new tokens."""
+        names: list[str] = []
+        tokens: list[int] = []
+        new_tokens: list[int] = []
+        cached, requests = step.scheduled_cached_reqs, self._scheduler.requests
+        # Those have not ended, which takes longer to ask than anything else here.
+        running = {request.request_id for request in self._scheduler.running}
+        for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            request = requests.get(name)
+            if request is None or computed < request.num_prompt_tokens:
+                continue
+            new = step.num_scheduled_tokens[name]
+            if new <= self._most and (name in running or not request.is_finished()):
+                # With asynchronous scheduling drafts count as computed that are then rejected.
+                known = request.num_tokens
+                names.append(name)
+                tokens.append(computed + 1 if computed < known else known)
+                new_tokens.append(new)
+        return names, tokens, new_tokens
+
+    def steady(self, step: Any) -> NDArray[np.int64] | None:
+        """Tokens of each row where the same requests go on by one token each, else None.
+
+        They are those that :meth:`of` gives, but no Python runs for each row.
+        """
+        cached, running = step.scheduled_cached_reqs, self._scheduler.running
+        names = cached.req_ids
+        # Requests that end, or are preempted, leave the running ones.
+        if names != self._names or running != self._running:
+            self._names, self._running, self._prompts = names, list(running), None
+            return None
+        if self._most > 1 or step.total_num_scheduled_tokens != len(names):
+            return None
+        if self._prompts is None:
+            prompts = {request.request_id: request.num_prompt_tokens for request in running}
+            if not prompts.keys() >= set(names):
+                return None
+            self._prompts = np.array([prompts[name] for name in names], dtype=np.int64)
+        computed = np.array(cached.num_computed_tokens, dtype=np.int64)
+        tokens: NDArray[np.int64] = computed[computed >= self._prompts] + 1
+        return tokens
 
 
 def install(settings: ServingSettings, model_name: str) -> None:
