@@ -1,23 +1,17 @@
 """Tiny random models of many families: vLLM gives the tokens of the Transformers integration."""
 
 import pytest
+from tiny_runs import PROMPTS, SPARSE
 
-PROMPTS = [
-    [5 + 7 * (place % 9) % 50 for place in range(60)],
-    [3 + 11 * place % 59 for place in range(41)],
-]
-# Sparse layers read three of five to thirteen pages.
-SPARSE = {"page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1}
 ALTERNATING = {**SPARSE, "dense_layers": [1], "delta_layers": [3]}
-EVERY_LAYER = {**SPARSE, "dense_layers": [0], "delta_layers": [1]}
 PLANS = {
     "gpt_oss": ALTERNATING,  # attention sinks; windows
     "gemma3": ALTERNATING,
     "gemma3n": ALTERNATING,  # layers 5 and 7 read the cache of 3, a Δ-layer
     "gemma4": ALTERNATING,  # heads of another size in full-attention layers
     "llama4": ALTERNATING,  # chunks
-    "llama with LoRA": EVERY_LAYER,
-    "phi": EVERY_LAYER,  # a window that hides nothing
+    "llama with LoRA": SPARSE,
+    "phi": SPARSE,  # a window that hides nothing
 }
 
 

@@ -6,6 +6,7 @@ Prefixes with answers in them also as keys and values that are not rounded.
 from statistics import median
 
 import pytest
+from tiny_runs import SPARSE
 
 from deltadecode_vllm import PROPOSER
 
@@ -13,10 +14,6 @@ PROMPTS = [
     [5 + 7 * (place % 9) % 50 for place in range(80)],
     [3 + 11 * place % 59 for place in range(41)],
 ]
-SPARSE = {
-    "page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1,
-    "dense_layers": [0], "delta_layers": [1],
-}  # fmt: skip
 ALL_PAGES = {**SPARSE, "budget_pages": 32}
 # No powers of two: with those, float8 would round to the same numbers as without.
 SCALES = [0.05, 0.03]

@@ -5,15 +5,12 @@ preemption.
 """
 
 import pytest
+from tiny_runs import SPARSE
 
 PROMPTS = [
     [5 + (7 * place + 3 * number) % (23 + 4 * number) for place in range(60 + 9 * number)]
     for number in range(6)
 ]
-SPARSE = {
-    "page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1,
-    "dense_layers": [0], "delta_layers": [1],
-}  # fmt: skip
 ALL_PAGES = {**SPARSE, "budget_pages": 32}
 FEATURES = {
     "prefixes": {"enable_prefix_caching": True},

@@ -1,18 +1,13 @@
 """Tiny random models: what a process loads, what is counted, windows and shared caches."""
 
 import pytest
+from tiny_runs import PROMPTS, SPARSE
 
 from deltadecode import DeltaConfig
 from deltadecode.engines.serving.counts import attended_tokens
 from deltadecode.engines.serving.settings import ServingSettings
 
-PROMPT = [5 + 7 * (place % 9) % 50 for place in range(60)]
-OTHER = [3 + 11 * place % 59 for place in range(41)]
-# Four full-attention layers; two of them are sparse, and read three pages of 8 tokens.
-SPARSE = {
-    "page_size": 8, "budget_pages": 3, "recent_pages": 1, "sink_pages": 1,
-    "dense_layers": [0], "delta_layers": [1],
-}  # fmt: skip
+PROMPT, OTHER = PROMPTS
 ALL_PAGES = {**SPARSE, "budget_pages": 32}
 # The layers that share a cache are sparse ones, and the layer whose cache it is is dense.
 SHARED = {**ALL_PAGES, "dense_layers": [1, 3], "delta_layers": [5]}
