@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers, Adam for everything else.
+"""Muon for the matrices of attention and MLPs, Adam for everything else.
 
 Muon (Jordan et al., 2024) replaces the momentum of a matrix by its nearest orthogonal matrix,
 found by Newton-Schulz iterations. Matrices of equal shape are orthogonalised as one batch: a
@@ -57,9 +57,14 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(
     model: nn.Module, muon_lr: float, adam_lr: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for layer matrices, Adam for embeddings, head and norms."""
+    """Muon for matrices of attention and MLPs; Adam for embeddings, head, norms and the indexer.
+
+    Keys and values that layers share (YOCO, CLSA) are matrices of attention like all others.
+    """
     named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.dim() == 2 and ".layers." in name]
+    matrices = [
+        p for name, p in named if p.dim() == 2 and (".layers." in name or ".shared_kv." in name)
+    ]
     chosen = {id(p) for p in matrices}
     others = [p for _, p in named if id(p) not in chosen]
     fused = others[0].is_cuda

@@ -56,7 +56,7 @@ def test_a_training_with_breaks_is_the_training_without(train, tmp_path, capsys)
     assert all(torch.equal(index[name], value) for name, value in before.items())
     (written,) = tmp_path.glob("clsa-training-*.json")
     cases = [(row["case"], row["peer"]) for row in json.loads(written.read_text())["rows"]]
-    assert len(cases) == len(set(cases)) == 6
+    assert len(cases) == len(set(cases)) == 8
     folder = tmp_path / "whole" / "model"
     tokenizer, model = (
         kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoModelForCausalLM)
@@ -64,6 +64,23 @@ def test_a_training_with_breaks_is_the_training_without(train, tmp_path, capsys)
     ids = tokenizer("Facts", return_tensors="pt").input_ids
     assert tokenizer.decode(ids[0]) == "Facts"
     assert model.generate(ids, max_new_tokens=3).shape[1] <= ids.shape[1] + 3
+
+
+@pytest.mark.parametrize("run, shared", [("transformer", 0), ("yoco", 2), ("clsa", 2)])
+def test_every_matrix_of_attention_and_mlp_is_trained_by_muon(phase, run, shared):
+    made = phase(run, "dense", "--layers=4")
+    names = {id(p): name for name, p in made.model.named_parameters()}
+    muon, adam = (
+        [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        for optimizer in made.optimizers
+    )
+    assert len(muon) + len(adam) == len(names)
+    assert all(name.endswith("_proj.weight") for name in muon)
+    assert sum(".shared_kv." in name for name in muon) == shared
+    # The indexer is trained alone at first, by Adam, and so it goes on.
+    assert {name for name in adam if name.endswith("_proj.weight")} == {
+        name for name in names.values() if ".indexer." in name and name.endswith("_proj.weight")
+    }
 
 
 def test_sources_of_packages_are_text_too(monkeypatch):

@@ -21,6 +21,7 @@ from deltadecode.models.clsa import ClsaConfig, ClsaForCausalLM
 
 from .data import KINDS, Rows
 
+MIXED = "mixed"  # rows as in training: documents of all kinds
 LAST = {"clsa": "joint", "yoco": "long", "transformer": "long"}
 
 
@@ -34,13 +35,16 @@ def load(workdir: Path, config: ClsaConfig, device: str) -> ClsaForCausalLM:
 
 @torch.no_grad()
 def score(model: ClsaForCausalLM, rows: Rows, kind: str, args: argparse.Namespace) -> dict:
-    """Loss in nats, right tokens and right answers on rows of one kind, and coverage."""
+    """Loss in nats, right tokens and right answers on rows of one kind, and coverage.
+
+    `mixed` has the mean loss of all counted tokens, each alike.
+    """
     rng = random.Random(f"measure/{kind}")
     device, indexed = args.device, model.config.mode == "clsa"
     sums = dict.fromkeys(("loss", "tokens", "right", "answers", "whole"), 0.0)
     coverage = []
     for _ in range(args.samples):
-        ids, targets, _ = (x.to(device) for x in rows.row(rng, args.length, kind))
+        ids, targets, _ = (x.to(device) for x in rows.row(rng, args.length, None if kind == MIXED else kind))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device):
             out = model(ids[None], use_cache=False, index_loss=indexed)
         logits, counted = out.logits[0].float(), targets >= 0
@@ -61,7 +65,7 @@ def score(model: ClsaForCausalLM, rows: Rows, kind: str, args: argparse.Namespac
         "loss": sums["loss"] / sums["tokens"],
         "token_accuracy": sums["right"] / sums["tokens"],
     }
-    if kind != "text":
+    if kind not in ("text", MIXED):
         found["answers_right"] = sums["whole"] / sums["answers"]
         found["answers"] = int(sums["answers"])
     if coverage:
@@ -75,7 +79,7 @@ def measure(args: argparse.Namespace, configs: dict[str, ClsaConfig]) -> None:
     rows, found = Rows(tokenizer, validation=True, packages=args.packages), {}
     for mode, config in configs.items():
         model = load(args.workdir, config, args.device)
-        found[mode] = {kind: score(model, rows, kind, args) for kind in KINDS}
+        found[mode] = {kind: score(model, rows, kind, args) for kind in (*KINDS, MIXED)}
         found[mode]["parameters"] = model.num_parameters()
         print(json.dumps({"mode": mode, **found[mode]}), flush=True)
         if mode == "clsa":
@@ -90,7 +94,7 @@ def table(found: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any
     """Rows of the result file: CLSA's loss beside that of each other mode."""
     made = []
     for peer in ("yoco", "transformer"):
-        for kind in KINDS:
+        for kind in (*KINDS, MIXED):
             ours, theirs = found["clsa"][kind], found[peer][kind]
             made.append(
                 row(
