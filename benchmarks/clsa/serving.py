@@ -18,6 +18,7 @@ _REPEATS = 3
 _MEMORY_SHARE = 0.9
 # Steps before the timed ones, and what is in flight when they end.
 _SPARE = 8
+_CHUNK = 2048  # tokens of prompts that a step of vLLM reads at least
 
 
 class Served:
@@ -37,7 +38,7 @@ class Served:
         self.config = config
         self._folder = TemporaryDirectory(prefix="deltadecode-")
         config.architectures = ["ClsaForCausalLM"]
-        config.max_position_embeddings = max(contexts) + _SPARE
+        config.max_position_embeddings = max(contexts) + _written(max(batches), max(contexts))
         config.save_pretrained(Path(self._folder.name))
         spec = {
             "model": self._folder.name, "batch": max(batches), "eager": eager,
@@ -64,14 +65,20 @@ class Served:
             return None
         prompt = context - steps
         self._process.do(
-            {"do": "fill", "batch": batch, "prompt": prompt, "new_tokens": steps + _SPARE}
-        )
+            {"do": "fill", "batch": batch, "prompt": prompt,
+             "new_tokens": steps + _written(batch, prompt)}
+        )  # fmt: skip
         timed = self._process.do({"do": "steps", "steps": steps})
         self._process.do({"do": "drop"})
         if timed["preemptions"]:
             raise ArgumentError(f"a batch of {batch} with {context} tokens did not fit in vLLM")
         seconds: list[float] = timed["seconds"]
         return median(seconds)
+
+
+def _written(batch: int, prompt: int) -> int:
+    """Tokens that a row may write beside the timed ones: the first write while others are read."""
+    return -(-batch * prompt // _CHUNK) + _SPARE
 
 
 def blocks(config: ClsaConfig, tokens: int, block_size: int) -> int:
