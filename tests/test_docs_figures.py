@@ -2,9 +2,9 @@
 
 import itertools
 import json
-from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 
+from docs_figures import RESULTS, rounded, rows_of
 from docs_pages import ROOT, read
 from transformers import AutoConfig
 
@@ -14,19 +14,7 @@ from benchmarks.memory.page import tables
 from deltadecode.engines.transformers.offload_size import cache_bytes
 from deltadecode.engines.transformers.packing import packed_bytes
 
-RESULTS = ROOT / "benchmarks" / "results"
 page = cache(read)
-
-
-def rows_of(file, **keys):
-    """Rows of a result file in which these keys have these values."""
-    rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
-    return [row for row in rows if all(row.get(key) == value for key, value in keys.items())]
-
-
-def rounded(number, places):
-    """As on paper: a half goes up."""
-    return f"{Decimal(str(number)).quantize(Decimal(10) ** -places, ROUND_HALF_UP):,}"
 
 
 def sides(file, places, unit, **keys):
@@ -60,7 +48,7 @@ def right_answers():
 def test_numbers_of_the_readme_are_those_of_the_files():
     r1, short = "e2e-20261124-r1-1.5b.json", "e2e-20261125-r1-short.json"
     headline, shape_8b = "e2e-20261129-r1-headline.json", "e2e-20261124-qwen3-8b.json"
-    served_r1, served_8b = "serve-20261128-r1-1.5b.json", "serve-20261128-qwen3-8b.json"
+    served_r1, served_8b = "serve-20261128-r1-1.5b.json", "serve-20261130-qwen3-8b.json"
     step = "decode step, bfloat16, context 16384"
     expected = [
         (headline, sides(headline, 1, "s", kind="headline")),
@@ -85,6 +73,31 @@ def test_numbers_of_the_readme_are_those_of_the_files():
         if len(links) == 1 and links[0].startswith("benchmarks/results/")
     ]
     assert shown == expected
+
+
+def test_loads_of_the_operators_page_are_those_of_the_files():
+    text = " ".join(page("docs/operating.md").text.split())
+    r1, large = "serve-20261129-r1-1.5b.json", "serve-20261130-qwen3-8b.json"
+    first, (slow,) = "serve-20261128-r1-1.5b.json", rows_of(large, workload="long-context")
+    reasoning = f"{large.removesuffix('.json')}-reasoning.json"
+
+    def rate(file, workload):
+        return served(file, workload, "tok_s", 0, "")[2]
+
+    assert f"[{rate(first, 'reasoning')} times the tokens a second](" in text
+    assert f"1.5B shape, {rate(reasoning, 'reasoning')} times with 32 on the 8B shape" in text
+    assert f"takes 1 / {rounded(slow['tpot_ratio'], 2)} of the time" in text
+    median = rounded(slow["ttft_p50_ours"] / slow["ttft_p50_theirs"], 2)
+    assert f"take as long as before, the median ones {median} times as long" in text
+    assert rounded(slow["ttft_p99_ratio"], 1) == "1.0"
+    both = [rate(file, "shared-prefix") for file in (large, r1)]
+    assert f"{both[0]} times the tokens a second on the 8B shape with 64 requests" in text
+    assert f"{both[1]} times on the 1.5B shape, which has a fifth of the cache" in text
+    both = [rate(file, "chat") for file in (large, r1)]
+    assert f"Nothing is lost either: {both[0]} times stock's tokens a second" in text
+    assert f"on the 8B shape, {both[1]} times on the 1.5B shape" in text
+    slowest = [rows_of(file, workload="chat", rate="inf")[0] for file in (large, r1)]
+    assert all(abs(row["ttft_p99_ratio"] - 1) < 0.03 for row in slowest)
 
 
 def test_gains_of_steps_are_those_of_bytes_and_files():
@@ -190,68 +203,6 @@ def test_releases_of_vllm_that_ran_are_those_of_the_file():
     text = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
     assert "| each of 0.27 to 0.32 | on a CPU ([runs][smoke]" in text
     assert "| each of 0.24 to 0.26, and 0.33 | there the first of these alone" in text
-
-
-def test_what_training_gave_is_on_the_page_of_clsa():
-    rows = rows_of("clsa-training-20261129.json")
-    shown = {cells[0]: cells[1:] for cells in page("docs/clsa.md").rows if len(cells) == 4}
-    names = {"chain": "chain problems", "needle": "needles", "text": "Python text"}
-    for kind, name in names.items():
-        yoco, transformer = (row for row in rows if row["case"].startswith(kind))
-        found = yoco["clsa"], yoco["other"], transformer["other"]
-        assert shown[f"{name}, nats a token"] == [rounded(each["loss"], 3) for each in found]
-        if kind != "text":
-            right = [f"{rounded(100 * each['answers_right'], 1)}%" for each in found]
-            assert shown[f"{name}, answers right"] == right
-
-
-def test_what_a_longer_training_gave_is_told_twice():
-    rows = rows_of("clsa-training-20261129-longer.json")
-    found = {
-        kind: (yoco["clsa"], yoco["other"], transformer["other"])
-        for kind in ("chain", "text")
-        for yoco, transformer in [[row for row in rows if row["case"].startswith(kind)]]
-    }
-    losses = [rounded(each["loss"], 3) for each in found["text"]]
-    told = f"{losses[0]}, {losses[1]} and {losses[2]} nats"
-    right = [rounded(100 * each["answers_right"], 1) for each in found["chain"]]
-    for name in ("docs/clsa.md", "training/README.md"):
-        text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
-        assert told in text
-    assert f"chain problems {right[0]}, {right[1]} and {right[2]}%" in text
-    text = " ".join((ROOT / "docs" / "clsa.md").read_text(encoding="utf-8").split())
-    clsa, yoco, transformer = (each["loss"] for each in found["text"])
-    assert f"loses {rounded(yoco - transformer, 3)} to the Transformer there" in text
-    assert f"{rounded(yoco - clsa, 3)} here." in text
-
-
-def test_speeds_of_clsa_are_those_of_the_file():
-    name = "clsa-20261129-h200.json"
-    found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    first, *shown = [cells for cells in page("docs/clsa.md").rows if len(cells) == 7]
-    cells = {(cell["mode"], f"{cell['context']:,}"): cell for cell in found["cells"]}
-    speeds = "prefill", "decode", "end_to_end_new"
-    for mode, context, *numbers in shown[: len(cells)]:
-        cell = cells.pop((mode, context))
-        prefill, decode, end = (rounded(cell[f"{kind}_tokens_per_s"], 0) for kind in speeds)
-        of_token = rounded(cell["kv_bytes_per_token"], 0)
-        assert numbers == [prefill, str(cell["batch"]), decode, end, of_token]
-    assert not cells and first[0] == "mode"
-    _, *parts = shown[len(found["cells"]) :]
-    layers = found["layer_ms"]
-    names = "ffn", "attention_sparse", "attention_dense", "index_scores", "top_k", "top_k_of_torch"
-    assert len(parts) == len(layers)
-    for context, *times in parts:
-        layer = layers[context.replace(",", "")]
-        assert times == [rounded(layer[part], 3) for part in names]
-    text = " ".join((ROOT / "docs" / "clsa.md").read_text(encoding="utf-8").split())
-    for case, said in {
-        "decode": "CLSA decodes {} times as fast as the Transformer",
-        "end to end": "End to end it is {} times as fast",
-        "prefill": "Prefill decides that: {} times as fast here",
-    }.items():
-        (row,) = rows_of(name, case=f"{case}, 131072 tokens", peer="transformer")
-        assert said.format(rounded(row["ratio"], 1)) in text
 
 
 def test_what_a_context_needs_is_worked_out():
@@ -378,15 +329,3 @@ def test_times_of_quicker_kernels_are_those_of_the_file():
          rounded(row["theirs"] / row["ours"], 2)]
         for row in rows_of(name)
     ]  # fmt: skip
-
-
-def test_times_of_the_top_k_are_those_of_the_file():
-    expected = {
-        row["case"]: [rounded(row[side], 1) for side in ("ours", "theirs")]
-        for row in rows_of("kernels-20261129-topk.json")
-    }
-    shown = [cells for cells in page("docs/clsa.md").rows if cells[0] == "2,048"]
-    assert len(shown) == sum("selection of 2048" in case for case in expected) == 5
-    for k, rows, tokens, *times in shown:
-        k, tokens = (number.replace(",", "") for number in (k, tokens))
-        assert times == expected[f"exact selection of {k} from {rows} rows of {tokens} numbers"]

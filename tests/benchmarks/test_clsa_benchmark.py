@@ -9,6 +9,7 @@ from benchmarks.clsa.__main__ import clsa
 from benchmarks.clsa.run import _SMALL, Cell
 from benchmarks.clsa.serving import blocks
 from benchmarks.command import launch
+from benchmarks.e2e.workloads import PACE_STEPS
 from deltadecode.models.clsa import ClsaConfig
 
 
@@ -38,13 +39,18 @@ class Engine:
     """An engine with room for 800 blocks of 16 tokens, whose steps take 10 ms."""
 
     def __init__(self, side, spec, command):
-        self.mode, self.asked = side, []
+        self.mode, self.asked, self.longest = side, [], spec["longest"]
 
     def ready(self):
         return {"blocks": 800, "block_size": 16}
 
     def do(self, command):
         self.asked.append(command["do"])
+        if command["do"] == "fill":
+            # While the last prompts are read, in chunks, the first rows write a token a chunk.
+            chunks = command["batch"] * command["prompt"] / 2048
+            assert command["new_tokens"] >= chunks + 2 + PACE_STEPS
+            assert command["prompt"] + command["new_tokens"] <= self.longest
         return {"seconds": [0.01, 0.01] if command["do"] == "steps" else 0.5, "preemptions": 0}
 
     def stop(self):

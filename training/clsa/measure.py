@@ -43,8 +43,9 @@ def score(model: ClsaForCausalLM, rows: Rows, kind: str, args: argparse.Namespac
     device, indexed = args.device, model.config.mode == "clsa"
     sums = dict.fromkeys(("loss", "tokens", "right", "answers", "whole"), 0.0)
     coverage = []
+    documents = None if kind == MIXED else kind
     for _ in range(args.samples):
-        ids, targets, _ = (x.to(device) for x in rows.row(rng, args.length, None if kind == MIXED else kind))
+        ids, targets, _ = (x.to(device) for x in rows.row(rng, args.length, documents))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device):
             out = model(ids[None], use_cache=False, index_loss=indexed)
         logits, counted = out.logits[0].float(), targets >= 0

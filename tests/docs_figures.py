@@ -1,0 +1,19 @@
+"""Rows of result files, and numbers as pages write them."""
+
+import json
+from decimal import ROUND_HALF_UP, Decimal
+
+from docs_pages import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def rows_of(file, **keys):
+    """Rows of a result file in which these keys have these values."""
+    rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if all(row.get(key) == value for key, value in keys.items())]
+
+
+def rounded(number, places):
+    """As on paper: a half goes up."""
+    return f"{Decimal(str(number)).quantize(Decimal(10) ** -places, ROUND_HALF_UP):,}"
