@@ -7,6 +7,7 @@ stdout is its exit code.
 
 import gc
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -26,6 +27,7 @@ def import_vllm():
     from vllm.logger import configure_logging
     from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
+    from vllm.v1.executor import multiproc_executor
 
     lazy = registry._LazyRegisteredModel
     inspect = lazy.inspect_model_cls
@@ -37,6 +39,8 @@ def import_vllm():
         return inspect(model)
 
     lazy.inspect_model_cls = inspect_here
+    # Ranks are forks, too: on CPUs vLLM has each of them import all of it again.
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     # Once for all engines: both look through everything that is imported. vLLM 0.32 cannot look
     # through numba, which drafts need, so it comes afterwards.
     configure_logging(LoggingConfig())
@@ -51,6 +55,8 @@ def import_vllm():
 
 def become(asked):
     """Take on what was asked for, but for the script."""
+    import torch
+
     signal.alarm(asked["seconds"])
     log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -59,6 +65,8 @@ def become(asked):
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])
+    # Read when it was imported.
+    torch._dynamo.config.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
     sys.argv = [asked["script"], *asked["arguments"]]
 
 
