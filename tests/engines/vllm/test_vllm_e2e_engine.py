@@ -2,8 +2,6 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,33 +10,46 @@ from benchmarks.e2e.measure import WORKER
 from benchmarks.e2e.run import make_options
 from benchmarks.processes import environment
 
-DRAWING = (sys.executable, str(Path(__file__).with_name("drawing_engine.py")))
 
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """Answer to every command of every workload, of stock vLLM and the tiny shape."""
-    return run(tmp_path_factory.mktemp("tiny"), "stock")
-
-
-def run(folder, side, worker=WORKER, **options):
+def commands(folder, side, **options):
+    """What a process of that side is asked, of every workload and the tiny shape."""
     setup = make_options(
         shape="tiny", points=["4:200"], steps=8, rounds=2, memory_share=0.1, **options
     )
-    model = setup.shape.write(folder)
-    todo = [setup.spec(side, model)]
+    asked = [setup.spec(side, setup.shape.write(folder))]
     for one in setup.workloads:
-        todo += [*one.opening(), *[one.measuring()] * one.rounds, *one.closing()]
-    done = subprocess.run(
-        worker,
-        input="".join(json.dumps(each) + "\n" for each in todo),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env={**environment(), "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return [*zip(todo[1:], lines[1:], strict=True)], lines[0]["ready"]
+        asked += [*one.opening(), *[one.measuring()] * one.rounds, *one.closing()]
+    return asked
+
+
+def lines_of(asked):
+    return "".join(json.dumps(each) + "\n" for each in asked)
+
+
+def pairs(asked, said):
+    """Every command with its answer, and what the engine says it is."""
+    answers = [json.loads(line) for line in said.splitlines()]
+    return [*zip(asked[1:], answers[1:], strict=True)], answers[0]["ready"]
+
+
+@pytest.fixture(scope="module")
+def run(run_script, tmp_path_factory):
+    """Run an engine of a side in a fork, with options of the benchmark."""
+
+    def start(side, *arguments, **options):
+        folder = tmp_path_factory.mktemp("e2e")
+        asked = commands(folder, side, **options)
+        (folder / "commands").write_text(lines_of(asked))
+        run_script("e2e_worker.py", "commands", "answers", *arguments, folder=folder)
+        return pairs(asked, (folder / "answers").read_text())
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def answers(run):
+    """Answer to every command of every workload, of stock vLLM."""
+    return run("stock")
 
 
 def test_it_says_what_runs(answers):
@@ -69,8 +80,8 @@ def test_a_headline_has_a_time_for_every_token(answers):
     assert sum(found["steps"]) == pytest.approx(found["seconds"], rel=0.01)
 
 
-def test_steps_with_drafts_verify_them(tmp_path):
-    done, _ = run(tmp_path, "DELTA", kinds=["step"], drafts=3)
+def test_steps_with_drafts_verify_them(run):
+    done, _ = run("DELTA", kinds=["step"], drafts=3)
     steps = [a["done"] for c, a in done if c["do"] == "steps" and c["steps"] == 8]
     assert len(steps) == 3  # and one before what is timed
     for answer in steps:
@@ -78,11 +89,11 @@ def test_steps_with_drafts_verify_them(tmp_path):
         assert answer["verified"] == 8 * 4 * 3
 
 
-def test_both_sides_accept_as_many_drafts_as_are_drawn(tmp_path):
+def test_both_sides_accept_as_many_drafts_as_are_drawn(run):
     """1 + 0.69 + 0.69² + 0.69³ tokens a step: 2.5."""
     given = {}
     for side in ("stock", "DELTA"):
-        done, ready = run(tmp_path, side, DRAWING, kinds=["step"], drafts=3, acceptance=0.69)
+        done, ready = run(side, "draw", kinds=["step"], drafts=3, acceptance=0.69)
         assert ready["backends"] == ["CUSTOM" if side == "DELTA" else "CPU_ATTN"]
         steps = [a["done"] for c, a in done if c["do"] == "steps"]
         assert [each["verified"] for each in steps] == [8 * 4 * 3] * 3
@@ -92,7 +103,17 @@ def test_both_sides_accept_as_many_drafts_as_are_drawn(tmp_path):
 
 
 def test_ranks_run_the_plan(tmp_path):
-    done, ready = run(tmp_path, "DELTA", kinds=["step"], tensor_parallel=2, sync_heads=True)
+    """As the benchmark starts it, each rank in a process that is no fork."""
+    asked = commands(tmp_path, "DELTA", kinds=["step"], tensor_parallel=2, sync_heads=True)
+    started = subprocess.run(
+        WORKER,
+        input=lines_of(asked),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**environment(), "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    done, ready = pairs(asked, started.stdout)
     assert ready["tensor_parallel"] == 2
     assert ready["backends"] == ["CUSTOM"]
     assert [len(a["done"]["seconds"]) for c, a in done if c["do"] == "steps"] == [8, 8, 8]
@@ -101,7 +122,7 @@ def test_ranks_run_the_plan(tmp_path):
 @pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM has no float8 caches on such CPUs"
 )
-def test_steps_with_a_float8_cache(tmp_path):
-    done, ready = run(tmp_path, "DELTA", kinds=["step"], kv_cache_dtype="fp8")
+def test_steps_with_a_float8_cache(run):
+    done, ready = run("DELTA", kinds=["step"], kv_cache_dtype="fp8")
     assert ready["backends"] == ["CUSTOM"]
     assert [len(a["done"]["seconds"]) for c, a in done if c["do"] == "steps"] == [8, 8, 8]
