@@ -30,13 +30,13 @@ ENVIRONMENT = {
     # With drafts vLLM has two threads, each of which spins while it waits for the other.
     "OMP_WAIT_POLICY": "PASSIVE",
     "NUMBA_NUM_THREADS": "1",
+    # Engines are eager, but small functions of vLLM's would be compiled anew in every process.
+    "TORCH_COMPILE_DISABLE": "1",
 }
 # Beside it, for scripts.
 SCRIPTS = {
     # The engine's core in the same process: its own would import vLLM again.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Engines are eager, but small functions of vLLM's would be compiled anew in every process.
-    "TORCH_COMPILE_DISABLE": "1",
 }
 
 
