@@ -42,9 +42,9 @@ SCRIPTS = {
 
 # Files that take longest, in that order, so that no worker ends alone with one of them.
 LONGEST = (
-    "embedded", "parallel", "lossless", "e2e_engine", "batches", "drafts", "load", "data_parallel",
-    "server", "families", "float8", "clsa", "matrix", "drafters", "lossless_sampling", "refusals",
-    "tiny", "min_tokens",
+    "embedded", "load", "lossless", "parallel", "data_parallel", "server", "e2e_engine", "batches",
+    "drafts", "matrix", "families", "lossless_sampling", "float8", "clsa", "refusals", "tiny",
+    "drafters", "min_tokens",
 )  # fmt: skip
 
 
