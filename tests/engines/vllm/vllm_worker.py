@@ -51,15 +51,17 @@ def run_vllm(job):
         schedule_ahead()
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions that workers are asked for
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
     from vllm.sampling_params import StructuredOutputsParams
 
     engine = {
         "model": str(MODEL), "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 32,
         "enforce_eager": True, "seed": 0, **job.get("engine", {}),
     }  # fmt: skip
-    # Twice the tokens of the most rows; to fill a whole GiB takes longer. On CPUs blocks have 128.
-    blocks = 2**15 // engine.get("block_size", 128)
-    engine = {"num_gpu_blocks_override": blocks, **engine}
+    if not current_platform.is_cuda():
+        # Twice the tokens of the most rows; a whole GiB takes longer to fill. Blocks have 128.
+        blocks = 2**15 // engine.get("block_size", 128)
+        engine = {"num_gpu_blocks_override": blocks, **engine}
     if "config" in job:
         engine |= {
             "attention_backend": "CUSTOM",
