@@ -89,7 +89,9 @@ class ClsaConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.tie_word_embeddings = tie_word_embeddings
         self.check()
+        _refuse_scaled_positions(rope_theta, kwargs)
         super().__init__(**kwargs)
         # The base class of some versions has no such parameter, of others a default.
         self.tie_word_embeddings = tie_word_embeddings
@@ -121,6 +123,9 @@ class ClsaConfig(PretrainedConfig):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ModelConfigError(f"{name} must be a number greater than 0, got {value!r}")
+        for name in ("tie_word_embeddings", "use_cache"):
+            if type(getattr(self, name)) is not bool:
+                raise ModelConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         layers = self.num_hidden_layers
         if layers % 2 and self.mode != "transformer":
             raise ModelConfigError(
@@ -153,9 +158,29 @@ class ClsaConfig(PretrainedConfig):
             raise ModelConfigError(
                 f"a checkpoint of mode {saved!r} has not the weights of mode {wanted!r}"
             )
+        layers = config_dict.get("num_hidden_layers")
+        if saved != "transformer" and kwargs.get("num_hidden_layers", layers) != layers:
+            raise ModelConfigError(
+                f"a checkpoint of {layers} layers, half of them self-decoder, has not the weights "
+                f"of {kwargs['num_hidden_layers']!r}"
+            )
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made).check()
         return made
+
+
+def _refuse_scaled_positions(theta: float, options: dict[str, Any]) -> None:
+    """Refuse rotary positions of another base or kind, which Transformers writes in these words."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = options.get(name)
+        plain = {"rope_type": "default", "type": "default", "rope_theta": theta}
+        if given is not None and (
+            not isinstance(given, dict) or any(plain.get(key) != given[key] for key in given)
+        ):
+            raise ModelConfigError(
+                f"rotary positions of a CLSA model have rope_theta and nothing else, "
+                f"got {name} {given!r}"
+            )
 
 
 def check_config(config: Any) -> None:
