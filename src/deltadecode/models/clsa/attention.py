@@ -207,3 +207,25 @@ class Observed:
             dense = logits.softmax(-1, dtype=torch.float32).mean(1)
             parts.append(F.pad(dense, (0, tokens - end)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def index_loss_of(
+    observed: Observed, query: Tensor, keys: Tensor, real: Tensor | None, topk: int
+) -> dict[str, Tensor]:
+    """KL of the index's softmax from the dense attention, and the share of it on its top-k.
+
+    Means over the queries that are no padding, ``real`` [B, Q].
+    """
+    dense, held = observed.mean, observed.mask[:, 0]
+    logits = (query @ keys.transpose(1, 2)).float().masked_fill(~held, float("-inf"))
+    # Where the target is 0 the index may say what it likes, -inf too.
+    log_index = logits.log_softmax(-1).masked_fill(~held, 0.0)
+    loss = (torch.xlogy(dense, dense) - dense * log_index).sum(-1)
+    if isinstance(observed.attend, Masked):
+        picked = observed.attend.mask[:, 0]
+    else:
+        picked = largest(logits.detach(), held.expand_as(logits), topk)
+    covered = (dense * picked).sum(-1)
+    if real is not None:
+        loss, covered = loss[real], covered[real]
+    return {"index_loss": loss.mean(), "index_coverage": covered.mean()}

@@ -32,8 +32,9 @@ class Paged:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with q [B, Hq, 1, D] to k and v [B, Hkv, T, D]; of blocks of one token, dense."""
         k, v = (_blocks(x.transpose(1, 2), self.table) for x in (k, v))
+        query = q[:, :, 0].to(k.dtype)  # another one under autocast
         out: Tensor = ops.decode_attention(
-            q[:, :, 0], k, v, self.table, self.lengths, scale=q.shape[3] ** -0.5, page_size=1,
+            query, k, v, self.table, self.lengths, scale=q.shape[3] ** -0.5, page_size=1,
             page_ids=self.ids, page_counts=self.counts,
         )  # fmt: skip
         return out[:, :, None]
@@ -44,6 +45,7 @@ def pick(query: Tensor, keys: Tensor, table: Tensor, lengths: Tensor, topk: int)
 
     ``query`` is [B, d], scaled, and ``keys`` [B, T, d]; the rest as for :class:`Paged`.
     """
+    query = query.to(keys.dtype)
     selected = select_tokens(query, _blocks(keys, table), table, lengths, topk)
     return Paged(table, lengths, *selected)
 

@@ -4,16 +4,56 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltadecode.errors import ArgumentError
 from deltadecode.models.clsa.configuration import ClsaConfig
 
 
-def refuse_weights(options: dict[str, Any]) -> None:
+def refuse_weights(config: ClsaConfig, options: dict[str, Any]) -> None:
     """Refuse to return attention weights (ArgumentError)."""
-    if options.get("output_attentions"):
+    asked = options.get("output_attentions")
+    if config.output_attentions if asked is None else asked:
         raise ArgumentError("a CLSA model gives no attention weights, got output_attentions=True")
+
+
+def refuse_beside_static(config: ClsaConfig, labels: Any, options: dict[str, Any]) -> None:
+    """Refuse what steps of fixed shapes do not give: a loss, or hidden states (ArgumentError)."""
+    asked = options.get("output_hidden_states")
+    given = {
+        "labels": labels is not None,
+        "index_loss": bool(options.get("index_loss")),
+        "output_hidden_states": config.output_hidden_states if asked is None else asked,
+    }
+    for name, wanted in given.items():
+        if wanted:
+            raise ArgumentError(
+                f"a ClsaStaticCache gives logits alone, got {name}; use a ClsaCache"
+            )
+
+
+def check_input(
+    ids: Tensor | None, embeds: Tensor | None, positions: Tensor | None = None
+) -> Tensor:
+    """The one that is given: token ids [B, Q], or tokens embedded, [B, Q, hidden].
+
+    ArgumentError for none or both, another shape, or positions of other tokens.
+    """
+    given = ids if embeds is None else embeds
+    if given is None or (ids is not None and embeds is not None):
+        raise ArgumentError("give input_ids or inputs_embeds, one of them")
+    name, sizes = ("input_ids", 2) if embeds is None else ("inputs_embeds", 3)
+    shape = list(given.shape)
+    if len(shape) != sizes or 0 in shape:
+        wanted = "[B, Q]" if sizes == 2 else "[B, Q, hidden]"
+        raise ArgumentError(f"{name} must be {wanted}, of one token or more, got {shape}")
+    if positions is not None and list(positions.shape) not in (shape[:2], [1, shape[1]]):
+        raise ArgumentError(
+            f"position_ids must be [{shape[0]}, {shape[1]}], one for each new token, "
+            f"got {list(positions.shape)}"
+        )
+    return given
 
 
 def check_length(config: ClsaConfig, tokens: int) -> None:
@@ -28,14 +68,15 @@ def check_length(config: ClsaConfig, tokens: int) -> None:
 def valid_tokens(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
     """Which tokens are no padding, bool [B, T]; None where all are none.
 
-    ArgumentError for a mask of another shape.
+    ArgumentError for a mask of another shape, or for what is no tensor.
     """
     if mask is None:
         return None
-    if mask.shape != (rows, tokens):
+    shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if shape != [rows, tokens]:
         raise ArgumentError(
-            f"attention_mask must be [{rows}, {tokens}], a row's tokens so far, "
-            f"got {list(mask.shape)}"
+            f"attention_mask must be [{rows}, {tokens}], a row's tokens so far, got {shape}"
         )
     valid = mask.bool()
-    return None if bool(valid.all()) else valid
+    # A compiled pass cannot ask: its mask stays, whatever is in it.
+    return valid if torch.compiler.is_compiling() or not bool(valid.all()) else None

@@ -12,20 +12,27 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from deltadecode.errors import ArgumentError, UnsupportedCacheError
+from deltadecode.errors import ArgumentError, UnsupportedCacheError, UnsupportedModelError
 from deltadecode.models.clsa.attention import (
     Attend,
     Full,
     Masked,
     Observed,
     Window,
+    index_loss_of,
     largest,
     seen,
 )
 from deltadecode.models.clsa.cache import ClsaCache, check_cache
 from deltadecode.models.clsa.configuration import ClsaConfig, check_config
 from deltadecode.models.clsa.decode import pick, rows_of
-from deltadecode.models.clsa.inputs import check_length, refuse_weights, valid_tokens
+from deltadecode.models.clsa.inputs import (
+    check_input,
+    check_length,
+    refuse_beside_static,
+    refuse_weights,
+    valid_tokens,
+)
 from deltadecode.models.clsa.layers import (
     ClsaCrossLayer,
     ClsaIndexer,
@@ -50,8 +57,8 @@ class ClsaOutput(ModelOutput):
     past_key_values
         The cache.
     hidden_states
-        Input of each layer and the last output, if asked for. Those of the cross-decoder are of the
-        tokens kept.
+        Input of each layer, and the last one's output behind the last norm, if asked for. Those of
+        the cross-decoder are of the tokens kept.
     index_loss
         KL divergence of the index's softmax from the mean dense attention, in nats a token, if
         asked for.
@@ -135,10 +142,11 @@ class ClsaModel(ClsaPreTrainedModel):
             For another class of cache.
         """
         config = self.config
-        refuse_weights(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ArgumentError("give input_ids or inputs_embeds, one of them")
+        refuse_weights(config, kwargs)
+        check_input(input_ids, inputs_embeds, position_ids)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
         cache = self._cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         new, tokens = x.shape[1], past + x.shape[1]
@@ -162,8 +170,12 @@ class ClsaModel(ClsaPreTrainedModel):
             raise ArgumentError("a Transformer has no index to learn")
         else:
             x = x[:, -logits_to_keep:]
+        x = self.norm(x)
+        if states is not None:
+            # As in other models, the last one is what the head reads.
+            states[-1] = x
         return ClsaOutput(
-            last_hidden_state=self.norm(x),
+            last_hidden_state=x,
             past_key_values=cache,
             hidden_states=None if states is None else tuple(states),
             **found,
@@ -171,9 +183,15 @@ class ClsaModel(ClsaPreTrainedModel):
 
     def _cache(self, given: Any, use_cache: bool | None) -> ClsaCache | None:
         """The cache that a forward pass fills, if any."""
-        if self.gradient_checkpointing and self.training:
+        # Without gradients nothing is recomputed, as when a model in training generates.
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if given is not None:
+                raise UnsupportedCacheError(
+                    "gradient checkpointing computes layers twice, so past_key_values cannot be "
+                    f"given, got a {type(given).__name__}"
+                )
             return None
-        check_cache(given)
+        check_cache(given, self.config)
         if isinstance(given, ClsaStaticCache):
             raise UnsupportedCacheError("only ClsaForCausalLM decodes from a ClsaStaticCache")
         if given is not None:
@@ -219,7 +237,7 @@ class ClsaModel(ClsaPreTrainedModel):
             x = _noted(layer(x, k, v, attend), states)
         if observed is not None and query is not None and keys is not None:
             real = None if valid is None else valid[:, tokens - x.shape[1] :]
-            found |= _index_loss(observed, query, keys, real, self.config.index_topk)
+            found |= index_loss_of(observed, query, keys, real, self.config.index_topk)
         return x
 
     def _selected(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> Attend:
@@ -228,7 +246,10 @@ class ClsaModel(ClsaPreTrainedModel):
             table, lengths = rows_of(keys, valid)
             return pick(query[:, 0], keys, table, lengths, self.config.index_topk)
         held = seen(query.shape[1], keys.shape[1], valid, keys.device)
-        scores = (query @ keys.transpose(1, 2)).detach()[:, None]
+        # In float32 at least, as the operation of a step has them: no ties of their rounding.
+        exact = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = (query.to(exact) @ keys.to(exact).transpose(1, 2)).detach()[:, None]
         return Masked(largest(scores, held.expand_as(scores), self.config.index_topk))
 
 
@@ -257,9 +278,12 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> ClsaOutput:
         """Logits of the tokens kept, and the loss of ``labels`` [B, Q], -100 where none counts."""
-        refuse_weights(kwargs)
+        refuse_weights(self.config, kwargs)
         if isinstance(past_key_values, ClsaStaticCache):
-            return self._static(input_ids, attention_mask, past_key_values)
+            refuse_beside_static(self.config, labels, kwargs)
+            return self._static(
+                input_ids, inputs_embeds, attention_mask, past_key_values, logits_to_keep
+            )
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
         flags = ("index_loss", "output_hidden_states")
         out = self.model(
@@ -293,16 +317,24 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _static(
-        self, ids: Tensor | None, mask: Tensor | None, cache: ClsaStaticCache
+        self,
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        cache: ClsaStaticCache,
+        kept: int | Tensor,
     ) -> ClsaOutput:
-        """Last logits of a prompt, or those of one more token a row; the cache keeps them."""
-        if ids is not None and cache.seen == 0:
-            prompt, valid = ClsaCache(self.config), valid_tokens(mask, *ids.shape)
+        """Logits of a prompt, the last or those kept, or of one more token a row."""
+        check_cache(cache, self.config)
+        if cache.seen == 0:
+            rows, tokens = check_input(ids, embeds).shape[:2]
+            prompt, valid = ClsaCache(self.config), valid_tokens(mask, rows, tokens)
             # Steps count a row's own tokens, so its prompt must as well.
             places = None if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
             logits = self(
-                ids, attention_mask=mask, position_ids=places, past_key_values=prompt,
-                logits_to_keep=1,
+                ids, inputs_embeds=embeds, attention_mask=mask, position_ids=places,
+                past_key_values=prompt,
+                logits_to_keep=1 if isinstance(kept, int) and kept == 0 else kept,
             ).logits  # fmt: skip
             cache.load(prompt, valid)
         else:
@@ -315,19 +347,31 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
         model_kwargs: dict[str, Any],
         generation_mode: Any,
         batch_size: int,
-        *args: Any,
-        **kwargs: Any,
+        max_cache_length: int,
     ) -> None:
         """Give ``generate`` a cache of this model's own kind."""
-        check_cache(model_kwargs.get("past_key_values"))
-        check_length(self.config, generation_config.max_length)
-        wanted = generation_config.cache_implementation
+        # All tokens but the last are in the cache; of embeddings, max_length has not the prompt.
+        tokens = max_cache_length + 1
+        given, wanted = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        check_cache(given, self.config)
+        check_length(self.config, tokens)
+        if getattr(generation_config, "assistant_early_exit", None) is not None:
+            raise ArgumentError(
+                "a CLSA model cannot draft with its first layers, since all behind the first half "
+                f"share a cache, got assistant_early_exit="
+                f"{generation_config.assistant_early_exit!r}"
+            )
         if wanted not in (None, "dynamic", "static"):
             raise UnsupportedCacheError(
                 "a CLSA model keeps its tokens in a ClsaCache or a ClsaStaticCache, got "
                 f"cache_implementation {wanted!r}"
             )
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if given is not None and wanted is not None:
+            raise ArgumentError(
+                "give past_key_values or cache_implementation, one of them, got a "
+                f"{type(given).__name__} and {wanted!r}"
+            )
+        if given is not None or generation_config.use_cache is False:
             return
         cache: Any
         if wanted == "static":
@@ -336,14 +380,19 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
                 generation_config.num_beams or 1, generation_config.num_return_sequences or 1
             )
             rows = batch_size * copies
-            cache = ClsaStaticCache(
-                self.config, rows, generation_config.max_length, self.dtype, self.device
-            )
+            cache = ClsaStaticCache(self.config, rows, tokens, self.dtype, self.device)
         else:
             cache = ClsaCache(self.config)
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: it keeps the tokens of many requests in memory of its own."""
+        raise UnsupportedModelError(
+            "a CLSA model keeps its tokens in a ClsaCache, so Transformers cannot batch requests "
+            "continuously; vLLM does"
+        )
 
 
 def _noted(x: Tensor, states: list[Tensor] | None) -> Tensor:
@@ -351,28 +400,6 @@ def _noted(x: Tensor, states: list[Tensor] | None) -> Tensor:
     if states is not None:
         states.append(x)
     return x
-
-
-def _index_loss(
-    observed: Observed, query: Tensor, keys: Tensor, real: Tensor | None, topk: int
-) -> dict[str, Tensor]:
-    """KL of the index's softmax from the dense attention, and the share of it on its top-k.
-
-    Means over the queries that are no padding, ``real`` [B, Q].
-    """
-    dense, held = observed.mean, observed.mask[:, 0]
-    logits = (query @ keys.transpose(1, 2)).float().masked_fill(~held, float("-inf"))
-    # Where the target is 0 the index may say what it likes, -inf too.
-    log_index = logits.log_softmax(-1).masked_fill(~held, 0.0)
-    loss = (torch.xlogy(dense, dense) - dense * log_index).sum(-1)
-    if isinstance(observed.attend, Masked):
-        picked = observed.attend.mask[:, 0]
-    else:
-        picked = largest(logits.detach(), held.expand_as(logits), topk)
-    covered = (dense * picked).sum(-1)
-    if real is not None:
-        loss, covered = loss[real], covered[real]
-    return {"index_loss": loss.mean(), "index_coverage": covered.mean()}
 
 
 AutoModel.register(ClsaConfig, ClsaModel, exist_ok=True)

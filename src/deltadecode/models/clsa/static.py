@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from deltadecode.errors import ArgumentError, UnsupportedCacheError
-from deltadecode.models.clsa.cache import ClsaCache
+from deltadecode.models.clsa.cache import ClsaCache, cache_shape
 from deltadecode.models.clsa.configuration import ClsaConfig, check_config
 from deltadecode.models.clsa.decode import Paged, pick
 from deltadecode.models.clsa.layers import rotary
@@ -54,6 +54,7 @@ class ClsaStaticCache(Cache):
             if type(value) is not int or value < 1:
                 raise ArgumentError(f"{name} must be an int of 1 or more, got {value!r}")
         super().__init__(layers=[])
+        self.made_for = cache_shape(config)
         self.config, self.rows, self.max_length = config, rows, max_length
         heads, first = (config.num_key_value_heads, config.head_dim), config.self_layers
         self.ring = max_length
@@ -76,6 +77,20 @@ class ClsaStaticCache(Cache):
         self.slot = self.place = self.row
         self.seen = 0
         self.graph: StepGraph | None = None
+
+    def __len__(self) -> int:
+        """Layers of the model; a cache without one is false to Transformers."""
+        layers: int = self.config.num_hidden_layers
+        return layers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the CUDA graph, which belongs to the memory of this cache alone."""
+        return self.__dict__ | {"graph": None}
+
+    @property
+    def is_croppable(self) -> bool:
+        """False, as :meth:`crop` says."""
+        return False
 
     @property
     def is_compileable(self) -> bool:
@@ -113,6 +128,20 @@ class ClsaStaticCache(Cache):
         """Refuse: a ring has lost what it held before."""
         raise UnsupportedCacheError("a ClsaStaticCache cannot take tokens back; use a ClsaCache")
 
+    def activate_past_recording(self) -> None:
+        """Refuse, as :meth:`crop`: drafts of assisted decoding are taken back."""
+        self.crop(0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refuse: the number of rows is fixed. :meth:`reorder_cache` puts them into an order."""
+        raise UnsupportedCacheError(
+            f"a ClsaStaticCache keeps its {self.rows} rows; use a ClsaCache"
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuse: the number of rows is fixed."""
+        self.batch_select_indices(self.row)
+
     def load(self, prompt: ClsaCache, valid: Tensor | None) -> None:
         """Take over the tokens of a prompt but those that are padding, ``valid`` [B, T]."""
         layers: list[Any] = list(prompt.layers)
@@ -124,6 +153,8 @@ class ClsaStaticCache(Cache):
             )
         if valid is None:
             valid = torch.ones(rows, tokens, dtype=torch.bool, device=self.row.device)
+        else:
+            self._check_windows(layers[0].keys.shape[2], valid)
         self.seen = tokens
         self.lengths.copy_(valid.sum(1))
         for layer, window in enumerate(self.windows):
@@ -135,12 +166,23 @@ class ClsaStaticCache(Cache):
             self._place(self.shared, k, v, valid)
         if self.index is not None:
             row, token, slot = self._slots(valid, tokens, self.max_length)
-            self.index[row, slot] = layers[prompt.shared_layer + 1].keys[row, 0, token]
+            keys = layers[prompt.shared_layer + 1].keys[row, 0, token]
+            self.index[row, slot] = keys.to(self.index.dtype)
+
+    def _check_windows(self, held: int, valid: Tensor) -> None:
+        """Refuse padding among the last tokens of a prompt, which alone its windows hold."""
+        near = valid[:, valid.shape[1] - held :].sum(1)
+        if (near < valid.sum(1).clamp(max=held)).any():
+            raise UnsupportedCacheError(
+                "a ClsaStaticCache takes rows with padding before their tokens, got an "
+                "attention_mask with 0 behind them; pad on the left, or use a ClsaCache"
+            )
 
     def _place(self, to: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> None:
         """Write the last tokens of each row, as many as there is room for."""
         row, token, slot = self._slots(valid, k.shape[1], to.shape[2])
-        to[0, row, slot], to[1, row, slot] = k[row, token], v[row, token]
+        # Under autocast the model's tensors have another type than its cache.
+        to[0, row, slot], to[1, row, slot] = (x[row, token].to(to.dtype) for x in (k, v))
 
     def _slots(self, valid: Tensor, held: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, place among the last ``held`` tokens, and slot of what goes into ``room`` slots."""
@@ -162,21 +204,21 @@ class ClsaStaticCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write one token [B, Hkv, 1, D] of a layer; returns its window [B, Hkv, W, D]."""
         window = self.windows[layer_idx]
-        window[0, self.row, self.slot] = key_states[:, :, 0]
-        window[1, self.row, self.slot] = value_states[:, :, 0]
+        window[0, self.row, self.slot] = key_states[:, :, 0].to(window.dtype)
+        window[1, self.row, self.slot] = value_states[:, :, 0].to(window.dtype)
         return window[0].transpose(1, 2), window[1].transpose(1, 2)
 
     def update_shared(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the shared keys and values [B, 1, Hkv, D] of a token; returns all."""
         assert self.shared is not None
-        self.shared[0, self.row, self.place] = k[:, 0]
-        self.shared[1, self.row, self.place] = v[:, 0]
+        self.shared[0, self.row, self.place] = k[:, 0].to(self.shared.dtype)
+        self.shared[1, self.row, self.place] = v[:, 0].to(self.shared.dtype)
         return self.shared[0], self.shared[1]
 
     def update_index(self, keys: Tensor) -> Tensor:
         """Write the index key [B, 1, d] of a token; returns all."""
         assert self.index is not None
-        self.index[self.row, self.place] = keys[:, 0]
+        self.index[self.row, self.place] = keys[:, 0].to(self.index.dtype)
         return self.index
 
 
