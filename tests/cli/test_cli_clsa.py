@@ -53,6 +53,13 @@ def test_generate_runs_the_model_without_a_plan(run, clsa):
     assert (code, "the model's own attention: 3 tokens in" in err) == (0, True)
 
 
+def test_generate_writes_up_to_the_model_s_last_position(run, clsa):
+    arguments = ["generate", clsa, "Facts bada", "--max-new-tokens", 500, "--json"]
+    code, out, err = run(*arguments)
+    assert (code, json.loads(out)["tokens_generated"]) == (0, 64 - 2 + 1)
+    assert "at most 63 tokens" in err
+
+
 @pytest.mark.parametrize("command", ["info", "serve", "calibrate", "inspect", "eval"])
 def test_commands_about_plans_refuse_it_before_its_weights(
     refused, clsa, monkeypatch, tmp_path, command

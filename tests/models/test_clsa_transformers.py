@@ -116,8 +116,19 @@ def test_embedded_prompts_decode_from_both_caches(mode):
     for kind in (None, "static"):
         made = _generate(model, inputs_embeds=embeds, cache_implementation=kind)
         assert made == [row[12:] for row in wanted]
-        with pytest.raises(ArgumentError, match="the model's 17 positions, got 18 tokens"):
-            _generate(model, inputs_embeds=embeds, cache_implementation=kind, max_new_tokens=6)
+        with pytest.raises(ArgumentError, match="the model's 17 positions, got 19 tokens"):
+            _generate(model, inputs_embeds=embeds, cache_implementation=kind, max_new_tokens=7)
+
+
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_the_last_token_written_needs_no_position(kind):
+    model, ids = make_model(), _ids(2, 12)
+    wanted = _generate(model, ids, max_new_tokens=6)
+    model.config.max_position_embeddings = 17
+    options = {"cache_implementation": kind}
+    assert _generate(model, ids, max_new_tokens=6, **options) == wanted
+    with pytest.raises(ArgumentError, match="the model's 17 positions, got 19 tokens"):
+        _generate(model, ids, max_new_tokens=7, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -354,7 +354,8 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
         tokens = max_cache_length + 1
         given, wanted = model_kwargs.get("past_key_values"), generation_config.cache_implementation
         check_cache(given, self.config)
-        check_length(self.config, tokens)
+        if max_cache_length > self.config.max_position_embeddings:
+            check_length(self.config, tokens)  # the last token written is never read
         if getattr(generation_config, "assistant_early_exit", None) is not None:
             raise ArgumentError(
                 "a CLSA model cannot draft with its first layers, since all behind the first half "
