@@ -287,7 +287,11 @@ def test_options_that_would_do_nothing_are_refused(changes, message):
     with pytest.raises(ModelConfigError, match=message):
         make_config(**changes)
     plain = {"rope_type": "default", "rope_theta": 1e4}
-    assert make_config(rope_parameters=plain, rope_scaling=None).rope_theta == 1e4
+    config = make_config(rope_parameters=plain, rope_scaling=None)
+    assert config.rope_theta == 1e4
+    config.rope_parameters = {"rope_type": "yarn", "factor": 2.0}
+    with pytest.raises(ModelConfigError, match="nothing else, got rope_parameters"):
+        ClsaForCausalLM(config)
 
 
 def test_a_checkpoint_has_the_layers_that_it_has(tmp_path):

@@ -23,6 +23,15 @@ RUNS = {
     "index": {
         "mode": "clsa", "configure": True, "engine": {"hf_overrides": {"index_head_dim": 24}},
     },
+    "positions": {
+        "mode": "clsa", "configure": True,
+        "engine": {"hf_overrides": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}},
+    },
+    "early exit": {
+        "mode": "clsa", "configure": True, "engine": {"hf_overrides": {"early_exit": "no"}},
+    },
+    "no index": {"mode": "yoco", "engine": {"hf_overrides": {"mode": "clsa"}}},
+    "an index": {"mode": "clsa", "engine": {"hf_overrides": {"mode": "yoco"}}},
     "float8": {"mode": "clsa", "configure": True, "engine": {"kv_cache_dtype": "fp8"}},
     "delta": {
         "mode": "clsa", "configure": True,
@@ -120,6 +129,10 @@ def test_without_early_exit_a_prompt_has_logprobs(ran):
             "index",
             "must divide the 128 numbers of a token's shared keys and values on a rank, got 24",
         ),
+        ("positions", "have rope_theta and nothing else, got rope_parameters"),
+        ("early exit", "early_exit must be true or false, got 'no'"),
+        ("no index", "has not all of model.indexer.qk_proj.weight, and a model of mode 'clsa'"),
+        ("an index", "has model.indexer.k_proj.weight, and a model of mode 'yoco' with 4 layers"),
         ("float8", "keeps its tokens in its own dtype, got --kv-cache-dtype fp8"),
         ("delta", "selects the tokens that it reads by itself"),
         ("drafts", "so --speculative-config cannot be given"),

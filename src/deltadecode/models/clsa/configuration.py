@@ -91,7 +91,7 @@ class ClsaConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.check()
-        _refuse_scaled_positions(rope_theta, kwargs)
+        self._check_positions(kwargs)
         super().__init__(**kwargs)
         # The base class of some versions has no such parameter, of others a default.
         self.tie_word_embeddings = tie_word_embeddings
@@ -142,6 +142,19 @@ class ClsaConfig(PretrainedConfig):
             raise ModelConfigError(
                 f"head_dim must be even for rotary positions, got {self.head_dim}"
             )
+        self._check_positions(vars(self))
+
+    def _check_positions(self, options: dict[str, Any]) -> None:
+        """Refuse rotary positions of another kind, which Transformers writes in these words."""
+        plain = {"rope_type": "default", "type": "default", "rope_theta": self.rope_theta}
+        for name in ("rope_parameters", "rope_scaling"):
+            given = options.get(name)
+            if given is None or (isinstance(given, dict) and given.items() <= plain.items()):
+                continue
+            raise ModelConfigError(
+                f"rotary positions of a CLSA model have rope_theta and nothing else, "
+                f"got {name} {given!r}"
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -167,20 +180,6 @@ class ClsaConfig(PretrainedConfig):
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made).check()
         return made
-
-
-def _refuse_scaled_positions(theta: float, options: dict[str, Any]) -> None:
-    """Refuse rotary positions of another base or kind, which Transformers writes in these words."""
-    for name in ("rope_parameters", "rope_scaling"):
-        given = options.get(name)
-        plain = {"rope_type": "default", "type": "default", "rope_theta": theta}
-        if given is not None and (
-            not isinstance(given, dict) or any(plain.get(key) != given[key] for key in given)
-        ):
-            raise ModelConfigError(
-                f"rotary positions of a CLSA model have rope_theta and nothing else, "
-                f"got {name} {given!r}"
-            )
 
 
 def check_config(config: Any) -> None:

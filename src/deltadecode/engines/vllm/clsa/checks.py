@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltadecode.errors import UnsupportedCacheError, UnsupportedModelError
+from deltadecode.errors import ModelConfigError, UnsupportedCacheError, UnsupportedModelError
 
 
 def exits_early(config: Any) -> bool:
@@ -19,6 +19,9 @@ def prepare_model(model_config: Any) -> None:
     """Say which layers have a window, in the words that vLLM knows."""
     config = model_config.hf_config
     config.check()
+    early = getattr(config, "early_exit", True)
+    if type(early) is not bool:
+        raise ModelConfigError(f"early_exit must be true or false, got {early!r}")
     if config.mode == "transformer":
         # It has none, but vLLM would give one to all layers.
         config.sliding_window = None

@@ -27,6 +27,7 @@ from deltadecode.engines.vllm.clsa.layers import (
     normed_sum,
 )
 from deltadecode.engines.vllm.clsa.rows import CHUNK, Queries, Reads, queries, select
+from deltadecode.errors import ModelConfigError
 
 # Weights of a checkpoint that are parts of one here: its last name, the other's, and the part.
 _SELF = {"q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv_proj", "v")}
@@ -137,6 +138,8 @@ class ClsaForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        # Who has a model's weights may replace some of them later.
+        self.unfilled = vllm_config.load_config.load_format != "dummy"
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embeddings [T, hidden]."""
@@ -160,13 +163,20 @@ class ClsaForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint of the Transformers model; returns what was loaded."""
+        """Load a checkpoint of the Transformers model; returns what was loaded.
+
+        ModelConfigError for weights that the model has not, and at first for missing ones.
+        """
         parameters = dict(self.named_parameters())
-        loaded = set()
-        for name, weight in weights:
-            if self.config.tie_word_embeddings and name.startswith("lm_head."):
+        loaded: set[str] = set()
+        missing = {name: _parts_of(name, self.model.first) for name in parameters}
+        for saved, weight in weights:
+            if self.config.tie_word_embeddings and saved.startswith("lm_head."):
                 continue
-            name, part = _place(name, self.model.first)
+            name, part = _place(saved, self.model.first)
+            if part not in missing.get(name, ()):
+                raise ModelConfigError(f"a checkpoint has {saved}, {self._told()} has not")
+            missing[name].remove(part)
             parameter = parameters[name]
             loader = getattr(parameter, "weight_loader", default_weight_loader)
             if part is None:
@@ -174,7 +184,25 @@ class ClsaForCausalLM(nn.Module):
             else:
                 loader(parameter, weight, part)
             loaded.add(name)
+        # vLLM itself asks for no weights of linear layers.
+        left = [name for name, parts in missing.items() if parts]
+        if left and self.unfilled:
+            raise ModelConfigError(f"a checkpoint has not all of {left[0]}, {self._told()} has it")
+        self.unfilled = False
         return loaded
+
+    def _told(self) -> str:
+        """What the configuration says, in an error about weights."""
+        return f"and a model of mode {self.config.mode!r} with {len(self.model.layers)} layers"
+
+
+def _parts_of(name: str, first: int) -> set[Any]:
+    """Parts of which a checkpoint makes a parameter here; None for all of it."""
+    *before, owner, last, _ = ("", "", *name.split("."))
+    parts = _PARTS.get(owner, {})
+    if owner == "self_attn" and int(before[-1]) < first:
+        parts = _SELF
+    return {part for whole, part in parts.values() if whole == last} or {None}
 
 
 def _place(name: str, first: int) -> tuple[str, Any]:
