@@ -245,6 +245,22 @@ def test_a_static_cache_takes_padding_wherever_no_window_needs_it(mode):
     assert _generate(model, ids, attention_mask=masks[2], cache_implementation="static") == wanted
 
 
+@torch.no_grad()
+def test_a_static_cache_refuses_positions_that_its_steps_would_not_follow():
+    model, ids = make_model(), _ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    own = (mask.cumsum(1) - 1).clamp(min=0)
+    wanted = model(ids, attention_mask=mask, position_ids=own).logits[:, -1:]
+    for given in (own, own + 3, own.masked_fill(mask == 0, 7)):
+        options = {"attention_mask": mask, "position_ids": given}
+        found = model(ids, past_key_values=_static(model), **options).logits
+        torch.testing.assert_close(found, wanted)
+    for given in ({"attention_mask": mask, "position_ids": own * 2}, {"position_ids": own}):
+        with pytest.raises(ArgumentError, match="position_ids that count a row's tokens"):
+            model(ids, past_key_values=_static(model), **given)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -56,6 +56,25 @@ def check_input(
     return given
 
 
+def check_places(positions: Tensor | None, places: Tensor | None, valid: Tensor | None) -> None:
+    """Refuse positions [1 or B, Q] of a prompt that do not count its rows' own tokens, ``places``.
+
+    From where they count plays no part. ArgumentError.
+    """
+    if positions is None:
+        return
+    if places is None:
+        places = torch.arange(positions.shape[1], device=positions.device)
+    shift, most = positions - places, torch.iinfo(torch.long).max
+    padding = torch.zeros_like(shift, dtype=torch.bool) if valid is None else ~valid
+    first, last = shift.masked_fill(padding, most), shift.masked_fill(padding, -most)
+    if (first.amin(1) < last.amax(1)).any():
+        raise ArgumentError(
+            "a ClsaStaticCache takes position_ids that count a row's tokens one by one, without "
+            "its padding; use a ClsaCache"
+        )
+
+
 def check_length(config: ClsaConfig, tokens: int) -> None:
     """Refuse a context past the model's positions (ArgumentError)."""
     if tokens > config.max_position_embeddings:

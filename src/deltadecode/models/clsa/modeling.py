@@ -29,6 +29,7 @@ from deltadecode.models.clsa.decode import pick, rows_of
 from deltadecode.models.clsa.inputs import (
     check_input,
     check_length,
+    check_places,
     refuse_beside_static,
     refuse_weights,
     valid_tokens,
@@ -282,8 +283,9 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
         if isinstance(past_key_values, ClsaStaticCache):
             refuse_beside_static(self.config, labels, kwargs)
             return self._static(
-                input_ids, inputs_embeds, attention_mask, past_key_values, logits_to_keep
-            )
+                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values,
+                logits_to_keep,
+            )  # fmt: skip
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
         flags = ("index_loss", "output_hidden_states")
         out = self.model(
@@ -321,16 +323,18 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
         ids: Tensor | None,
         embeds: Tensor | None,
         mask: Tensor | None,
+        positions: Tensor | None,
         cache: ClsaStaticCache,
         kept: int | Tensor,
     ) -> ClsaOutput:
         """Logits of a prompt, the last or those kept, or of one more token a row."""
         check_cache(cache, self.config)
         if cache.seen == 0:
-            rows, tokens = check_input(ids, embeds).shape[:2]
+            rows, tokens = check_input(ids, embeds, positions).shape[:2]
             prompt, valid = ClsaCache(self.config), valid_tokens(mask, rows, tokens)
             # Steps count a row's own tokens, so its prompt must as well.
             places = None if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
+            check_places(positions, places, valid)
             logits = self(
                 ids, inputs_embeds=embeds, attention_mask=mask, position_ids=places,
                 past_key_values=prompt,
