@@ -133,7 +133,16 @@ def test_a_plan_file_is_passed_on_by_its_values(line, tmp_path):
     )
 
 
-@pytest.mark.parametrize("given", [["--additional-config", "{}"], ["--additional_config={}"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--additional-config", "{}"],
+        ["--additional_config={}"],
+        # vLLM takes the start of a name for the whole.
+        ["--additional", "{}"],
+        ["--ad={}"],
+    ],
+)
 def test_other_additional_config_is_kept(line, given):
     given = [part.replace("{}", '{"other": {"x": 1}}') for part in given]
     command = line(HUB, *given, "--port", "1")
@@ -198,10 +207,15 @@ def test_without_vllm_it_says_how_to_get_it(refused, vllm):
     [
         (["--attention-backend", "FLASH_ATTN"], "--attention-backend"),
         (["--attention_backend=FLASH_ATTN"], "FLASH_ATTN"),
+        (["--attention-back", "FLASH_ATTN"], "got '--attention-back' too"),
+        (["--attention-config.backend", "FLASH_ATTN"], "got '--attention-config.backend' too"),
+        (['--attention-conf={"backend": "FLASH_ATTN"}'], "--attention-backend is CUSTOM"),
+        (["-ac", '{"backend": "FLASH_ATTN"}'], "got '-ac' too"),
         (["--additional-config", '{"deltadecode": {"page_size": 8}}'], '"page_size": 8'),
         (["--additional-config", '{"deltadecode": 1}', "--page-size", "8"], '"page_size": 8'),
         (["--additional-config", "{"], "'{'"),
         (["--additional-config", "[1]"], "'[1]'"),
+        (["--additional-config", "[" * 100_000], "--additional-config is not JSON: maximum"),
         (["--additional-config"], "''"),
         (["--additional-config", "{}", "--additional-config", '{"a": 1}'], '{"a": 1}'),
         (["--additional-config.other", "1"], "--additional-config.other"),
@@ -225,6 +239,24 @@ def test_bad_input_is_refused_before_vllm_starts(refused, vllm, options, named):
 def test_the_model_comes_first(refused):
     assert "'--port'" in refused("--port", "1", HUB)
     assert "'model'" in refused()
+
+
+@pytest.mark.parametrize("name", ["", "/no/such/folder", "./none", "../none", "~/none"])
+def test_a_path_where_nothing_is_has_no_model(refused, vllm, name):
+    vllm(True)
+    assert f"model path {name!r} does not exist" in refused(name)
+
+
+def test_a_folder_without_a_configuration_is_no_model(refused, line, vllm, tmp_path):
+    vllm(True)
+    (tmp_path / "model.safetensors").touch()
+    assert f"{str(tmp_path)!r} is not a model folder: it has no config.json" in refused(tmp_path)
+    elsewhere = ["--hf-config-path", HUB]
+    assert line(tmp_path, *elsewhere)[7:] == elsewhere
+    for name in ("params.json", "model.gguf"):  # of Mistral and of llama.cpp
+        (tmp_path / name).touch()
+        assert line(tmp_path)[2] == str(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_a_local_model_has_its_layers_checked(refused, line, vllm, model):
@@ -255,5 +287,7 @@ def test_lossless_mode_drafts_by_itself(line, refused):
     command = line(HUB, "--lossless", "--draft-tokens", "6")
     assert '"num_speculative_tokens": 6' in command[command.index("--speculative-config") + 1]
     assert "--draft-tokens needs --lossless" in refused(HUB, "--draft-tokens", "6")
-    for other in ("--speculative_config.method=ngram", "--spec-method=ngram", "-sc"):
+    for other in (
+        "--speculative_config.method=ngram", "--speculative-conf", "--spec-method=ngram", "-sc",
+    ):  # fmt: skip
         assert f"leave '{other}' out" in refused(HUB, "--lossless", other)

@@ -27,6 +27,10 @@ from deltadecode_vllm import PROPOSER
 
 # In vLLM a batch makes so many drafts, or none.
 DRAFT_TOKENS = 4
+# A start of so many letters may stand for one of vLLM's options.
+_SHORTEST = len("--ad")
+# Either of them makes a folder a model's, of Hugging Face or of Mistral.
+_CONFIGS = ("config.json", "params.json")
 # What is not ours is vLLM's. It has one-dash options of several letters, some with an h.
 SETTINGS = {
     "allow_extra_args": True,
@@ -98,6 +102,7 @@ def serve(
     )
     additional, rest = split_additional(context.args)
     folder = named_folder(model)
+    check_place(folder, rest)
     settings = plan_settings(folder, plan, fields, on_unsupported, lossless=lossless)
     if sync_heads:
         settings["sync_heads"] = True
@@ -108,7 +113,7 @@ def serve(
     line = ["serve", folder, "--attention-backend", BACKEND]
     line += ["--additional-config", json.dumps(merged(additional, settings))]
     line += [*drafting(lossless, draft_tokens, rest), *rest]
-    if folder != model and "--served-model-name" not in (_option(argument) for argument in rest):
+    if folder != model and not any(_names(each, "--served-model-name") for each in rest):
         line += ["--served-model-name", model]
     if dry_run:
         command = ["vllm", *line]
@@ -131,8 +136,8 @@ def drafting(lossless: bool, draft_tokens: int | None, rest: Sequence[str]) -> l
             raise BadInput("--draft-tokens needs --lossless")
         return []
     for argument in rest:
-        name = _option(argument).partition(".")[0]
-        if name in ("--speculative-config", "-sc") or name.startswith("--spec-"):
+        # --speculative-config, parts of it, and all that vLLM takes for them.
+        if _option(argument).startswith("--spec") or _names(argument, "-sc"):
             raise BadInput(f"--lossless drafts by itself; leave {argument!r} out")
     drafts = {"method": "custom_class", "model": PROPOSER}
     count = DRAFT_TOKENS if draft_tokens is None else draft_tokens
@@ -143,20 +148,23 @@ def split_additional(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str
     """Value of ``--additional-config`` among vLLM's arguments, and the others in order."""
     values: list[str] = []
     rest: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
+    waiting = iter(enumerate(arguments, 1))
+    for after, argument in waiting:
         _, equals, value = argument.partition("=")
-        # vLLM takes a path of keys after a dot.
-        name, dot, _ = _option(argument).partition(".")
-        if name == "--attention-backend":
+        if not equals:
+            value = next(iter(arguments[after:]), "")
+        if _names(argument, "--attention-backend") or _has_backend(argument, value):
             raise BadInput(f"--attention-backend is {BACKEND} with DELTA, got {argument!r} too")
-        if name != "--additional-config":
+        if not _names(argument, "--additional-config"):
             rest.append(argument)
             continue
-        if dot:
+        # vLLM takes a path of keys after a dot.
+        if "." in _option(argument):
             # vLLM would make a second object of it, which replaces the one with our settings.
             raise BadInput(f"--additional-config must be one JSON object here, got {argument!r}")
-        values.append(value if equals else next(waiting, ""))
+        values.append(value)
+        if not equals:
+            next(waiting, None)
     if len(values) > 1:
         raise BadInput(f"--additional-config must be given once, got {values[1]!r} too")
     return (_json_object(values[0]) if values else {}), rest
@@ -226,15 +234,43 @@ def vllm_command() -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
+def check_place(model: str, rest: Sequence[str]) -> None:
+    """Refuse a path at which vLLM finds no model: it says so at the end of a traceback."""
+    path = Path(model)
+    if os.path.isdir(model):
+        elsewhere = any(_names(each, "--hf-config-path") for each in rest)
+        known = any(os.path.isfile(path / name) for name in _CONFIGS)
+        if not (known or elsewhere or any(path.glob("*.gguf"))):
+            raise BadInput(f"{model!r} is not a model folder: it has no config.json")
+    elif not model or (model.startswith(("/", ".", "~")) and not os.path.exists(model)):
+        raise BadInput(f"model path {model!r} does not exist")
+
+
 def _option(argument: str) -> str:
     # vLLM takes underscores for dashes.
     return argument.partition("=")[0].replace("_", "-")
 
 
+def _names(argument: str, option: str) -> bool:
+    """Whether vLLM takes an argument for an option, or for a path of keys of its value.
+
+    It takes the start of a name for the whole where no other begins so, and refuses it elsewhere.
+    """
+    name = _option(argument).partition(".")[0]
+    return name == option or (len(name) >= _SHORTEST and option.startswith(name))
+
+
+def _has_backend(argument: str, value: str) -> bool:
+    """Whether vLLM finds an attention backend in an argument and the value behind it."""
+    if not (_names(argument, "--attention-config") or _names(argument, "-ac")):
+        return False
+    return _option(argument).endswith(".backend") or '"backend"' in value
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"--additional-config is not JSON: {error}, got {text!r}") from error
     if not isinstance(value, dict):
         raise BadInput(f"--additional-config must be a JSON object, got {text!r}")
