@@ -272,6 +272,7 @@ def test_a_file_may_leave_out_fields_and_hold_remarks(tmp_path):
         ("[1]", ("one JSON object", "list")),
         ("{", ("not JSON",)),
         ("", ("not JSON",)),
+        ("[" * 100_000, ("not JSON", "recursion")),
     ],
 )
 def test_load_refuses(tmp_path, text, words):

@@ -34,7 +34,7 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Any]:
         raise DeltaConfigError(
             f"cannot read a DeltaConfig from {str(path)!r}: {error.strerror or error}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DeltaConfigError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise DeltaConfigError(
