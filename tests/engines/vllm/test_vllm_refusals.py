@@ -28,6 +28,7 @@ WORDS = {
     ),
     "no object": ([1], {}, "additional_config.deltadecode must be an object, got [1]"),
     "bad rule": ({"budget_pages": 8}, {}, "budget_pages must be greater than recent_pages"),
+    "a folder for a plan": ({"plan": "/"}, {}, "cannot read a DeltaConfig from '/'"),
     "no plan file": ({"plan": "/no/such.json"}, {}, "cannot read a DeltaConfig"),
     "layer out of range": ({"delta_layers": [0, 99]}, {}, "must be in 0..23"),
     "cache dtype": (
@@ -52,6 +53,12 @@ WORDS = {
         {"pipeline_parallel_size": 2},
         "pipeline stage 1 has layers 12 to 23, and its sparse layer 12 needs Δ-layer 0 of another "
         'stage; give it its own: "delta_layers": [0, 12]',
+    ),
+    "stages": (
+        {"delta_layers": [0, 13]},
+        {"pipeline_parallel_size": 4},
+        "pipeline stage 1 has layers 6 to 11, and its sparse layer 6 needs Δ-layer 0 of another "
+        'stage; give it its own: "delta_layers": [0, 6, 12, 13, 18]',
     ),
     "nothing to plan": (
         {},

@@ -214,13 +214,13 @@ def _check_heads(model: Any, parallel: Any) -> None:
 
 
 def check_stages(settings: ServingSettings, stages: int) -> None:
-    """Refuse a pipeline stage whose sparse layers read pages of another stage.
+    """Refuse pipeline stages whose sparse layers read pages of another stage.
 
-    Raises DeltaConfigError with the stage, its layers, and the Δ-layer to add.
+    Raises DeltaConfigError with the first of them, its layers, and the Δ-layers that all need.
     """
     from vllm.distributed.utils import get_pp_indices
 
-    plan = settings.plan
+    plan, lacking = settings.plan, []
     for stage in range(stages):
         try:
             first, end = get_pp_indices(plan.num_layers, stage, stages)
@@ -231,9 +231,13 @@ def check_stages(settings: ServingSettings, stages: int) -> None:
         for layer in range(first, end):
             source = plan.source(layer)
             if source is not None and source < first:
-                deltas = sorted({*settings.config.delta_layers, layer})
-                raise DeltaConfigError(
-                    f"pipeline stage {stage} has layers {first} to {end - 1}, and its sparse layer "
-                    f"{layer} needs Δ-layer {source} of another stage; give it its own: "
-                    f'"delta_layers": {deltas}'
-                )
+                lacking.append((stage, first, end - 1, layer, source))
+                break  # with this one a Δ-layer, the others have one in their stage
+    if lacking:
+        stage, first, last, layer, source = lacking[0]
+        deltas = sorted({*settings.config.delta_layers, *(each[3] for each in lacking)})
+        raise DeltaConfigError(
+            f"pipeline stage {stage} has layers {first} to {last}, and its sparse layer {layer} "
+            f"needs Δ-layer {source} of another stage; give it its own: "
+            f'"delta_layers": {deltas}'
+        )
