@@ -145,6 +145,18 @@ def test_rule11_steps_of_the_same_rows_are_counted_as_each_alone(end, drafts):
         assert run(scheduler, rows) == expected(101 + more, *left, 5008 + more)
 
 
+def test_rule11_a_session_that_goes_on_has_a_longer_prompt():
+    """With asynchronous scheduling it may be the last row again before its older step ends."""
+    requests = {"a": request(50, 90), "b": request(100, 120)}
+    scheduler = Scheduler(requests, drafts=0)
+    metrics.count_steps(scheduler, SETTINGS)
+    for more in range(3):
+        run(scheduler, {"a": (89 + more, 1), "b": (119 + more, 1)})
+    requests["b"].num_prompt_tokens = 150
+    assert run(scheduler, {"a": (92, 1), "b": (122, 1)}) == attended_tokens(SETTINGS, 93)
+    assert run(scheduler, {"a": (93, 1), "b": (123, 1)}) == attended_tokens(SETTINGS, 94)
+
+
 def test_rule11_rejected_drafts_of_an_earlier_step_are_no_tokens():
     scheduler = Scheduler({"a": request(50, 90)})
     metrics.count_steps(scheduler, SETTINGS)

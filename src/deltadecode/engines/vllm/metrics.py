@@ -68,6 +68,7 @@ class DecodeRows:
         # Of the step before.
         self._names: list[str] = []
         self._running: list[Any] = []
+        self._last = 0
         self._prompts: NDArray[np.int64] | None = None
 
     def of(self, step: Any) -> tuple[list[str], list[int], list[int]]:
@@ -98,9 +99,12 @@ class DecodeRows:
         """
         cached, running = step.scheduled_cached_reqs, self._scheduler.running
         names = cached.req_ids
-        # Requests that end, or are preempted, leave the running ones.
-        if names != self._names or running != self._running:
+        # Requests that end, or are preempted, leave the running ones. One that goes on with more of
+        # a prompt may come back to where it was: behind all others.
+        last = running[-1].num_prompt_tokens if running else 0
+        if names != self._names or running != self._running or last != self._last:
             self._names, self._running, self._prompts = names, list(running), None
+            self._last = last
             return None
         if self._most > 1 or step.total_num_scheduled_tokens != len(names):
             return None
