@@ -177,3 +177,32 @@ def test_the_log_says_what_drafts_read():
     line = describe(ServingSettings(config, config.layer_plan(7)), 160, 4)
     words = "up to 4 drafts of a step read 6 pages of 16 tokens (2 recent, 1 sink) in each of 7"
     assert line.startswith(f"lossless: {words} layers")
+
+
+@pytest.mark.parametrize("min_tokens", [None, 0, 300, 10**30])
+@pytest.mark.parametrize(
+    "pages",
+    [(64, 8, 1), (10**30, 8, 1), (10**30, 10**29, 0), (10**30, 3, 10**29), (100, 90, 8), (3, 1, 1)],
+)
+def test_what_is_within_a_length_reads_the_same(pages, min_tokens):
+    budget, recent, sinks = pages
+    given = {"budget_pages": budget, "recent_pages": recent, "sink_pages": sinks}
+    if min_tokens is not None:
+        given["min_tokens"] = min_tokens
+    settings = resolve({**given, "page_size": 8}, Model())
+    for longest in (1, 8, 250, 800):
+        within = settings.within(longest)
+        assert within.config.budget_pages <= max(2 * -(-longest // 8) + 1, 1)
+        assert within.min_tokens <= max(longest, 8 * within.config.budget_pages) + 1
+        # What lossless mode asks: whether the user has said from where on to draft.
+        defaults = [each.min_tokens == 8 * each.config.budget_pages for each in (settings, within)]
+        assert defaults[0] == defaults[1]
+        for tokens in range(1, longest + 1):
+            cfg = settings.config
+            all_of_it = cfg.reads_all(tokens) or tokens < settings.min_tokens
+            assert (within.config.reads_all(tokens) or tokens < within.min_tokens) == all_of_it
+            if not all_of_it:
+                assert within.config == cfg
+    if 10**30 not in (budget, min_tokens):
+        assert settings.within(2**40) == settings
+    assert "attends to" in describe(settings, 800)

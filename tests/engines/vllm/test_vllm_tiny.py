@@ -27,6 +27,9 @@ RUNS = {
     },
     "shared, stock": {"model": "gemma3n"},
     "sparse": {"model": "llama", "config": SPARSE, "prompts": [PROMPT]},
+    "more than there is": {
+        "model": "llama", "config": {**SPARSE, "budget_pages": 10**30, "min_tokens": 10**30},
+    },
     "speculative": {
         "model": "llama", "config": SPARSE, "engine": {**BLOCKS, "speculative_config": N_GRAM},
         "prompts": [PROMPT],
@@ -45,6 +48,14 @@ def ran(tiny):
 
 def test_a_stock_engine_loads_nothing_of_ours_and_transformers_stays_as_it_is(ran):
     assert (ran["stock"]["modules"], ran["stock"]["delta"]) == ([], False)
+
+
+def test_rule3_numbers_beyond_any_sequence_read_everything(ran):
+    """Nothing is as large as the budget: a table of so many pages would not go into any memory."""
+    run = ran["more than there is"]
+    assert "error" not in run, run["error"]
+    assert run["tokens"] == ran["stock"]["tokens"]
+    assert run["counted"][0] == run["counted"][1] > 0
 
 
 def decode_rows(run, prompt):

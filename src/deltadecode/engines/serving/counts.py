@@ -117,7 +117,7 @@ def describe(settings: ServingSettings, longest: int, drafts: int = 0) -> str:
     With ``drafts``, the most of a step in lossless mode, it is what each of those reads.
     """
     config = settings.config
-    attended, full = attended_tokens(settings, longest)
+    attended, full = attended_tokens(settings.within(longest), longest)
     pages = f"{config.recent_pages} recent, {config.sink_pages} sink"
     if config.budget_share:
         pages = f"{config.budget_share:.4g} of all, if more; {pages}"

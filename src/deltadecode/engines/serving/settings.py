@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -59,6 +59,21 @@ class ServingSettings:
     def reads_more_when_short(self) -> bool:
         """Whether ``min_tokens`` goes beyond the budget, and so changes what a step reads."""
         return self.min_tokens > budget_tokens(self.config)
+
+    def within(self, longest: int) -> ServingSettings:
+        """What reads the same of sequences of up to ``longest`` tokens, by numbers no larger.
+
+        A table of pages has a column for each page of the budget, and a device's numbers an end.
+        """
+        config = self.config
+        pages = -(-longest // config.page_size)
+        recent, sinks = min(config.recent_pages, pages), min(config.sink_pages, pages)
+        budget = min(config.budget_pages, max(pages, recent + sinks + 1))
+        config = replace(config, budget_pages=budget, recent_pages=recent, sink_pages=sinks)
+        least = budget_tokens(config)
+        if self.min_tokens != budget_tokens(self.config):
+            least = min(self.min_tokens, max(longest, least) + 1)
+        return replace(self, config=config, min_tokens=least)
 
     @cached_property
     def cache_salt(self) -> str:

@@ -49,8 +49,8 @@ class DeltaImpl:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
-        self.settings = versions.settings_of(config)
         self._longest = config.model_config.max_model_len
+        self.settings = versions.settings_of(config).within(self._longest)
         self._most_rows, self._numbers = most_rows(config), versions.numbers_of_tokens(config)
         self._dtype_bytes = config.model_config.dtype.itemsize
         self._float8 = self.kv_cache_dtype in FLOAT8_DTYPES

@@ -94,12 +94,13 @@ class Proposer:
         twos = [1 << power for power in range(len(table).bit_length())]
         sizes = {*twos, *(size * 3 // 2 for size in twos if size >= _HALVES_FROM)}
         self._sizes = [*sorted(size for size in sizes if size < len(table)), len(table)]
+        tokens = table.shape[1] * self._table.block_size
         self._pages = pages = DraftPages(
-            settings.config,
+            settings.within(tokens).config,
             len(ours),
             most_rows(self._config),
             self._drafts,
-            table.shape[1] * self._table.block_size,
+            tokens,
             device,
         )
         for place, impl in enumerate(ours.values()):

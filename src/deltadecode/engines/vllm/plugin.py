@@ -42,13 +42,14 @@ def prepare_engine(
 def prepare_scheduler(scheduler: Any) -> None:
     """Let a new scheduler's engine count its decode steps, and keep its cache apart by the plan."""
     settings = versions.settings_of(scheduler.vllm_config)
+    within = settings.within(scheduler.vllm_config.model_config.max_model_len)
     if is_lossless(scheduler.vllm_config):
         # Its blocks hold full attention's keys and values only, so they need no salt.
-        pacing.pace_drafts(scheduler, settings)
+        pacing.pace_drafts(scheduler, within)
     else:
         versions.salt_requests(scheduler, settings.cache_salt)
     if scheduler.log_stats:
-        metrics.count_steps(scheduler, settings)
+        metrics.count_steps(scheduler, within)
 
 
 def _prepare(vllm_config: Any) -> bool:
