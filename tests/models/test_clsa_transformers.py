@@ -316,3 +316,16 @@ def test_a_checkpoint_has_the_layers_that_it_has(tmp_path):
         with pytest.raises(ModelConfigError, match=r"of 4 layers, .* not the weights of 2"):
             made.from_pretrained(tmp_path, num_hidden_layers=2)
     assert ClsaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=4).config.self_layers == 2
+
+
+@torch.no_grad()
+def test_a_static_cache_forgets_the_graph_of_another_model():
+    first, second, ids = make_model(), make_model(), _ids(2, 7)
+    cache = _static(first)
+    first(ids, past_key_values=cache)
+    cache.graph = graph = object()
+    for model, kept in ((first, graph), (second, None)):
+        cache.reset()
+        model(ids, past_key_values=cache)
+        assert cache.graph is kept
+    assert pickle.loads(pickle.dumps(cache)).seen == cache.seen

@@ -341,6 +341,7 @@ class ClsaForCausalLM(ClsaPreTrainedModel, GenerationMixin):
                 logits_to_keep=1 if isinstance(kept, int) and kept == 0 else kept,
             ).logits  # fmt: skip
             cache.load(prompt, valid)
+            cache.serve(self)
         else:
             logits = step_logits(self, cache, ids)
         return ClsaOutput(logits=logits, past_key_values=cache)

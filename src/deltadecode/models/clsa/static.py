@@ -7,6 +7,8 @@ device.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ from deltadecode.models.clsa.configuration import ClsaConfig, check_config
 from deltadecode.models.clsa.decode import Paged, pick
 from deltadecode.models.clsa.layers import rotary
 from deltadecode.ops.graphs import Graph
+
+
+def _nobody() -> None:
+    """No model."""
 
 
 class ClsaStaticCache(Cache):
@@ -77,6 +83,7 @@ class ClsaStaticCache(Cache):
         self.slot = self.place = self.row
         self.seen = 0
         self.graph: StepGraph | None = None
+        self._model: Callable[[], Any] = _nobody
 
     def __len__(self) -> int:
         """Layers of the model; a cache without one is false to Transformers."""
@@ -85,7 +92,16 @@ class ClsaStaticCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the CUDA graph, which belongs to the memory of this cache alone."""
-        return self.__dict__ | {"graph": None}
+        return {key: x for key, x in self.__dict__.items() if key not in ("graph", "_model")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.graph, self._model = None, _nobody
+
+    def serve(self, model: Any) -> None:
+        """Keep the CUDA graph for the model that it is of: another one's steps are not in it."""
+        if self._model() is not model:
+            self.graph, self._model = None, weakref.ref(model)
 
     @property
     def is_croppable(self) -> bool:
