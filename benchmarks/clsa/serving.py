@@ -9,6 +9,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.e2e.workloads import reading_steps
 from benchmarks.processes import Process
 from deltadecode.errors import ArgumentError
 from deltadecode.models.clsa import ClsaConfig
@@ -18,7 +19,6 @@ _REPEATS = 3
 _MEMORY_SHARE = 0.9
 # Steps before the timed ones, and what is in flight when they end.
 _SPARE = 8
-_CHUNK = 2048  # tokens of prompts that a step of vLLM reads at least
 
 
 class Served:
@@ -78,7 +78,7 @@ class Served:
 
 def _written(batch: int, prompt: int) -> int:
     """Tokens that a row may write beside the timed ones: the first write while others are read."""
-    return -(-batch * prompt // _CHUNK) + _SPARE
+    return reading_steps(batch, prompt) + _SPARE
 
 
 def blocks(config: ClsaConfig, tokens: int, block_size: int) -> int:

@@ -30,6 +30,11 @@ _SPARE = 16
 BLOCK = 128  # tokens, at most, of a block of an engine's cache
 
 
+def reading_steps(batch: int, prompt: int) -> int:
+    """Steps, at most, in which an engine reads a batch of prompts of so many tokens each."""
+    return -(-batch * prompt // _CHUNK)
+
+
 @dataclass(frozen=True)
 class Workload:
     """One thing to measure on both sides."""
@@ -79,7 +84,7 @@ class Workload:
     def new_tokens(self) -> int:
         """Tokens that each sequence may write."""
         if self.holds:
-            steps = self._decoded + -(-self.batch * self.prompt // _CHUNK) + _SPARE
+            steps = self._decoded + reading_steps(self.batch, self.prompt) + _SPARE
             return steps * (1 + self.drafts)  # if all were accepted
         return self.context - HEADLINE_PROMPT if self.kind == "headline" else 1
 

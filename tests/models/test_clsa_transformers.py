@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -323,7 +324,7 @@ def test_a_static_cache_forgets_the_graph_of_another_model():
     first, second, ids = make_model(), make_model(), _ids(2, 7)
     cache = _static(first)
     first(ids, past_key_values=cache)
-    cache.graph = graph = object()
+    cache.graph = graph = SimpleNamespace(model=first)
     for model, kept in ((first, graph), (second, None)):
         cache.reset()
         model(ids, past_key_values=cache)

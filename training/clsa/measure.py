@@ -22,6 +22,7 @@ from deltadecode.models.clsa import ClsaConfig, ClsaForCausalLM
 from .data import KINDS, Rows
 
 MIXED = "mixed"  # rows as in training: documents of all kinds
+MEASURED = (*KINDS, MIXED)
 LAST = {"clsa": "joint", "yoco": "long", "transformer": "long"}
 
 
@@ -80,7 +81,7 @@ def measure(args: argparse.Namespace, configs: dict[str, ClsaConfig]) -> None:
     rows, found = Rows(tokenizer, validation=True, packages=args.packages), {}
     for mode, config in configs.items():
         model = load(args.workdir, config, args.device)
-        found[mode] = {kind: score(model, rows, kind, args) for kind in (*KINDS, MIXED)}
+        found[mode] = {kind: score(model, rows, kind, args) for kind in MEASURED}
         found[mode]["parameters"] = model.num_parameters()
         print(json.dumps({"mode": mode, **found[mode]}), flush=True)
         if mode == "clsa":
@@ -95,7 +96,7 @@ def table(found: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any
     """Rows of the result file: CLSA's loss beside that of each other mode."""
     made = []
     for peer in ("yoco", "transformer"):
-        for kind in (*KINDS, MIXED):
+        for kind in MEASURED:
             ours, theirs = found["clsa"][kind], found[peer][kind]
             made.append(
                 row(

@@ -7,8 +7,6 @@ device.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +19,6 @@ from deltadecode.models.clsa.configuration import ClsaConfig, check_config
 from deltadecode.models.clsa.decode import Paged, pick
 from deltadecode.models.clsa.layers import rotary
 from deltadecode.ops.graphs import Graph
-
-
-def _nobody() -> None:
-    """No model."""
 
 
 class ClsaStaticCache(Cache):
@@ -83,7 +77,6 @@ class ClsaStaticCache(Cache):
         self.slot = self.place = self.row
         self.seen = 0
         self.graph: StepGraph | None = None
-        self._model: Callable[[], Any] = _nobody
 
     def __len__(self) -> int:
         """Layers of the model; a cache without one is false to Transformers."""
@@ -92,16 +85,12 @@ class ClsaStaticCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the CUDA graph, which belongs to the memory of this cache alone."""
-        return {key: x for key, x in self.__dict__.items() if key not in ("graph", "_model")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self.graph, self._model = None, _nobody
+        return self.__dict__ | {"graph": None}
 
     def serve(self, model: Any) -> None:
         """Keep the CUDA graph for the model that it is of: another one's steps are not in it."""
-        if self._model() is not model:
-            self.graph, self._model = None, weakref.ref(model)
+        if self.graph is not None and self.graph.model is not model:
+            self.graph = None
 
     @property
     def is_croppable(self) -> bool:
@@ -267,7 +256,7 @@ class StepGraph:
     """A CUDA graph of a whole step, from token ids [B, 1] to logits [B, 1, vocabulary]."""
 
     def __init__(self, model: Any, cache: ClsaStaticCache, ids: Tensor) -> None:
-        self.ids = ids.clone()
+        self.model, self.ids = model, ids.clone()
         held = cache.lengths.clone()
         self._graph = Graph(
             lambda: _logits(model, cache, self.ids), lambda: cache.lengths.copy_(held)
