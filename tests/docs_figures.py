@@ -17,3 +17,11 @@ def rows_of(file, **keys):
 def rounded(number, places):
     """As on paper: a half goes up."""
     return f"{Decimal(str(number)).quantize(Decimal(10) ** -places, ROUND_HALF_UP):,}"
+
+
+def served(file, workload, what, places, unit):
+    """What two servers did when all requests of a workload came at once."""
+    (row,) = rows_of(file, workload=workload, rate="inf")
+    stock, ours = row[f"{what}_theirs"], row[f"{what}_ours"]
+    ratio = ours / stock if what == "tok_s" else stock / ours
+    return [*(f"{rounded(side, places)} {unit}" for side in (stock, ours)), rounded(ratio, 2)]

@@ -4,7 +4,7 @@ import itertools
 import json
 from functools import cache
 
-from docs_figures import RESULTS, rounded, rows_of
+from docs_figures import RESULTS, rounded, rows_of, served
 from docs_pages import ROOT, read
 from transformers import AutoConfig
 
@@ -22,14 +22,6 @@ def sides(file, places, unit, **keys):
     (row,) = rows_of(file, **keys)
     both = [f"{rounded(row[side], places)} {unit}" for side in ("theirs", "ours")]
     return [*both, rounded(row["theirs"] / row["ours"], 2)]
-
-
-def served(file, workload, what, places, unit):
-    """What two servers did when all requests of a workload came at once."""
-    (row,) = rows_of(file, workload=workload, rate="inf")
-    stock, ours = row[f"{what}_theirs"], row[f"{what}_ours"]
-    ratio = ours / stock if what == "tok_s" else stock / ours
-    return [*(f"{rounded(side, places)} {unit}" for side in (stock, ours)), rounded(ratio, 2)]
 
 
 def kernel_sides():
