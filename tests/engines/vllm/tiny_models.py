@@ -10,9 +10,11 @@ SHAPE = {
     "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.4, "tie_word_embeddings": False,
 }  # fmt: skip
 ALTERNATE = ["sliding_attention", "full_attention"]
+# Two value heads for each key head, as in its checkpoints. With one, stock vLLM's kernel on a GPU
+# gets numbers that do not lie side by side, and refuses them.
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"] * 3, "num_hidden_layers": 6,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 128,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 128,
     "linear_value_head_dim": 128, "initializer_range": 0.1,
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
