@@ -49,6 +49,10 @@ def test_company_on_the_machine_shows_as_the_page_of_vllm_says():
     operating = " ".join(page("docs/operating.md").text.split())
     ratio = rounded(beside["theirs"] / beside["ours"], 2)
     assert f"with tests at work on the machine's other cores it was {ratio}" in operating
+    (headline,) = rows_of("e2e-20261130-r1-headline.json", kind="headline")
+    both = f"{rounded(headline['theirs'] / headline['ours'], 2)} and {ratio}"
+    readme = " ".join(page("README.md").text.split())
+    assert f"On busy cores rows 1 and 5 gave [{both}](docs/vllm.md#measured)." in readme
     medians = [
         [rounded(median_of_curve(file, context), 2) for file in (
             "e2e-20261129-r1-headline.json", "e2e-20261130-r1-headline.json")]
