@@ -19,6 +19,12 @@ def rounded(number, places):
     return f"{Decimal(str(number)).quantize(Decimal(10) ** -places, ROUND_HALF_UP):,}"
 
 
+def compared(row, places, unit):
+    """Theirs, ours and their ratio, as a table writes them."""
+    both = [f"{rounded(row[side], places)} {unit}" for side in ("theirs", "ours")]
+    return [*both, rounded(row["theirs"] / row["ours"], 2)]
+
+
 def served(file, workload, what, places, unit):
     """What two servers did when all requests of a workload came at once."""
     (row,) = rows_of(file, workload=workload, rate="inf")

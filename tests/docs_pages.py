@@ -44,6 +44,11 @@ class Page:
     row_links: list[list[str]] = field(default_factory=list)  # links of the same rows
 
 
+def flowing(name):
+    """A page's text with single spaces for its line breaks."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
 def read(name):
     """Parse a page of the repository."""
     text = (ROOT / name).read_text(encoding="utf-8")

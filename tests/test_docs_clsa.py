@@ -4,10 +4,10 @@ import json
 from functools import cache
 
 from docs_figures import RESULTS, rounded, rows_of
-from docs_pages import ROOT, read
+from docs_pages import flowing, read
 
 page = cache(read)
-TEXT = " ".join((ROOT / "docs" / "clsa.md").read_text(encoding="utf-8").split())
+TEXT = flowing("docs/clsa.md")
 TRAINED = "chain", "needle", "text", "mixed"
 
 

@@ -4,8 +4,8 @@ import itertools
 import json
 from functools import cache
 
-from docs_figures import RESULTS, rounded, rows_of, served
-from docs_pages import ROOT, read
+from docs_figures import RESULTS, compared, rounded, rows_of, served
+from docs_pages import ROOT, flowing, read
 from transformers import AutoConfig
 
 import deltadecode as dd
@@ -20,8 +20,7 @@ page = cache(read)
 def sides(file, places, unit, **keys):
     """Theirs, ours and ratio of the only such row, as a table writes them."""
     (row,) = rows_of(file, **keys)
-    both = [f"{rounded(row[side], places)} {unit}" for side in ("theirs", "ours")]
-    return [*both, rounded(row["theirs"] / row["ours"], 2)]
+    return compared(row, places, unit)
 
 
 def kernel_sides():
@@ -68,7 +67,7 @@ def test_numbers_of_the_readme_are_those_of_the_files():
 
 
 def test_loads_of_the_operators_page_are_those_of_the_files():
-    text = " ".join(page("docs/operating.md").text.split())
+    text = flowing("docs/operating.md")
     r1, large = "serve-20261129-r1-1.5b.json", "serve-20261130-qwen3-8b.json"
     first, (slow,) = "serve-20261128-r1-1.5b.json", rows_of(large, workload="long-context")
     reasoning = f"{large.removesuffix('.json')}-reasoning.json"
@@ -139,8 +138,7 @@ def test_what_lossless_mode_measured_is_on_its_page():
         assert count[1:4] == taken[1:4] == where
         assert count[5:8] == [str(row[name]) for name in counted.split(", ")]
         assert count[8:] == [rounded(row[n], 3) for n in ("acceptance", "attended_fraction")]
-        both = [f"{rounded(row[side], 1)} ms" for side in ("theirs", "ours")]
-        assert taken[4:] == [*both, rounded(row["theirs"] / row["ours"], 2)]
+        assert taken[4:] == compared(row, 1, "ms")
     equal = table("model, contexts, K, texts × tokens, equal tokens, acceptance")
     for row, cells in zip(measured("batches-", "batches-vllm-"), equal, strict=True):
         assert row["ours"] == row["theirs"] == row["tokens"] and row["first_unlike"] is None
@@ -157,13 +155,13 @@ def test_what_lossless_mode_measured_is_on_its_page():
 def test_times_of_sparse_layers_are_those_of_the_file():
     case = "sparse, in a graph, heads 12/2, batch 64, context 8192"
     (row,) = rows_of("kernels-20261129-last-page.json", case=case, peer="base b247196")
-    text = " ".join((ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split())
+    text = flowing("docs/kernels.md")
     assert f"{rounded(row['ours'], 1)} µs at batch 64 and 8,192 tokens" in text
     assert f"where b247196 takes {rounded(row['theirs'], 1)} in the same run" in text
 
 
 def test_times_of_lossless_graphs_are_those_of_the_file():
-    text = " ".join((ROOT / "docs" / "lossless.md").read_text(encoding="utf-8").split())
+    text = flowing("docs/lossless.md")
     four, chosen = rows_of("lossless-20261129-h200-smollm2-static.json", same=1)
     for row, said in (four, "{} ms with 4 drafts"), (chosen, "{} ms where the number is chosen"):
         assert said.format(rounded(row["ours"], 1)) in text
@@ -179,8 +177,7 @@ def test_times_of_lossless_mode_in_vllm_are_those_of_the_files():
         batch, context = cells[0].partition(", where")[0].split(" × ")
         where = {"batch": int(batch), "context": int(context.replace(",", ""))}
         (row,) = rows_of(links[0].rpartition("/")[2], **where)
-        both = [f"{rounded(row[side], 2)} ms" for side in ("theirs", "ours")]
-        assert cells[1:4] == [*both, rounded(row["theirs"] / row["ours"], 2)]
+        assert cells[1:4] == compared(row, 2, "ms")
         shown += 1
     assert shown == 3
 
@@ -275,7 +272,7 @@ def test_ratios_of_caches_are_those_of_their_files():
         ]  # fmt: skip
     turns = rows_of("memory-20261129-h200-rounds.json", peer="DeltaCache", selections="measured")
     (host,) = rows_of("memory-20261129-host.json")
-    text = " ".join((ROOT / "docs" / "memory.md").read_text(encoding="utf-8").split())
+    text = flowing("docs/memory.md")
     for side in ("ours", "theirs"):
         first, second, third = (rounded(ms, 1) for ms in turns[0][f"rounds_{side}"])
         assert f"{first}, {second} and {third} ms" in text

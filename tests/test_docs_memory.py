@@ -2,13 +2,13 @@
 
 import json
 
-from docs_pages import ROOT
+from docs_pages import ROOT, flowing
 
 from benchmarks.e2e.shapes import find_shape
 from benchmarks.memory.caches import kinds
 from benchmarks.memory.run import _RESERVE
 
-TEXT = " ".join((ROOT / "docs" / "memory.md").read_text(encoding="utf-8").split())
+TEXT = flowing("docs/memory.md")
 
 
 def rows_of(tag, **keys):
