@@ -21,7 +21,12 @@ def e2e(
         typer.Option(help="batch:context, such as 64:8192, for all workloads; repeatable."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps of a round.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each stock and DELTA.")] = 3,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Each stock and DELTA; default: 3, of a headline 1. A profile has one."
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="DeltaConfig as JSON; default: the shape's.")
     ] = None,

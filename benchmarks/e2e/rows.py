@@ -26,8 +26,9 @@ def make_row(
     tokens that they gave, and ``steps_ours`` are all of them in ms. With drafts,
     ``tokens_a_step_ours`` has what a step gave each sequence in each round: its own token and
     the drafts that were accepted. ``within_budget``: whether
-    every sparse layer reads all there is, so that nothing can be gained. A headline has ``tok_s``
-    and a ``curve`` of [context, ms of a step] for either side.
+    every sparse layer reads all there is, so that nothing can be gained. A headline has ``tok_s``,
+    the seconds of its ``rounds``, and a ``curve`` of [context, ms of a step], the first round's,
+    for either side.
     """
     shared = {
         "kind": workload.kind,
@@ -50,6 +51,7 @@ def make_row(
         tokens = workload.batch * workload.new_tokens
         for name, rounds, total in zip(("ours", "theirs"), (ours, theirs), seconds, strict=True):
             shared[f"tok_s_{name}"] = round(tokens / total, 1)
+            shared[f"rounds_{name}"] = [rounded(one["seconds"]) for one in rounds]
             shared[f"curve_{name}"] = curve(rounds[0]["steps"])
     else:
         shared["rounds"] = workload.rounds

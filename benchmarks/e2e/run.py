@@ -26,7 +26,7 @@ def make_options(
     kinds: Sequence[str] = (),
     points: Sequence[str] = (),
     steps: int = 64,
-    rounds: int = 3,
+    rounds: int | None = None,
     plan: Path | None = None,
     memory_share: float | None = None,
     in_turn: bool = False,
@@ -47,7 +47,7 @@ def make_options(
     """
     model = find_shape(shape)
     for name, value in (("steps", steps), ("rounds", rounds)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     share = memory_share or (_SHARE_OF_ONE if in_turn else SHARE_OF_TWO)
     if not 0.0 < share * (1 if in_turn else 2) <= 1.0:

@@ -176,7 +176,7 @@ def workloads(
     points: Sequence[tuple[int, int]] = (),
     *,
     steps: int = 64,
-    rounds: int = 3,
+    rounds: int | None = None,
     drafts: int = 0,
     kv_cache_dtype: str = "auto",
     lossless: bool = False,
@@ -185,9 +185,9 @@ def workloads(
     """Choose what to measure, in the order of the kinds; by default all of them.
 
     Points (batch, context) replace the defaults of the chosen kinds. ``steps`` are those of a round
-    of ``step`` and ``short``, ``rounds`` those of ``prefill`` as well. A ValueError for an unknown
-    kind or cache, ``drafts`` in a kind of no single steps, or a context that the measured steps
-    alone would fill.
+    of ``step`` and ``short``, ``rounds`` those of all kinds but ``profile``, by default 3 and of a
+    headline, which takes minutes, 1. A ValueError for an unknown kind or cache, ``drafts`` in a
+    kind of no single steps, or a context that the measured steps alone would fill.
     """
     chosen = tuple(kinds) or KINDS
     for kind in chosen:
@@ -200,7 +200,7 @@ def workloads(
     for kind in dict.fromkeys(chosen):
         for batch, context in points or _DEFAULTS[kind]:
             timed = {"step": steps, "short": steps, "profile": 3}.get(kind, 0)
-            repeated = 1 if kind in ("headline", "profile") else rounds
+            repeated = {"headline": rounds or 1, "profile": 1}.get(kind, rounds or 3)
             one = Workload(
                 kind, batch, context, timed, repeated, drafts, kv_cache_dtype, lossless, acceptance
             )

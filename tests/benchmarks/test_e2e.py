@@ -103,6 +103,11 @@ def test_the_headline_decodes_from_four_tokens():
     assert (one.batch, one.prompt, one.new_tokens) == (64, 4, 18428)
 
 
+def test_rounds_are_those_of_every_kind_but_a_profile():
+    assert [one.rounds for one in workloads(KINDS, [(4, 400)])] == [1, 3, 3, 3, 1]
+    assert [one.rounds for one in workloads(KINDS, [(4, 400)], rounds=2)] == [2, 2, 2, 2, 1]
+
+
 @pytest.mark.parametrize("text", ["64", "64:", "64:0", "0:64", "a:b", "64:8192:1"])
 def test_a_point_is_batch_and_context(text):
     with pytest.raises(ValueError, match=repr(text)):
@@ -139,11 +144,11 @@ def test_a_plan_of_another_model_is_refused(tmp_path):
 def test_the_command_repeats_the_run(tmp_path):
     DeltaConfig(delta_layers=(2, 9)).save(tmp_path / "my plan.json")
     setup = e2e.make_options(
-        kinds=["step"], points=["4:900"], plan=tmp_path / "my plan.json", in_turn=True
+        kinds=["step"], points=["4:900"], rounds=2, plan=tmp_path / "my plan.json", in_turn=True
     )
     assert setup.command == (
         "python -m benchmarks.e2e --shape r1-1.5b --workload step --point 4:900 --steps 64 "
-        "--rounds 3 --plan 'my plan.json' --in-turn"
+        "--rounds 2 --plan 'my plan.json' --in-turn"
     )
     assert setup.plan.delta_layers == (2, 9)
     assert setup.memory_share == 0.85
@@ -164,7 +169,7 @@ def test_rounds_alternate_and_both_engines_stay_alive(fake, tmp_path):
 def test_in_turn_one_engine_ends_before_the_other_starts(fake, tmp_path):
     e2e.run(fake(["headline", "prefill"], in_turn=True))
     order = [(side, do) for side, do, *_ in commands(tmp_path)]
-    one = ["start", "headline", "prefill", "prefill", "prefill"]
+    one = ["start", "headline", "headline", "prefill", "prefill", "prefill"]
     assert order == [(side, do) for side in STEP_MS for do in one]
 
 
@@ -194,6 +199,7 @@ def test_rows_are_medians_with_stock_over_delta_as_the_ratio(fake):
     assert (step["peer"], step["unit"], step["steps"]) == ("vllm", "ms", 32)
     assert rows["headline"]["ratio"] == 2.0 and rows["headline"]["unit"] == "s"
     assert rows["headline"]["tok_s_ours"] == round(4 * 296 / (296 * 0.002), 1)
+    assert rows["headline"]["rounds_theirs"] == [296 * 0.004] * 2
     assert rows["prefill"]["rounds"] == 2
     assert rows["profile"]["profile_theirs"]["graph_launches"] == 1
     assert rows["profile"]["ratio"] == 2.0
