@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TextIO
 
 import deltadecode
@@ -79,7 +80,8 @@ class WorkerError(RuntimeError):
 class Process:
     """A worker in a process of its own, started with ``spec``.
 
-    Messages name it by ``side`` and ``role``; ``source`` has the ``deltadecode`` that it imports.
+    Messages name it by ``side`` and ``role``; ``source`` has the ``deltadecode`` that it imports,
+    and ``variables`` are added to its environment.
     """
 
     def __init__(
@@ -90,13 +92,14 @@ class Process:
         *,
         role: str = "engine",
         source: Path = ROOT / "src",
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.side = side
         self._name = f"{side} {role}"
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            text=True, encoding="utf-8", env=environment(source),
+            text=True, encoding="utf-8", env={**environment(source), **variables},
         )  # fmt: skip
         self._send(spec)
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import benchmarks.command as cli
+from benchmarks.variables import OPTION_HELP
 
 
 def e2e(
@@ -60,6 +61,7 @@ def e2e(
     sync_heads: Annotated[
         bool, typer.Option("--sync-heads", help="Their ranks select pages together.")
     ] = False,
+    env: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     as_json: cli.Json = False,
     out: cli.Out = None,
     tag: cli.Tag = None,
@@ -79,7 +81,7 @@ def e2e(
             shape=shape, kinds=workload or [], points=point or [], steps=steps, rounds=rounds,
             plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
             drafts=drafts, kv_cache_dtype=kv_cache_dtype, tensor_parallel=tensor_parallel,
-            sync_heads=sync_heads, lossless=lossless, acceptance=acceptance,
+            sync_heads=sync_heads, lossless=lossless, acceptance=acceptance, variables=env or [],
         )  # fmt: skip
     need_vllm()
     with cli.progress() as show:

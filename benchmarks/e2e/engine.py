@@ -63,6 +63,8 @@ class Engine:
         self._vocabulary, self._drafts = spec["vocabulary"], spec["drafts"]
         self._ids: list[str] = []
         self._preemptions = self._verified = 0
+        self._waited = 0.0
+        self._time_waits()
         watch(self._scheduler, "_preempt_request", self._count_preemption)
         watch(self._scheduler, "schedule", self._count_drafts)
         # What compiles at its first use does so now.
@@ -85,6 +87,7 @@ class Engine:
             "backends": self._llm.collective_rpc(_backends)[0],
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode).rpartition(".")[2],
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "model_runner": 2 if getattr(config, "use_v2_model_runner", False) else 1,
             "tensor_parallel": config.parallel_config.tensor_parallel_size,
             "drafting": getattr(config.speculative_config, "method", None),
             "vllm": vllm.__version__,
@@ -100,14 +103,16 @@ class Engine:
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command: ``do`` names it, the other keys are its arguments.
 
-        Gives what was measured: ``seconds`` each of a number of steps or of the whole; and
-        ``preemptions`` meanwhile.
+        Gives what was measured: ``seconds`` each of a number of steps or of the whole;
+        ``preemptions`` meanwhile; and ``waited``, the seconds in which the engine had nothing to do
+        but to wait for what a step gives. Without asynchronous scheduling there are none.
         """
         arguments = {key: value for key, value in command.items() if key != "do"}
         name = "decode" if command["do"] in ("headline", "prefill") else command["do"]
         self._preemptions = 0
+        self._waited = 0.0
         measured: dict[str, Any] = getattr(self, f"_{name}")(**arguments)
-        return {**measured, "preemptions": self._preemptions}
+        return {**measured, "preemptions": self._preemptions, "waited": round(self._waited, 6)}
 
     def _decode(self, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
         """Run whole sequences, from the first step to the last."""
@@ -135,7 +140,7 @@ class Engine:
         """
         for _ in range(PACE_STEPS):
             self._engine.step()
-        before, verified = self._lengths(), self._verified
+        before, verified, self._waited = self._lengths(), self._verified, 0.0
         ends = [time.perf_counter()]
         for _ in range(steps):
             self._engine.step()
@@ -201,6 +206,20 @@ class Engine:
         if len(requests) < batch:
             raise RuntimeError("a sequence ended before all of them were in the cache")
         return all(request.num_output_tokens for request in requests)
+
+    def _time_waits(self) -> None:
+        from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
+
+        get = AsyncOutputFuture.result
+
+        def result(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return get(*arguments, **options)
+            finally:
+                self._waited += time.perf_counter() - began
+
+        AsyncOutputFuture.result = result
 
     def _count_preemption(self, _: Any) -> None:
         self._preemptions += 1

@@ -2,8 +2,8 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class RunOptions:
     start_together: bool = False  # with caches of just the size that is needed
     tensor_parallel: int = 1  # ranks of each engine
     sync_heads: bool = False  # of the DELTA side
+    variables: Mapping[str, str] = field(default_factory=dict)  # of both sides' environment
     command: str = "python -m benchmarks.e2e"  # that repeats it
     worker: Sequence[str] = WORKER
 
@@ -91,6 +92,7 @@ class Measurement:
             "model": shape.name, "parameters": shape.parameters, "plan": options.plan.to_dict(),
             "plan_note": shape.plan_note if options.plan == shape.plan else "given",
             "memory_share": options.memory_share, "in_turn": options.in_turn, **options.of_ranks(),
+            "environment": dict(options.variables),
             "engines": {}, "skipped": [], "one_side": [],
         }  # fmt: skip
 
@@ -120,7 +122,8 @@ class Measurement:
         engines: list[Process] = []
         for side in sides:
             self._tell(f"starting {side}")
-            process = Process(side, self.options.spec(side, model), self.options.worker)
+            spec = self.options.spec(side, model)
+            process = Process(side, spec, self.options.worker, variables=self.options.variables)
             engines.append(process)
             self._living.append(process)
             if not self.options.start_together:

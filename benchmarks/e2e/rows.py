@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean, median, quantiles
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from benchmarks.e2e.workloads import HEADLINE_PROMPT, Workload
@@ -28,7 +29,8 @@ def make_row(
     the drafts that were accepted. ``within_budget``: whether
     every sparse layer reads all there is, so that nothing can be gained. A headline has ``tok_s``,
     the seconds of its ``rounds``, and a ``curve`` of [context, ms of a step], the first round's,
-    for either side.
+    for either side. ``waited`` is the part of the time in which an engine's Python had nothing to
+    do but to wait for the device: near 0, the host is the limit.
     """
     shared = {
         "kind": workload.kind,
@@ -37,6 +39,8 @@ def make_row(
         "kv_cache_dtype": workload.kv_cache_dtype,
         "within_budget": plan.reads_all(workload.context),
         "preemptions": sum(one["preemptions"] for one in (*opening, *ours, *theirs)),
+        "waited_ours": _waited(ours),
+        "waited_theirs": _waited(theirs),
     }
     if workload.drafts:
         shared |= {"drafts": workload.drafts, "synthetic_acceptance": workload.acceptance}
@@ -56,6 +60,14 @@ def make_row(
     else:
         shared["rounds"] = workload.rounds
     return row(workload.case, PEER, workload.unit, *seconds, **shared)
+
+
+def _waited(rounds: Rounds) -> float | None:
+    """None where engines do not see it: in a profile, and where ranks are other processes."""
+    waited = sum(float(one.get("waited", 0.0)) for one in rounds)
+    if not waited or "seconds" not in rounds[0]:
+        return None
+    return round(waited / sum(float(np.sum(one["seconds"])) for one in rounds), 3)
 
 
 def curve(steps: Sequence[float]) -> list[list[float]]:

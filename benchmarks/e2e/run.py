@@ -11,6 +11,7 @@ from benchmarks.e2e.measure import Measurement, RunOptions
 from benchmarks.e2e.shapes import find_shape
 from benchmarks.e2e.workloads import parse_point, workloads
 from benchmarks.report import Progress
+from benchmarks.variables import parse_variables
 from deltadecode.cli.output import BadInput
 from deltadecode.config import DeltaConfig
 from deltadecode.lab.results import write_result
@@ -37,13 +38,14 @@ def make_options(
     sync_heads: bool = False,
     lossless: bool = False,
     acceptance: float | None = None,
+    variables: Sequence[str] = (),
 ) -> RunOptions:
     """Check what was asked for; a ValueError for what cannot be.
 
     ``kinds`` and ``points`` (``batch:context``) say what to measure, ``memory_share`` is of the
     device for each engine: by default 0.42, or 0.85 in turn. ``drafts`` are verified in each step,
     ``kv_cache_dtype`` is that of both engines. ``tensor_parallel`` ranks hold either model, and
-    select together with ``sync_heads``.
+    select together with ``sync_heads``. ``variables`` are ``NAME=VALUE``, of both sides.
     """
     model = find_shape(shape)
     for name, value in (("steps", steps), ("rounds", rounds)):
@@ -79,10 +81,12 @@ def make_options(
         drafts=drafts or None, lossless=lossless, acceptance=acceptance,
         kv_cache_dtype=None if kv_cache_dtype == "auto" else kv_cache_dtype,
         tensor_parallel=tensor_parallel if tensor_parallel > 1 else None, sync_heads=sync_heads,
+        env=list(variables),
     )  # fmt: skip
     return RunOptions(
-        model, cfg, chosen, share, in_turn, start_together, tensor_parallel, sync_heads, command
-    )
+        model, cfg, chosen, share, in_turn, start_together, tensor_parallel, sync_heads,
+        parse_variables(variables), command,
+    )  # fmt: skip
 
 
 def has_vllm() -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import benchmarks.command as cli
+from benchmarks.variables import OPTION_HELP
 from deltadecode.cli.output import note
 from deltadecode.config import MOST_DRAFTS
 
@@ -43,6 +44,7 @@ def serve(
             help="Flags of both servers, such as '--max-num-seqs 128'; repeatable.",
         ),
     ] = None,
+    env: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     plan: Annotated[
         Path | None, typer.Option(help="DeltaConfig as JSON; default: the shape's.")
     ] = None,
@@ -104,6 +106,7 @@ def serve(
             prefix_len=prefix_len, side=side, plan=plan, raw=raw, minutes=minutes,
             start_together=start_together, lossless=lossless, drafts=drafts, acceptance=acceptance,
             flags=[word for text in server_flag or [] for word in shlex.split(text)],
+            variables=env or [],
         )  # fmt: skip
         if not report:
             check_facts(options)

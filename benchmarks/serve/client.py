@@ -41,7 +41,8 @@ def bench_command(
         "result-dir": result.parent, "result-filename": result.name,
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    flags = ["--ignore-eos", "--save-result", "--disable-tqdm"]
+    # Detailed: with the time to the first token of each request.
+    flags = ["--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm"]
     return [*vllm_command(), "bench", "serve", *words, *flags]
 
 
@@ -78,7 +79,8 @@ def values(measured: dict[str, Any], why: str = "") -> dict[str, Any]:
     """What is kept of a result of ``vllm bench serve``; a ClientError if requests failed.
 
     ``why`` is what one of them got for an answer.
-    ``tok_s`` is output tokens a second; times are in ms.
+    ``tok_s`` is output tokens a second; times are in ms. ``arrivals`` are [when a request was sent,
+    in seconds after the first one; its time to the first token].
     """
     completed, wanted = measured["completed"], measured["num_prompts"]
     if completed != wanted:
@@ -94,6 +96,10 @@ def values(measured: dict[str, Any], why: str = "") -> dict[str, Any]:
     for metric in METRICS:
         for percentile in PERCENTILES:
             kept[f"{metric}_p{percentile}"] = measured[f"p{percentile}_{metric}_ms"]
+    if "ttfts" in measured and "start_times" in measured:
+        first = min(measured["start_times"])
+        each = zip(measured["start_times"], measured["ttfts"], strict=True)
+        kept["arrivals"] = [[round(at - first, 3), round(1e3 * ttft, 1)] for at, ttft in each]
     if "spec_decode_acceptance_length" in measured:
         kept["acceptance_length"] = measured["spec_decode_acceptance_length"]
     return kept

@@ -9,6 +9,7 @@ from benchmarks.e2e.shapes import find_shape
 from benchmarks.e2e.workloads import check_drafts
 from benchmarks.serve.run import LoadOptions
 from benchmarks.serve.workloads import find_workloads, parse_rates
+from benchmarks.variables import parse_variables
 from deltadecode.config import DeltaConfig
 
 _TAKEN = ("--host", "--port", "--attention-backend", "--additional-config", "--served-model-name")
@@ -29,6 +30,7 @@ def make_options(
     prefix_len: int | None = None,
     side: str | None = None,
     flags: Sequence[str] = (),
+    variables: Sequence[str] = (),
     plan: Path | None = None,
     raw: Path = Path("build/load"),
     minutes: float | None = None,
@@ -72,11 +74,12 @@ def make_options(
         concurrency=concurrency, input_len=input_len, output_len=output_len,
         prefix_len=prefix_len, server_flag=[" ".join(flags)] if flags else [], plan=plan,
         start_together=start_together, lossless=lossless, drafts=drafts if lossless else None,
-        acceptance=acceptance,
+        acceptance=acceptance, env=list(variables),
     )  # fmt: skip
     return LoadOptions(
         shape=model, plan=cfg, workloads=workloads, rates=parse_rates(rates), raw=raw,
-        flags=tuple(flags), sides=SIDES if side is None else (side,), minutes=minutes,
+        flags=tuple(flags), variables=parse_variables(variables),
+        sides=SIDES if side is None else (side,), minutes=minutes,
         start_together=start_together, command=command, drafts=drafts if lossless else 0,
         acceptance=acceptance,
     )  # fmt: skip

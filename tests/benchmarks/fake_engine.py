@@ -28,11 +28,20 @@ class FakeEngine:
             raise RuntimeError("broken\non purpose")
 
     def facts(self):
-        return {"kv_tokens": 10 if "small" in WHAT else 10**6, "backends": [self.side]}
+        return {
+            "kv_tokens": 10 if "small" in WHAT else 10**6, "backends": [self.side],
+            "variable": os.environ.get("DELTADECODE_FAKE"),
+        }  # fmt: skip
 
     def do(self, command):
         self.log(command["do"])
-        return {**self.times(**command), "preemptions": int("preempt" in WHAT)}
+        times = self.times(**command)
+        # Stock waits for half of its steps, and DELTA for a quarter.
+        return {**times, "preemptions": int("preempt" in WHAT), "waited": self.waited(times)}
+
+    def waited(self, times):
+        taken = times.get("seconds", 0.0)
+        return (sum(taken) if isinstance(taken, list) else taken) * self.step / 0.008
 
     def times(self, do, steps=0, new_tokens=0, **_):
         if do == "steps":

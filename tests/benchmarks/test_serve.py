@@ -259,7 +259,7 @@ def test_both_servers_in_turn_or_each_run_on_both(options, monkeypatch, together
     events = []
 
     class FakeServer:
-        def __init__(self, side, command, folder):
+        def __init__(self, side, command, folder, variables):
             self.side = side
             events.append(f"start {side}")
             assert ("--kv-cache-memory-bytes" in command) == together

@@ -53,7 +53,7 @@ def server(tmp_path):
 def test_compilations_are_counted_after_the_warm_up_and_named(server):
     server.warm_up(3, 7, 1)
     assert server.facts() == {
-        "kv_tokens": 1024, "jit_compilations": 0, "jit_kernels": {},
+        "kv_tokens": 1024, "model_runner": 1, "jit_compilations": 0, "jit_kernels": {},
         "jit_kernels_warm_up": {"_at_start": 1, "_of_7": 3},
     }  # fmt: skip
     for tokens in (7, 7, 9):

@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from tiny_drafters import make_drafter
@@ -32,7 +33,28 @@ def make(name, folder):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
         model.float().save_pretrained(path)
+        complete(path)
     return path
+
+
+def complete(path):
+    """Write into a checkpoint what vLLM looks for there and Transformers leaves out."""
+    from safetensors.torch import load_file, save_file
+
+    values = json.loads((path / "config.json").read_text())
+    weights = load_file(path / "model.safetensors")
+    first = values["num_hidden_layers"] - (values.get("num_kv_shared_layers") or 0)
+    # Published checkpoints have keys and values of layers that share a cache, though none reads
+    # them, and vLLM 0.24 misses those that are not there.
+    for layer in range(first, values["num_hidden_layers"]):
+        for part in ("k_proj", "v_proj", "k_norm"):
+            own, shared = (f"model.layers.{n}.self_attn.{part}.weight" for n in (first - 1, layer))
+            weights.setdefault(shared, weights[own].clone())
+    # Experts of gpt-oss that are not quantized are known by another name to vLLM 0.24.
+    if values["model_type"] == "gpt_oss" and version("vllm").startswith("0.24."):
+        there = ".experts.", ".experts.routed_experts."
+        weights = {name.replace(*there): weight for name, weight in weights.items()}
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
 
 
 def make_adapter(path):
