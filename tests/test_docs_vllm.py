@@ -34,32 +34,52 @@ def test_engines_measured_in_vllm_are_those_of_the_files():
     assert shown == 21
 
 
-def test_company_on_the_machine_shows_as_the_page_of_vllm_says():
+def test_what_the_host_did_to_short_steps_is_on_the_pages():
     text = flowing("docs/vllm.md")
-    alone, beside = (
-        rows_of(f"serve-{name}.json", workload="reasoning", rate="inf")[0]
+    quick, slow, part = (
+        row
         for name in ("20261128-r1-1.5b", "20261130-r1-1.5b-reasoning")
+        for row in rows_of(f"serve-{name}.json", workload="reasoning")
     )
-    assert f"answer {rounded(beside['itl_p50_theirs'], 1)} ms after each other (p50)" in text
-    assert f"where it was {rounded(alone['itl_p50_theirs'], 1)} ms at 05cf970" in text
-    assert abs(beside["tpot_p50_theirs"] / alone["tpot_p50_theirs"] - 1) < 0.05
-    operating = flowing("docs/operating.md")
-    ratio = rounded(beside["theirs"] / beside["ours"], 2)
-    assert f"with tests at work on the machine's other cores it was {ratio}" in operating
+    ratios = [rounded(row["theirs"] / row["ours"], 2) for row in (slow, quick)]
+    assert "gave {}, where 05cf970 on another one gave {}.".format(*ratios) in text
+    less = rounded(100 * (1 - slow["tok_s_theirs"] / quick["tok_s_theirs"]), 0)
+    assert f"Stock served {less} % less." in text
+    tokens = [rounded(row["tpot_p50_ours"], 1) for row in (slow, quick)]
+    assert "a token took {} ms at inf in place of {}.".format(*tokens) in text
+    first = rounded(part["ttft_p99_ours"], 0), rounded(part["ttft_p99_theirs"], 1)
+    assert f"tokens come {rounded(part['tpot_ratio'], 2)} times as quickly" in text
+    assert "slowest first ones after {} ms, stock's after {}.".format(*first) in text
+    assert f"on another machine the first was {ratios[0]} |" in flowing("docs/operating.md")
     (headline,) = rows_of("e2e-20261130-r1-headline.json", kind="headline")
-    both = f"{rounded(headline['theirs'] / headline['ours'], 2)} and {ratio}"
-    readme = flowing("README.md")
-    assert f"On busy cores rows 1 and 5 gave [{both}](docs/vllm.md#measured)." in readme
+    both = f"{rounded(headline['theirs'] / headline['ours'], 2)} and {ratios[0]}"
+    assert f"slower, rows 1 and 5 gave [{both}](docs/vllm.md#measured)." in flowing("README.md")
+
+
+def test_rounds_and_curves_of_the_headline_are_on_the_page_of_vllm():
+    text = flowing("docs/vllm.md")
+    (thrice,) = rows_of("e2e-20261130-r1-headline.json", kind="headline")
     (again,) = rows_of("e2e-20261129-r1-headline.json", kind="headline")
-    for curve in ("curve_theirs", "curve_ours"):
-        assert 1 < median_of_curves(headline[curve], again[curve], 4000) < 1.01
+    times = zip(thrice["rounds_theirs"], thrice["rounds_ours"], strict=True)
+    rounds = [rounded(stock / ours, 2) for stock, ours in times]
+    assert "three rounds, {}, {} and {}; nothing beside".format(*rounds) in text
+    late = {}
+    for side in ("ours", "theirs"):
+        new, old = thrice[f"curve_{side}"], again[f"curve_{side}"]
+        assert 1 < median_of_curves(new, old, 4000) < 1.01
+        late[side] = [
+            at for (at, one), (_, other) in zip(new, old, strict=True) if one / other > 1.1
+        ]
+    counts = len(late["ours"]), len(thrice["curve_ours"]), len(late["theirs"])
+    assert "{} of DELTA's {} points and {} of stock's".format(*counts) in text
+    assert max(late["theirs"]) < 4000
     here, there, far, before = (
         rounded(median_of_curves(row["curve_theirs"], row["curve_ours"], context), 2)
         for context in (4000, 12000)
-        for row in (headline, again)
+        for row in (thrice, again)
     )
-    assert here == there
-    assert f"÷ DELTA is {here} there in both, and {far} and {before} from 12,000" in text
+    assert f"÷ DELTA is {here} there, {there} in [again], and from 12,000" in text
+    assert f"tokens on {far} and {before}." in text
 
 
 def test_what_two_gpus_measured_is_on_the_page_of_vllm():
