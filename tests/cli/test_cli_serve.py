@@ -117,6 +117,14 @@ def test_our_options_become_settings_and_are_not_passed_on(line):
     assert len(command) == 7
 
 
+def test_our_options_may_have_underscores_as_those_of_vllm(line):
+    options = ["--budget_pages", "40", "--on_unsupported=stock", "--sync_heads"]
+    command = line(HUB, *options, "--max_model_len", "900")
+    ours = {"budget_pages": 40, "sync_heads": True, "on_unsupported": "stock"}
+    assert settings(command) == {"deltadecode": ours}
+    assert command[7:] == ["--max_model_len", "900"]
+
+
 def test_options_of_vllm_go_on_in_their_order(line):
     theirs = ["--port", "8001", "-tp", "2", "-dph", "-O3", "--max_model_len=9", "--enforce-eager"]
     theirs += ["--hf-overrides", '{"a": "b c"}', "--compilation-config.level", "3"]

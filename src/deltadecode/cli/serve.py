@@ -31,11 +31,13 @@ DRAFT_TOKENS = 4
 _SHORTEST = len("--ad")
 # Either of them makes a folder a model's, of Hugging Face or of Mistral.
 _CONFIGS = ("config.json", "params.json")
-# What is not ours is vLLM's. It has one-dash options of several letters, some with an h.
+# What is not ours is vLLM's. It has one-dash options of several letters, some with an h, and takes
+# underscores for dashes, as ours do here.
 SETTINGS = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
     "help_option_names": ["--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),
 }
 
 
