@@ -43,8 +43,8 @@ SCRIPTS = {
 # Files that take longest, in that order, so that no worker ends alone with one of them.
 LONGEST = (
     "embedded", "load", "lossless", "parallel", "data_parallel", "server", "e2e_engine", "batches",
-    "drafts", "matrix", "families", "lossless_sampling", "float8", "clsa", "refusals", "tiny",
-    "drafters", "min_tokens",
+    "drafts", "matrix", "families", "second_runner", "lossless_sampling", "float8", "clsa",
+    "refusals", "tiny", "drafters", "min_tokens",
 )  # fmt: skip
 
 
