@@ -108,6 +108,7 @@ def by_vllm(path, run, job):
             ]
             for each in rounds[0]
         ],
+        "runner": 2 if llm.llm_engine.vllm_config.use_v2_model_runner else 1,
         "captured": compilation_counter.num_cudagraph_captured - captured,
         "graphs": llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
         "bytes": bytes_of_a_token(core.scheduler.kv_cache_config),

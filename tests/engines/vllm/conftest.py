@@ -40,6 +40,10 @@ SCRIPTS = {
 }
 
 
+# With Triton vLLM takes its second model runner; see with_triton.py.
+SECOND_RUNNER = {"TRITON_ON_CPU": "1"}
+
+
 # Files that take longest, in that order, so that no worker ends alone with one of them.
 LONGEST = (
     "embedded", "load", "lossless", "parallel", "data_parallel", "server", "e2e_engine", "batches",
@@ -119,10 +123,14 @@ def work(run_job):
 
 @pytest.fixture(scope="session")
 def tiny(run_job):
-    """Runs tests/engines/vllm/tiny_worker.py on named runs; returns what each gave, by name."""
+    """Runs tests/engines/vllm/tiny_worker.py on named runs; returns what each gave, by name.
 
-    def start(runs, **more):
-        found = run_job("tiny_worker.py", {"runs": list(runs.values()), **more})
+    ``environment`` is added to that of the script.
+    """
+
+    def start(runs, environment=None, **more):
+        job = {"runs": list(runs.values()), **more}
+        found = run_job("tiny_worker.py", job, **(environment or {}))
         return dict(zip(runs, found, strict=True))
 
     return start

@@ -2,7 +2,8 @@
 
 A line of JSON on stdin asks for a run: ``script``, ``arguments``, ``folder`` (to run in), ``log``
 (a file for all that it says), ``seconds`` (after which it is ended) and ``environment``. A line on
-stdout is its exit code.
+stdout is its exit code. With ``TRITON_ON_CPU`` in the environment the script is run anew, by
+with_triton.py: what vLLM has there is decided while it is imported.
 """
 
 import gc
@@ -12,6 +13,7 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 
 
 def import_vllm():
@@ -88,4 +90,7 @@ if __name__ == "__main__":
     asked = next_run(answers)
     if asked is not None:
         become(asked)
+        if "TRITON_ON_CPU" in os.environ:
+            triton = str(Path(__file__).with_name("with_triton.py"))
+            os.execv(sys.executable, [sys.executable, triton, *sys.argv])
         runpy.run_path(asked["script"], run_name="__main__")

@@ -4,6 +4,7 @@ vLLM 0.24 takes it for Llama, Mistral, Qwen3 and a few more, and later releases 
 """
 
 import pytest
+from conftest import SECOND_RUNNER
 from tiny_runs import PROMPTS, SPARSE
 
 ALTERNATING = {**SPARSE, "dense_layers": [1], "delta_layers": [3]}
@@ -32,7 +33,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def ran(tiny):
-    return {number: tiny(RUNS, fork=True, second_runner=number == 2) for number in (1, 2)}
+    return {1: tiny(RUNS, fork=True), 2: tiny(RUNS, SECOND_RUNNER, fork=True)}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -60,3 +61,17 @@ def test_what_runs_is_what_they_are_named_after(ran):
     assert sum(runs["prefix hits"]["cached"]) > 0
     assert runs["preemption"]["preempted"] > 0
     assert runs["verify rows"]["drafted"] > 0
+
+
+def test_clsa_gives_the_tokens_of_transformers(run_job):
+    """Prompts in chunks, beside rows that decode, and then from the cache of prefixes."""
+    job = {
+        "prompts": [PROMPTS[0], PROMPTS[1], PROMPTS[0] * 3], "max_tokens": 20,
+        "engine": {"max_num_batched_tokens": 48, "block_size": 32, "enable_prefix_caching": True},
+        "runs": {"here": {"mode": "clsa", "rounds": 2}},
+    }  # fmt: skip
+    found = run_job("clsa_worker.py", job, **SECOND_RUNNER)
+    here = found["here"]
+    assert here["runner"] == 2
+    assert here["tokens"] == [found["clsa"]["tokens"]] * 2
+    assert max(here["cached"][1]) >= 128

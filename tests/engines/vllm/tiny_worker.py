@@ -10,7 +10,6 @@ answers. With ``float8``, scales of keys and of values, Transformers keeps
 them so, and for vLLM they are written into the checkpoint, unless both are 1. With ``cut`` ours
 rounds as stock vLLM on CPUs. Where ``side`` is "transformers", that integration runs the prompts.
 With ``fork`` each run has a process of its own, which need not import vLLM again.
-With ``second_runner`` vLLM's second model runner runs all of them.
 """
 
 import gc
@@ -19,9 +18,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
-from fork_server import import_vllm
 from tiny_drafters import make_drafter
 from tiny_models import MODELS, SHAPE
 
@@ -309,22 +306,6 @@ def total(llm, name):
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
-def take_second_runner():
-    """Have vLLM's second model runner on this CPU, its Triton kernels by the interpreter.
-
-    Both are decided while vLLM is imported. It looks for Triton's backend for CPUs then, which the
-    published one has not.
-    """
-    variables = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
-    if "vllm" in sys.modules:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | variables)
-    os.environ |= variables
-    from triton.backends import backends
-
-    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
-    import_vllm()
-
-
 def loaded():
     """Modules of ours, and whether Transformers knows the attention ``delta``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -358,8 +339,6 @@ if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     job = json.loads(Path(sys.argv[1]).read_text())
     todo = attempt
-    if job.get("second_runner"):
-        take_second_runner()
     if job.get("fork"):
         import compressed_tensors  # noqa: F401  once for all, as the others
         import vllm.v1.engine.llm_engine
