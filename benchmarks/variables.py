@@ -26,8 +26,3 @@ def parse_variables(texts: Sequence[str]) -> dict[str, str]:
         if found.setdefault(name, value) != value:
             raise ValueError(f"--env gives {name} twice, as {found[name]!r} and as {value!r}")
     return found
-
-
-def as_texts(variables: dict[str, str]) -> list[str]:
-    """As a command line and a table have them."""
-    return [f"{name}={value}" for name, value in variables.items()]

