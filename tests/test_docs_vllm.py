@@ -53,7 +53,9 @@ def test_what_the_host_did_to_short_steps_is_on_the_pages():
     assert f"on another machine the first was {ratios[0]} |" in flowing("docs/operating.md")
     (headline,) = rows_of("e2e-20261130-r1-headline.json", kind="headline")
     both = f"{rounded(headline['theirs'] / headline['ours'], 2)} and {ratios[0]}"
-    assert f"slower, rows 1 and 5 gave [{both}](docs/vllm.md#measured)." in flowing("README.md")
+    assert f"On another machine rows 1 and 5 gave [{both}](docs/vllm.md#measured)." in flowing(
+        "README.md"
+    )
 
 
 def test_rounds_and_curves_of_the_headline_are_on_the_page_of_vllm():
