@@ -14,8 +14,8 @@ class ClsaEngine(Engine):
         set_environment()
         deltadecode_vllm.register()
         super().__init__(
-            {"plan": None, "ranks": 1, "drafts": 0, "lossless": False, "acceptance": None,
-             "kv_bytes": None, "kv_cache_dtype": "auto", **spec}
+            {"plan": None, "ranks": 1, "worker_process": False, "drafts": 0, "lossless": False,
+             "acceptance": None, "kv_bytes": None, "kv_cache_dtype": "auto", **spec}
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:

@@ -61,6 +61,13 @@ def e2e(
     sync_heads: Annotated[
         bool, typer.Option("--sync-heads", help="Their ranks select pages together.")
     ] = False,
+    worker_process: Annotated[
+        bool,
+        typer.Option(
+            "--worker-process",
+            help="The worker of each engine in its own, as by --distributed-executor-backend mp.",
+        ),
+    ] = False,
     env: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     as_json: cli.Json = False,
     out: cli.Out = None,
@@ -81,7 +88,8 @@ def e2e(
             shape=shape, kinds=workload or [], points=point or [], steps=steps, rounds=rounds,
             plan=plan, memory_share=memory_share, in_turn=in_turn, start_together=start_together,
             drafts=drafts, kv_cache_dtype=kv_cache_dtype, tensor_parallel=tensor_parallel,
-            sync_heads=sync_heads, lossless=lossless, acceptance=acceptance, variables=env or [],
+            sync_heads=sync_heads, worker_process=worker_process, lossless=lossless,
+            acceptance=acceptance, variables=env or [],
         )  # fmt: skip
     need_vllm()
     with cli.progress() as show:

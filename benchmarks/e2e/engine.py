@@ -26,9 +26,10 @@ class Engine:
     """A vLLM engine in this process, with random weights.
 
     ``spec`` has ``model`` (folder with a ``config.json``), ``batch``, ``longest`` (tokens of a
-    sequence), ``ranks`` (tensor parallel), ``memory_share`` (of each device), ``kv_bytes`` (of the
-    cache on each; None: what the share leaves), ``eager``, ``vocabulary``, ``drafts`` (made of each
-    sequence in each step), ``lossless`` (whether DELTA makes them) and ``acceptance`` (of each, by
+    sequence), ``ranks`` (tensor parallel), ``worker_process`` (whether even a single one has a
+    process of its own), ``memory_share`` (of each device), ``kv_bytes`` (of the cache on each;
+    None: what the share leaves), ``eager``, ``vocabulary``, ``drafts`` (made of each sequence in
+    each step), ``lossless`` (whether DELTA makes them) and ``acceptance`` (of each, by
     drawing; None: by what the weights give), ``kv_cache_dtype``, and ``plan``: values of a
     DeltaConfig and perhaps ``sync_heads``, or None for stock attention.
     """
@@ -39,7 +40,7 @@ class Engine:
             # Registered here, since in a source tree there is no entry point for vLLM to find.
             deltadecode_vllm.register()
         ranks: dict[str, Any] = {}
-        if spec["ranks"] > 1:
+        if spec["ranks"] > 1 or spec["worker_process"]:
             ranks = self._set_ranks(spec["ranks"])
         from vllm import LLM
 
@@ -87,6 +88,7 @@ class Engine:
             "backends": self._llm.collective_rpc(_backends)[0],
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode).rpartition(".")[2],
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "executor": config.parallel_config.distributed_executor_backend,
             "model_runner": 2 if getattr(config, "use_v2_model_runner", False) else 1,
             "tensor_parallel": config.parallel_config.tensor_parallel_size,
             "drafting": getattr(config.speculative_config, "method", None),
@@ -98,14 +100,18 @@ class Engine:
         self._folder = tempfile.TemporaryDirectory(prefix="deltadecode-")
         # Processes that are not forked look for the plugin on this process's path.
         sys.path.insert(0, str(write_entry_point(Path(self._folder.name))))
-        return {"tensor_parallel_size": count, "compilation_config": multicast.COMPILATION}
+        return {
+            "tensor_parallel_size": count, "distributed_executor_backend": "mp",
+            "compilation_config": multicast.COMPILATION,
+        }  # fmt: skip
 
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command: ``do`` names it, the other keys are its arguments.
 
         Gives what was measured: ``seconds`` each of a number of steps or of the whole;
         ``preemptions`` meanwhile; and ``waited``, the seconds in which the engine had nothing to do
-        but to wait for what a step gives. Without asynchronous scheduling there are none.
+        but to wait for what a step gives: for the device, or for a worker in another process.
+        Without asynchronous scheduling and such workers there are none.
         """
         arguments = {key: value for key, value in command.items() if key != "do"}
         name = "decode" if command["do"] in ("headline", "prefill") else command["do"]
@@ -208,9 +214,14 @@ class Engine:
         return all(request.num_output_tokens for request in requests)
 
     def _time_waits(self) -> None:
+        from vllm.v1.executor.multiproc_executor import FutureWrapper
         from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
 
-        get = AsyncOutputFuture.result
+        for future in (AsyncOutputFuture, FutureWrapper):
+            self._time_wait(future)
+
+    def _time_wait(self, future: Any) -> None:
+        get = future.result
 
         def result(*arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
@@ -219,7 +230,7 @@ class Engine:
             finally:
                 self._waited += time.perf_counter() - began
 
-        AsyncOutputFuture.result = result
+        future.result = result
 
     def _count_preemption(self, _: Any) -> None:
         self._preemptions += 1

@@ -33,6 +33,7 @@ class RunOptions:
     start_together: bool = False  # with caches of just the size that is needed
     tensor_parallel: int = 1  # ranks of each engine
     sync_heads: bool = False  # of the DELTA side
+    worker_process: bool = False  # one for the worker of each engine, even of a single rank
     variables: Mapping[str, str] = field(default_factory=dict)  # of both sides' environment
     command: str = "python -m benchmarks.e2e"  # that repeats it
     worker: Sequence[str] = WORKER
@@ -45,7 +46,8 @@ class RunOptions:
             "memory_share": self.memory_share, "eager": self.shape.eager,
             "vocabulary": self.shape.vocabulary, **self._drafting(side),
             "kv_cache_dtype": self.workloads[0].kv_cache_dtype,
-            "ranks": self.tensor_parallel, "plan": self._settings() if side == DELTA else None,
+            "ranks": self.tensor_parallel, "worker_process": self.worker_process,
+            "plan": self._settings() if side == DELTA else None,
             # Else an engine takes what is free, less what it sees taken while it starts.
             "kv_bytes": self._kv_bytes() if self.start_together else None,
         }  # fmt: skip
@@ -92,7 +94,7 @@ class Measurement:
             "model": shape.name, "parameters": shape.parameters, "plan": options.plan.to_dict(),
             "plan_note": shape.plan_note if options.plan == shape.plan else "given",
             "memory_share": options.memory_share, "in_turn": options.in_turn, **options.of_ranks(),
-            "environment": dict(options.variables),
+            "worker_process": options.worker_process, "environment": dict(options.variables),
             "engines": {}, "skipped": [], "one_side": [],
         }  # fmt: skip
 

@@ -63,7 +63,7 @@ def make_row(
 
 
 def _waited(rounds: Rounds) -> float | None:
-    """None where engines do not see it: in a profile, and where ranks are other processes."""
+    """None where engines do not see it: in a profile, and without asynchronous scheduling."""
     waited = sum(float(one.get("waited", 0.0)) for one in rounds)
     if not waited or "seconds" not in rounds[0]:
         return None

@@ -36,6 +36,7 @@ def make_options(
     kv_cache_dtype: str = "auto",
     tensor_parallel: int = 1,
     sync_heads: bool = False,
+    worker_process: bool = False,
     lossless: bool = False,
     acceptance: float | None = None,
     variables: Sequence[str] = (),
@@ -45,7 +46,8 @@ def make_options(
     ``kinds`` and ``points`` (``batch:context``) say what to measure, ``memory_share`` is of the
     device for each engine: by default 0.42, or 0.85 in turn. ``drafts`` are verified in each step,
     ``kv_cache_dtype`` is that of both engines. ``tensor_parallel`` ranks hold either model, and
-    select together with ``sync_heads``. ``variables`` are ``NAME=VALUE``, of both sides.
+    select together with ``sync_heads``; with ``worker_process`` even a single rank has a process of
+    its own. ``variables`` are ``NAME=VALUE``, of both sides.
     """
     model = find_shape(shape)
     for name, value in (("steps", steps), ("rounds", rounds)):
@@ -81,11 +83,11 @@ def make_options(
         drafts=drafts or None, lossless=lossless, acceptance=acceptance,
         kv_cache_dtype=None if kv_cache_dtype == "auto" else kv_cache_dtype,
         tensor_parallel=tensor_parallel if tensor_parallel > 1 else None, sync_heads=sync_heads,
-        env=list(variables),
+        worker_process=worker_process, env=list(variables),
     )  # fmt: skip
     return RunOptions(
         model, cfg, chosen, share, in_turn, start_together, tensor_parallel, sync_heads,
-        parse_variables(variables), command,
+        worker_process, parse_variables(variables), command,
     )  # fmt: skip
 
 

@@ -367,6 +367,15 @@ def test_ranks_are_said_and_divide_the_model(tmp_path, fake):
         e2e.make_options(sync_heads=True)
 
 
+def test_a_worker_of_its_own_is_asked_for_and_said(tmp_path, fake):
+    setup = fake(["step"], worker_process=True)
+    assert all(setup.spec(side, tmp_path)["worker_process"] for side in ("stock", "DELTA"))
+    found = e2e.run(setup)
+    assert found["worker_process"] and "--worker-process" in found["command"]
+    plain = e2e.run(fake(["step"]))
+    assert not plain["worker_process"] and "--worker-process" not in plain["command"]
+
+
 def test_rows_say_of_how_many_ranks_they_are(fake):
     setup = replace(fake(["step"]), tensor_parallel=2)
     found = e2e.run(setup)

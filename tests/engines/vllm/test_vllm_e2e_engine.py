@@ -57,6 +57,7 @@ def test_it_says_what_runs(answers):
     assert ready["kv_tokens"] > 1000
     assert len(ready["backends"]) == 1
     assert ready["cudagraph_mode"] == "NONE"
+    assert ready["executor"] == "uni"
 
 
 def test_every_command_is_done_and_nothing_is_preempted(answers):
@@ -104,9 +105,14 @@ def test_both_sides_accept_as_many_drafts_as_are_drawn(run):
     assert 2.1 < sum(given["stock"]) / 3 < 2.9
 
 
-def test_ranks_run_the_plan(tmp_path):
-    """As the benchmark starts it, each rank in a process that is no fork."""
-    asked = commands(tmp_path, "DELTA", kinds=["step"], tensor_parallel=2, sync_heads=True)
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [({"tensor_parallel": 2, "sync_heads": True}, 2), ({"worker_process": True}, 1)],
+    ids=["two ranks", "one"],
+)
+def test_workers_in_processes_of_their_own_run_the_plan(tmp_path, options, ranks):
+    """As the benchmark starts it, each in a process that is no fork."""
+    asked = commands(tmp_path, "DELTA", kinds=["step"], **options)
     started = subprocess.run(
         WORKER,
         input=lines_of(asked),
@@ -116,9 +122,12 @@ def test_ranks_run_the_plan(tmp_path):
         env={**environment(), "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     )
     done, ready = pairs(asked, started.stdout)
-    assert ready["tensor_parallel"] == 2
+    assert (ready["tensor_parallel"], ready["executor"]) == (ranks, "mp")
     assert ready["backends"] == ["CUSTOM"]
-    assert [len(a["done"]["seconds"]) for c, a in done if c["do"] == "steps"] == [8, 8, 8]
+    steps = [a["done"] for c, a in done if c["do"] == "steps"]
+    assert [len(each["seconds"]) for each in steps] == [8, 8, 8]
+    # The engine's process does little more than to wait for them.
+    assert all(each["waited"] for each in steps)
 
 
 @pytest.mark.skipif(
