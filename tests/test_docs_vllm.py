@@ -31,31 +31,53 @@ def test_engines_measured_in_vllm_are_those_of_the_files():
         rows = rows_of(links[0].rpartition("/")[2])
         assert cells[2:] in [written(row) for row in rows], cells
         shown += 1
-    assert shown == 21
+    assert shown == 22
+
+
+REASONING = {
+    tag: rows_of(f"serve-{name}.json", workload="reasoning")
+    for tag, name in (
+        ("05cf970", "20261128-r1-1.5b"),
+        ("62db241", "20261130-r1-1.5b-reasoning"),
+        *((tag, f"20261130-r1-1.5b-reasoning-{tag}") for tag in ("v1", "v2", "v2b", "mp")),
+    )
+}
+
+
+def gain(row):
+    return rounded(row["theirs"] / row["ours"], 2)
 
 
 def test_what_the_host_did_to_short_steps_is_on_the_pages():
     text = flowing("docs/vllm.md")
-    quick, slow, part = (
-        row
-        for name in ("20261128-r1-1.5b", "20261130-r1-1.5b-reasoning")
-        for row in rows_of(f"serve-{name}.json", workload="reasoning")
-    )
-    ratios = [rounded(row["theirs"] / row["ours"], 2) for row in (slow, quick)]
-    assert "gave {}, where 05cf970 on another one gave {}.".format(*ratios) in text
-    less = rounded(100 * (1 - slow["tok_s_theirs"] / quick["tok_s_theirs"]), 0)
-    assert f"Stock served {less} % less." in text
-    tokens = [rounded(row["tpot_p50_ours"], 1) for row in (slow, quick)]
-    assert "a token took {} ms at inf in place of {}.".format(*tokens) in text
-    first = rounded(part["ttft_p99_ours"], 0), rounded(part["ttft_p99_theirs"], 1)
-    assert f"tokens come {rounded(part['tpot_ratio'], 2)} times as quickly" in text
-    assert "slowest first ones after {} ms, stock's after {}.".format(*first) in text
-    assert f"on another machine the first was {ratios[0]} |" in flowing("docs/operating.md")
-    (headline,) = rows_of("e2e-20261130-r1-headline.json", kind="headline")
-    both = f"{rounded(headline['theirs'] / headline['ours'], 2)} and {ratios[0]}"
-    assert f"On another machine rows 1 and 5 gave [{both}](docs/vllm.md#measured)." in flowing(
-        "README.md"
-    )
+    at_once = {tag: rows[0] for tag, rows in REASONING.items()}
+    gains = {tag: gain(row) for tag, row in at_once.items()}
+    plain = [gains[tag] for tag in ("05cf970", "62db241", "v1")]
+    machines = "gave {} (05cf970), {} (62db241, with nothing beside) and {} (782c93a)."
+    assert machines.format(*plain) in text
+    assert f"{gains['v2']} where the first model runner gave {gains['v1']} at the same" in text
+    assert f"{gains['mp']} where there was {gains['v2b']} without it just before" in text
+    sides = ("ours", "theirs")
+    more = [rounded(at_once["mp"][f"tok_s_{s}"] / at_once["v2b"][f"tok_s_{s}"], 2) for s in sides]
+    served = "serves {} times the tokens a second that it served without, stock {} times."
+    assert served.format(*more) in text
+    steps = [row[f"tpot_p50_{side}"] for row in at_once.values() for side in sides]
+    assert (rounded(min(steps), 0), rounded(max(steps), 0)) == ("4", "7")
+    without = f"{min(plain)} to {max(plain)}"
+    assert f"{without} times without them;" in flowing("docs/operating.md")
+    headlines = ("20261129-r1-headline", "20261130-r1-headline", "20261130-r1-headline-v2")
+    found = [gain(*rows_of(f"e2e-{name}.json", kind="headline")) for name in headlines]
+    both = f"gave [{min(found)} to {max(found)}](docs/vllm.md#measured) in row 1, and {without} in"
+    assert both in flowing("README.md")
+
+
+def test_what_arrivals_did_to_reasoning_is_on_the_page_of_vllm():
+    text = flowing("docs/vllm.md")
+    rows = [REASONING[tag][1] for tag in ("62db241", "v1", "v2")]
+    quicker = "come {} times as quickly with DELTA; those of -v1 {} and those of -v2 {} times."
+    assert quicker.format(*(rounded(row["tpot_ratio"], 2) for row in rows)) in text
+    late = [rounded(row[f"ttft_p99_{side}"], 0) for side in ("ours", "theirs") for row in rows]
+    assert "come after {}, {} and {} ms, stock's after {}, {} and {}.".format(*late) in text
 
 
 def test_rounds_and_curves_of_the_headline_are_on_the_page_of_vllm():
@@ -65,6 +87,12 @@ def test_rounds_and_curves_of_the_headline_are_on_the_page_of_vllm():
     times = zip(thrice["rounds_theirs"], thrice["rounds_ours"], strict=True)
     rounds = [rounded(stock / ours, 2) for stock, ours in times]
     assert "three rounds, {}, {} and {}; nothing beside".format(*rounds) in text
+    (second,) = rows_of("e2e-20261130-r1-headline-v2.json", kind="headline")
+    times = zip(second["rounds_theirs"], second["rounds_ours"], strict=True)
+    rounds = [rounded(stock / ours, 2) for stock, ours in times]
+    assert "three rounds, {}, {} and {}; other work".format(*rounds) in text
+    waits = [rounded(100 * second[f"waited_{side}"], 0) for side in ("ours", "theirs")]
+    assert "waited for the GPU for {} % of its time and stock's for {} %.".format(*waits) in text
     late = {}
     for side in ("ours", "theirs"):
         new, old = thrice[f"curve_{side}"], again[f"curve_{side}"]
