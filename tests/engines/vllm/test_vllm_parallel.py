@@ -71,6 +71,23 @@ def test_two_tensor_ranks_that_select_together_give_the_same_tokens_of_float8_ca
     assert found["two"]["tokens"] == found["float8"]["tokens"] != found["one"]["tokens"]
 
 
+def test_a_worker_in_a_process_of_its_own_gives_tokens_and_counts_of_one_beside(tiny):
+    """What operators get by ``--distributed-executor-backend mp`` on one device."""
+    tight = {"block_size": 32, "num_gpu_blocks_override": 9, "max_model_len": 192}
+    beside = {
+        "model": "llama", "config": tiny_runs.SPARSE, "prompts": tiny_runs.PROMPTS,
+        "max_tokens": 100, "rounds": 2, "engine": {**tight, "max_num_batched_tokens": 40},
+    }  # fmt: skip
+    own = {**beside, "engine": {**beside["engine"], "distributed_executor_backend": "mp"}}
+    found = tiny({"beside": beside, "own": own}, fork=True)
+    assert [run["error"] for run in found.values() if "error" in run] == []
+    for what in ("tokens", "counted", "cached", "preempted"):
+        assert found["own"][what] == found["beside"][what]
+    assert found["beside"]["preempted"] and sum(found["beside"]["cached"])
+    # The builder's batches are seen where it runs.
+    assert found["beside"]["batches"] and not found["own"]["batches"]
+
+
 def test_two_tensor_ranks_that_select_alone_give_the_same_answers(work, one_rank):
     two = run(work, CONFIG, tensor_parallel_size=2)
     for problem, here, there in zip(PROBLEMS, one_rank, two, strict=True):
