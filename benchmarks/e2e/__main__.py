@@ -65,7 +65,7 @@ def e2e(
         bool,
         typer.Option(
             "--worker-process",
-            help="The worker of each engine in its own, as by --distributed-executor-backend mp.",
+            help="One for the worker of each engine, as by --distributed-executor-backend mp.",
         ),
     ] = False,
     env: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
