@@ -19,10 +19,15 @@ def rounded(number, places):
     return f"{Decimal(str(number)).quantize(Decimal(10) ** -places, ROUND_HALF_UP):,}"
 
 
+def gain(row):
+    """Theirs by ours, as pages write it."""
+    return rounded(row["theirs"] / row["ours"], 2)
+
+
 def compared(row, places, unit):
     """Theirs, ours and their ratio, as a table writes them."""
     both = [f"{rounded(row[side], places)} {unit}" for side in ("theirs", "ours")]
-    return [*both, rounded(row["theirs"] / row["ours"], 2)]
+    return [*both, gain(row)]
 
 
 def served(file, workload, what, places, unit):

@@ -4,7 +4,7 @@ import itertools
 import json
 from functools import cache
 
-from docs_figures import RESULTS, compared, rounded, rows_of, served
+from docs_figures import RESULTS, compared, gain, rounded, rows_of, served
 from docs_pages import ROOT, flowing, read
 from transformers import AutoConfig
 
@@ -108,7 +108,7 @@ def test_gains_of_steps_are_those_of_bytes_and_files():
             if row["kind"] in ("step", "short")
         )
         bytes_ = SHAPES[shapes[model]].gain_by_bytes(batch, context)
-        assert cells[2:4] == [rounded(bytes_, 2), rounded(row["theirs"] / row["ours"], 2)]
+        assert cells[2:4] == [rounded(bytes_, 2), gain(row)]
         shown += 1
     assert shown == 9
 
@@ -317,6 +317,6 @@ def test_times_of_quicker_kernels_are_those_of_the_file():
     shown = rows[start + 1 : start + 1 + len(rows_of(name))]
     assert shown == [
         [row["case"], *(rounded(row[side], 1) for side in ("theirs", "ours")),
-         rounded(row["theirs"] / row["ours"], 2)]
+         gain(row)]
         for row in rows_of(name)
     ]  # fmt: skip

@@ -30,7 +30,8 @@ def make_row(
     every sparse layer reads all there is, so that nothing can be gained. A headline has ``tok_s``,
     the seconds of its ``rounds``, and a ``curve`` of [context, ms of a step], the first round's,
     for either side. ``waited`` is the part of the time in which an engine's Python had nothing to
-    do but to wait for the device: near 0, the host is the limit.
+    do but to wait for the device, or for a worker in another process: near 0, that Python is the
+    limit.
     """
     shared = {
         "kind": workload.kind,
@@ -63,7 +64,10 @@ def make_row(
 
 
 def _waited(rounds: Rounds) -> float | None:
-    """None where engines do not see it: in a profile, and without asynchronous scheduling."""
+    """None where engines do not see it.
+
+    That is in a profile, and in an engine of one process without asynchronous scheduling.
+    """
     waited = sum(float(one.get("waited", 0.0)) for one in rounds)
     if not waited or "seconds" not in rounds[0]:
         return None
