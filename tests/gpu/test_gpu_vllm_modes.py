@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from pathlib import Path
+from statistics import median
 
 import pytest
 from test_gpu_vllm import BLOCK, CONFIG, PROBLEMS, agreeing, plugin_path, said
@@ -27,7 +30,7 @@ SPARSE = {
     "dense_layers": [1], "delta_layers": [3],
 }  # fmt: skip
 ALL_PAGES = {**SPARSE, "budget_pages": 32}
-FAMILIES = ["gpt_oss", "gemma3", "gemma3n", "qwen3_next", "llama4"]
+FAMILIES = ["gpt_oss", "gemma2", "gemma3", "gemma3n", "qwen3_next", "llama4"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -81,11 +84,13 @@ def test_an_engine_that_has_slept_gives_the_same(work):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Runs of tiny_worker.py, each in a process of its own: run -> what it gave."""
-    folder = tmp_path_factory.mktemp("tiny")
-    path = plugin_path(folder)
+    """Runs of tiny_worker.py, all at once: named runs -> what each of them gave, by name.
 
-    def run(**job):
+    Each has a process, a folder and a compilation cache of its own.
+    """
+    path = plugin_path(tmp_path_factory.mktemp("plugin"))
+
+    def run(job, folder):
         common = {
             "prompts": PROMPTS, "max_tokens": 40,
             "engine": {
@@ -96,16 +101,28 @@ def tiny(tmp_path_factory):
         (folder / "job.json").write_text(
             json.dumps({"folder": str(folder), "runs": [{**common, **job}]})
         )
+        own = {
+            "PYTHONPATH": path, "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }  # fmt: skip
         done = subprocess.run(
             [sys.executable, str(WORKER), "job.json", "out.json"], cwd=folder,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "WARNING"},
+            env={**os.environ, **own},
         )  # fmt: skip
         assert done.returncode == 0, said(done.stdout)
         (found,) = json.loads((folder / "out.json").read_text())
         return found
 
-    return run
+    def run_all(**jobs):
+        folders = [tmp_path_factory.mktemp("tiny") for _ in jobs]
+        with ThreadPoolExecutor(len(jobs)) as threads:
+            found = dict(zip(jobs, threads.map(run, jobs.values(), folders), strict=True))
+        if "error" in found["stock"]:
+            pytest.skip(f"stock vLLM does not run it here: {found['stock']['error'][:200]}")
+        return found
+
+    return run_all
 
 
 def first_tokens(run):
@@ -114,49 +131,71 @@ def first_tokens(run):
     return [tokens[:8] for tokens in run["tokens"]]
 
 
-def run_or_skip(tiny, **job):
-    stock = tiny(**job)
-    if "error" in stock:
-        pytest.skip(f"stock vLLM does not run it here: {stock['error'][:200]}")
-    return stock
+def apart(run, stock):
+    """How far the logprobs of decode steps are from stock's, the median, while tokens agree.
+
+    Weights are random, so that near-ties are common: in bfloat16 no token has to be the same. The
+    first one is, which comes of the prompt.
+    """
+    assert "error" not in run, run["error"]
+    found = []
+    for ours, theirs, some, others in zip(
+        run["tokens"], stock["tokens"], run["logprobs"], stock["logprobs"], strict=True
+    ):
+        assert ours[0] == theirs[0]
+        for step in range(1, 8):
+            if ours[:step] == theirs[:step]:
+                both = set(some[step]) & set(others[step])
+                found.append(max((abs(some[step][t] - others[step][t]) for t in both), default=inf))
+    return median(found)
 
 
 @pytest.mark.parametrize("model", FAMILIES)
-def test_with_every_page_in_the_budget_a_family_is_stock_vllm(tiny, model):
-    stock = run_or_skip(tiny, model=model)
-    everything = tiny(model=model, config=ALL_PAGES)
-    assert first_tokens(everything) == first_tokens(stock)
-    sparse = tiny(model=model, config=SPARSE)
-    assert "error" not in sparse, sparse["error"]
-    assert 0 < sparse["counted"][0] < sparse["counted"][1]
+def test_with_every_page_in_the_budget_a_family_is_near_stock_vllm(tiny, model):
+    runs = tiny(
+        stock={"model": model},
+        everything={"model": model, "config": ALL_PAGES},
+        sparse={"model": model, "config": SPARSE},
+    )
+    near, far = (apart(runs[name], runs["stock"]) for name in ("everything", "sparse"))
+    assert near < far / 4
+    attended, full = runs["everything"]["counted"]
+    assert attended == full > runs["sparse"]["counted"][0] > 0
 
 
 def test_an_adapter_with_every_page_in_the_budget_is_stock_vllm(tiny):
     config = {**ALL_PAGES, "dense_layers": [0], "delta_layers": [1]}
-    stock = tiny(model="llama", lora=True)
-    assert first_tokens(tiny(model="llama", lora=True, config=config)) == first_tokens(stock)
-    assert first_tokens(tiny(model="llama")) != first_tokens(stock)
+    adapted = {"model": "llama", "lora": True}
+    runs = tiny(stock=adapted, everything={**adapted, "config": config}, plain={"model": "llama"})
+    stock = first_tokens(runs["stock"])
+    assert first_tokens(runs["everything"]) == stock != first_tokens(runs["plain"])
 
 
 def test_float8_scales_of_a_checkpoint(tiny):
     """Written into the cache by vLLM, and read by both."""
     scaled = {"model": "llama", "float8": [0.05, 0.03], "prompts": [PROMPTS[0]]}
     config = {**ALL_PAGES, "dense_layers": [0], "delta_layers": [1]}
-    stock = run_or_skip(tiny, **scaled)
-    everything = tiny(**scaled, config=config)
+    runs = tiny(
+        stock=scaled,
+        everything={**scaled, "config": config},
+        sparse={**scaled, "config": {**config, "budget_pages": 3}},
+    )
+    stock, everything = runs["stock"], runs["everything"]
     assert first_tokens(everything)[0][:4] == first_tokens(stock)[0][:4]
     for ours, theirs in zip(everything["logprobs"][0][:3], stock["logprobs"][0][:3], strict=True):
         for token in set(ours) & set(theirs):
             # Stock attention rounds softmax weights to float8 as well.
             assert ours[token] == pytest.approx(theirs[token], abs=0.3)
-    sparse = tiny(**scaled, config={**config, "budget_pages": 3})
-    assert sparse["counted"][0] < sparse["counted"][1]
+    assert runs["sparse"]["counted"][0] < runs["sparse"]["counted"][1]
 
 
 def test_heads_that_the_kernels_do_not_take(tiny):
-    stock = run_or_skip(tiny, model="gemma4_wide")
-    refused = tiny(model="gemma4_wide", config=ALL_PAGES)
+    wide = {"model": "gemma4_wide"}
+    runs = tiny(
+        stock=wide,
+        refused={**wide, "config": ALL_PAGES},
+        told={**wide, "config": {**ALL_PAGES, "on_unsupported": "stock"}},
+    )
     words = 'got 512 and 2; on_unsupported="stock" serves it with stock attention'
-    assert words in refused["error"]
-    told = tiny(model="gemma4_wide", config={**ALL_PAGES, "on_unsupported": "stock"})
-    assert first_tokens(told) == first_tokens(stock)
+    assert words in runs["refused"]["error"]
+    assert first_tokens(runs["told"]) == first_tokens(runs["stock"])

@@ -6,6 +6,7 @@ from tiny_runs import PROMPTS, SPARSE
 ALTERNATING = {**SPARSE, "dense_layers": [1], "delta_layers": [3]}
 PLANS = {
     "gpt_oss": ALTERNATING,  # attention sinks; windows
+    "gemma2": ALTERNATING,  # capped logits
     "gemma3": ALTERNATING,
     "gemma3n": ALTERNATING,  # layers 5 and 7 read the cache of 3, a Δ-layer
     "gemma4": ALTERNATING,  # heads of another size in full-attention layers

@@ -37,6 +37,12 @@ MODELS = {
         "sliding_window": 16, "query_pre_attn_scalar": 32, "initializer_range": 0.05,
         "tie_word_embeddings": True,
     },
+    # Logits of attention are capped, near what most of them are.
+    "gemma2": {
+        "model_type": "gemma2", "num_hidden_layers": 6, "layer_types": ALTERNATE * 3,
+        "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0,
+        "initializer_range": 0.2, "tie_word_embeddings": True,
+    },
     # Full-attention layers have heads of another size than the others.
     "gemma4": {
         "model_type": "gemma4_text", "num_hidden_layers": 6, "layer_types": ALTERNATE * 3,
@@ -48,6 +54,7 @@ MODELS = {
     "gpt_oss": {
         "model_type": "gpt_oss", "num_hidden_layers": 6, "layer_types": ALTERNATE * 3,
         "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "initializer_range": 0.2,
     },
     "qwen3_next": {"model_type": "qwen3_next", **LINEAR, **EXPERTS, "num_experts": 4,
         "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1,

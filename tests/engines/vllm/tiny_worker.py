@@ -32,6 +32,12 @@ def make(name, folder):
         values = {**SHAPE, **MODELS[name]}
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+        for part, weight in model.named_parameters():
+            if part.endswith(".sinks"):
+                weight.data += 8  # beyond the logits of most keys, so that a lost one is seen
+        if values["tie_word_embeddings"]:
+            # Else each token is its own successor, whatever layers do.
+            model.get_input_embeddings().weight.data *= 0.3
         model.float().save_pretrained(path)
         complete(path)
     return path
