@@ -31,9 +31,18 @@ def test_engines_measured_in_vllm_are_those_of_the_files():
         rows = rows_of(links[0].rpartition("/")[2])
         assert cells[2:] in [written(row) for row in rows], cells
         shown += 1
-    assert shown == 22
+    assert shown == 23
 
 
+HEADLINES = {
+    tag: rows_of(f"e2e-{name}.json", kind="headline")[0]
+    for tag, name in (
+        ("again", "20261129-r1-headline"),
+        ("thrice", "20261130-r1-headline"),
+        ("second", "20261130-r1-headline-v2"),
+        ("own", "20261130-r1-headline-own"),
+    )
+}
 REASONING = {
     tag: rows_of(f"serve-{name}.json", workload="reasoning")
     for tag, name in (
@@ -61,10 +70,10 @@ def test_what_the_host_did_to_short_steps_is_on_the_pages():
     assert (rounded(min(steps), 0), rounded(max(steps), 0)) == ("4", "7")
     without = f"{min(plain)} to {max(plain)}"
     assert f"{without} times without them;" in flowing("docs/operating.md")
-    headlines = ("20261129-r1-headline", "20261130-r1-headline", "20261130-r1-headline-v2")
-    found = [gain(*rows_of(f"e2e-{name}.json", kind="headline")) for name in headlines]
-    both = f"gave [{min(found)} to {max(found)}](docs/vllm.md#measured) in row 1, and {without} in"
-    assert both in flowing("README.md")
+    found = [gain(HEADLINES[name]) for name in ("again", "thrice", "second")]
+    fewer = [*plain, gains["v2"], gains["v2b"]]
+    both = "with one or none, machines gave [{} to {}](docs/vllm.md#measured) and {} to {}."
+    assert both.format(min(found), max(found), min(fewer), max(fewer)) in flowing("README.md")
 
 
 def test_what_arrivals_did_to_reasoning_is_on_the_page_of_vllm():
@@ -78,15 +87,16 @@ def test_what_arrivals_did_to_reasoning_is_on_the_page_of_vllm():
 
 def test_rounds_and_curves_of_the_headline_are_on_the_page_of_vllm():
     text = flowing("docs/vllm.md")
-    (thrice,) = rows_of("e2e-20261130-r1-headline.json", kind="headline")
-    (again,) = rows_of("e2e-20261129-r1-headline.json", kind="headline")
-    (second,) = rows_of("e2e-20261130-r1-headline-v2.json", kind="headline")
-    for row, company in ((thrice, "nothing beside"), (second, "other work")):
+    again, thrice = HEADLINES["again"], HEADLINES["thrice"]
+    for tag, company in (("thrice", "nothing"), ("second", "other work"), ("own", "nothing")):
+        row = HEADLINES[tag]
         times = zip(row["rounds_theirs"], row["rounds_ours"], strict=True)
         rounds = [rounded(stock / ours, 2) for stock, ours in times]
         assert "three rounds, {}, {} and {}; ".format(*rounds) + company in text
-    waits = [rounded(100 * second[f"waited_{side}"], 0) for side in ("ours", "theirs")]
-    assert "waited for the GPU for {} % of its time and stock's for {} %.".format(*waits) in text
+    for tag, what in (("second", "the GPU"), ("own", "its worker")):
+        waits = [rounded(100 * HEADLINES[tag][f"waited_{side}"], 0) for side in ("ours", "theirs")]
+        waited = f"waited for {what} for {{}} % of its time and stock's for {{}} %."
+        assert waited.format(*waits) in text
     late = {}
     for side in ("ours", "theirs"):
         new, old = thrice[f"curve_{side}"], again[f"curve_{side}"]
@@ -106,6 +116,21 @@ def test_rounds_and_curves_of_the_headline_are_on_the_page_of_vllm():
     assert f"tokens on {far} and {before}." in text
 
 
+def test_what_a_process_for_the_worker_did_to_the_headline_is_on_the_page_of_vllm():
+    text, own, again = flowing("docs/vllm.md"), HEADLINES["own"], HEADLINES["again"]
+    ours, before = own["curve_ours"], again["curve_ours"]
+    assert abs(median_of_curves(ours, before, 5300) - 1) < 0.005
+    less = 1 - median_of_curves(own["curve_theirs"], again["curve_theirs"], 5300)
+    assert f"those of [again], and stock's {rounded(100 * less, 1)} % less (median)" in text
+    short = [step for at, step in ours if at < 5300]
+    assert f"take {rounded(min(short), 1)} to {rounded(max(short), 1)} ms however long" in text
+    assert max(short) < max(step for _, step in ours[-30:])
+    sooner = [old < new for (at, new), (_, old) in zip(ours, before, strict=True) if at < 5300]
+    assert sum(sooner) > len(sooner) / 2
+    chat = [gain(row) for row in rows_of("serve-20261130-r1-1.5b-chat-mp.json")]
+    assert "{} times stock's tokens a second at inf, {} times at 0.8 of its".format(*chat) in text
+
+
 def test_what_two_gpus_measured_is_on_the_page_of_vllm():
     text = flowing("docs/vllm.md")
     files = (f"e2e-20261130-qwen3-8b-tp2{tag}.json" for tag in ("-sync", ""))
@@ -113,5 +138,8 @@ def test_what_two_gpus_measured_is_on_the_page_of_vllm():
     longer = f"{rounded((together / alone - 1) * 100, 0)} % longer"
     times = f"{rounded(together, 2)} ms in place of {rounded(alone, 2)}."
     assert f"step of the 8B shape {longer} ([above](#measured)): {times}" in text
-    stages = served("serve-20261130-qwen3-8b-pp2.json", "chat", "tok_s", 0, "")[2]
-    assert f"where DELTA serves {stages} of stock's tokens a second" in text
+    chat = served("serve-20261130-qwen3-8b-pp2.json", "chat", "tok_s", 0, "")[2]
+    (row,) = rows_of("serve-20261130-qwen3-8b-pp2-long.json")
+    stages = "serves {} of stock's tokens a second in chat, and {} times as many with long contexts"
+    quicker = f"where an output token takes 1 / {rounded(row['tpot_ratio'], 2)} of the time"
+    assert f"{stages.format(chat, gain(row))}, {quicker}" in text
