@@ -13,6 +13,7 @@ from deltadecode.engines.serving.settings import ServingSettings
 from deltadecode.engines.serving.step import Cache, ForwardPass, attend
 from deltadecode.engines.vllm import implementation, ranks
 from deltadecode.engines.vllm.implementation import DeltaImpl
+from deltadecode.errors import UnsupportedModelError
 
 CONFIG = DeltaConfig(4, 3, 1, 1, (), (0,))
 SETTINGS = ServingSettings(CONFIG, CONFIG.layer_plan(2))
@@ -167,3 +168,23 @@ def test_in_lossless_mode_steps_without_drafts_are_stock_attention(monkeypatch):
         output = torch.zeros_like(batch.q)
         layer.forward(None, batch.q, None, None, batch.caches[0], batch, output)
         assert (output == STOCK).all() == stock
+
+
+# FlashAttention has the tokens before and behind; on CPUs it is the window, or -1.
+@pytest.mark.parametrize(
+    "special", [{"sliding_window": (15, 0)}, {"sliding_window": 16}, {"alibi_slopes": [0.5]}]
+)
+def test_a_planned_layer_that_hides_tokens_is_refused_where_no_configuration_says_so(special):
+    layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
+    found = Impl(1, False)
+    vars(found).update(special, _role=None)
+    with pytest.raises(UnsupportedModelError, match="layer 1 has a sliding window or ALiBi"):
+        found.role(layer)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), -1, (4095, 0), 4096, None])
+def test_a_window_that_hides_nothing_is_none(window):
+    layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
+    found = Impl(1, False)
+    vars(found).update(sliding_window=window, _role=None)
+    assert found.role(layer) == "sparse"
