@@ -117,10 +117,7 @@ def tiny(tmp_path_factory):
     def run_all(**jobs):
         folders = [tmp_path_factory.mktemp("tiny") for _ in jobs]
         with ThreadPoolExecutor(len(jobs)) as threads:
-            found = dict(zip(jobs, threads.map(run, jobs.values(), folders), strict=True))
-        if "error" in found["stock"]:
-            pytest.skip(f"stock vLLM does not run it here: {found['stock']['error'][:200]}")
-        return found
+            return dict(zip(jobs, threads.map(run, jobs.values(), folders), strict=True))
 
     return run_all
 
@@ -129,6 +126,13 @@ def first_tokens(run):
     """Where sums of bfloat16 turn a near-tie, all that follows differs."""
     assert "error" not in run, run["error"]
     return [tokens[:8] for tokens in run["tokens"]]
+
+
+def run_or_skip(tiny, **jobs):
+    runs = tiny(**jobs)
+    if "error" in runs["stock"]:
+        pytest.skip(f"stock vLLM does not run it here: {runs['stock']['error'][:200]}")
+    return runs
 
 
 def apart(run, stock):
@@ -152,7 +156,8 @@ def apart(run, stock):
 
 @pytest.mark.parametrize("model", FAMILIES)
 def test_with_every_page_in_the_budget_a_family_is_near_stock_vllm(tiny, model):
-    runs = tiny(
+    runs = run_or_skip(
+        tiny,
         stock={"model": model},
         everything={"model": model, "config": ALL_PAGES},
         sparse={"model": model, "config": SPARSE},
@@ -175,7 +180,8 @@ def test_float8_scales_of_a_checkpoint(tiny):
     """Written into the cache by vLLM, and read by both."""
     scaled = {"model": "llama", "float8": [0.05, 0.03], "prompts": [PROMPTS[0]]}
     config = {**ALL_PAGES, "dense_layers": [0], "delta_layers": [1]}
-    runs = tiny(
+    runs = run_or_skip(
+        tiny,
         stock=scaled,
         everything={**scaled, "config": config},
         sparse={**scaled, "config": {**config, "budget_pages": 3}},
@@ -191,7 +197,8 @@ def test_float8_scales_of_a_checkpoint(tiny):
 
 def test_heads_that_the_kernels_do_not_take(tiny):
     wide = {"model": "gemma4_wide"}
-    runs = tiny(
+    runs = run_or_skip(
+        tiny,
         stock=wide,
         refused={**wide, "config": ALL_PAGES},
         told={**wide, "config": {**ALL_PAGES, "on_unsupported": "stock"}},
