@@ -170,21 +170,22 @@ def test_in_lossless_mode_steps_without_drafts_are_stock_attention(monkeypatch):
         assert (output == STOCK).all() == stock
 
 
+def role_of_a_layer(**values):
+    """The role that a sparse layer finds, which has these values by its engine."""
+    layer = Impl(1, False)
+    vars(layer).update(values, _role=None)
+    return layer.role(SimpleNamespace(layer_name="model.layers.1.self_attn.attn"))
+
+
 # FlashAttention has the tokens before and behind; on CPUs it is the window, or -1.
 @pytest.mark.parametrize(
     "special", [{"sliding_window": (15, 0)}, {"sliding_window": 16}, {"alibi_slopes": [0.5]}]
 )
 def test_a_planned_layer_that_hides_tokens_is_refused_where_no_configuration_says_so(special):
-    layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
-    found = Impl(1, False)
-    vars(found).update(special, _role=None)
     with pytest.raises(UnsupportedModelError, match="layer 1 has a sliding window or ALiBi"):
-        found.role(layer)
+        role_of_a_layer(**special)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), -1, (4095, 0), 4096, None])
 def test_a_window_that_hides_nothing_is_none(window):
-    layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
-    found = Impl(1, False)
-    vars(found).update(sliding_window=window, _role=None)
-    assert found.role(layer) == "sparse"
+    assert role_of_a_layer(sliding_window=window) == "sparse"
