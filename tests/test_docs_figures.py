@@ -38,7 +38,7 @@ def right_answers():
 
 def test_numbers_of_the_readme_are_those_of_the_files():
     r1, short = "e2e-20261124-r1-1.5b.json", "e2e-20261125-r1-short.json"
-    headline, shape_8b = "e2e-20261130-r1-headline-own.json", "e2e-20261124-qwen3-8b.json"
+    headline, shape_8b = "e2e-20261130-r1-headline-again.json", "e2e-20261124-qwen3-8b.json"
     served_r1 = "serve-20261130-r1-1.5b-reasoning-mp.json"
     served_8b = "serve-20261130-qwen3-8b.json"
     step = "decode step, bfloat16, context 16384"

@@ -31,7 +31,7 @@ def test_engines_measured_in_vllm_are_those_of_the_files():
         rows = rows_of(links[0].rpartition("/")[2])
         assert cells[2:] in [written(row) for row in rows], cells
         shown += 1
-    assert shown == 23
+    assert shown == 24
 
 
 HEADLINES = {
@@ -41,6 +41,7 @@ HEADLINES = {
         ("thrice", "20261130-r1-headline"),
         ("second", "20261130-r1-headline-v2"),
         ("own", "20261130-r1-headline-own"),
+        ("own again", "20261130-r1-headline-again"),
     )
 }
 REASONING = {
@@ -73,15 +74,28 @@ def test_what_the_host_did_to_short_steps_is_on_the_pages():
     found = [gain(HEADLINES[name]) for name in ("again", "thrice", "second")]
     fewer = [*plain, gains["v2"], gains["v2b"]]
     both = "with one or none, machines gave [{} to {}](docs/vllm.md#measured) and {} to {}."
-    assert both.format(min(found), max(found), min(fewer), max(fewer)) in flowing("README.md")
+    readme = flowing("README.md")
+    assert both.format(min(found), max(found), min(fewer), max(fewer)) in readme
+    assert f"(row 1 on a slower one: {gain(HEADLINES['own'])});" in readme
 
 
-def test_chat_with_settings_for_short_steps_is_on_the_page_of_vllm():
-    text, rows = flowing("docs/vllm.md"), rows_of("serve-20261130-r1-1.5b-chat-mp.json")
-    gains = "{} times stock's tokens a second at inf, {} times at 0.8 of its"
-    assert gains.format(*map(gain, rows)) in text
-    times = [rounded(rows[0][f"duration_s_{side}"], 0) for side in ("theirs", "ours")]
-    assert "The former took {} and {} s,".format(*times) in text
+def test_chat_with_settings_for_short_steps_is_on_the_pages():
+    text, operating = flowing("docs/vllm.md"), flowing("docs/operating.md")
+    (quiet,) = rows_of("serve-20261130-r1-1.5b-chat-2048.json")
+    slower = f"at saturation: {gain(quiet)} times its tokens a second in 20261130-r1-1.5b-chat-2048"
+    times = [rounded(quiet[f"duration_s_{side}"], 0) for side in ("theirs", "ours")]
+    assert slower + ", which took {} and {} s with nothing beside.".format(*times) in text
+    tokens = [rounded(quiet[f"tpot_p50_{side}"], 1) for side in ("ours", "theirs")]
+    late = rounded(100 * (1 / quiet["ttft_p99_ratio"] - 1), 0)
+    assert "takes {} ms there and stock's {} (TPOT p50);".format(*tokens) in text
+    assert f"slowest first tokens (p99) come {late} % later." in text
+    plain = rows_of("serve-20261129-r1-1.5b.json", workload="chat", rate="inf")
+    assert f"Without the settings it is {gain(plain[0])} times (20261129-r1-1.5b)." in text
+    beside = rows_of("serve-20261130-r1-1.5b-chat-mp.json")
+    assert "{} times at inf, {} times at 0.8 of stock's rate.".format(*map(gain, beside)) in text
+    assert 4 * beside[0]["requests"] == quiet["requests"]
+    assert f"DELTA served [{gain(quiet)} times stock's tokens a second](" in operating
+    assert f"on the 1.5B shape ({gain(quiet)} times with the settings for short" in operating
 
 
 def test_what_arrivals_did_to_reasoning_is_on_the_page_of_vllm():
@@ -96,14 +110,18 @@ def test_what_arrivals_did_to_reasoning_is_on_the_page_of_vllm():
 def test_rounds_and_curves_of_the_headline_are_on_the_page_of_vllm():
     text = flowing("docs/vllm.md")
     again, thrice = HEADLINES["again"], HEADLINES["thrice"]
-    for tag, company in (("thrice", "nothing"), ("second", "other work"), ("own", "nothing")):
-        row = HEADLINES[tag]
+    for tag in ("thrice", "second", "own", "own again"):
+        row, beside = HEADLINES[tag], "other work" if tag == "second" else "nothing"
         times = zip(row["rounds_theirs"], row["rounds_ours"], strict=True)
-        rounds = [rounded(stock / ours, 2) for stock, ours in times]
-        assert "three rounds, {}, {} and {}; ".format(*rounds) + company in text
-    for tag, what in (("second", "the GPU"), ("own", "its worker")):
+        *rounds, last = [rounded(stock / ours, 2) for stock, ours in times]
+        count = ("two", "three")[len(rounds) - 1]
+        assert f"{count} rounds, {', '.join(rounds)} and {last}; {beside}" in text
+    for tag, waited in (
+        ("second", "waited for the GPU for {} % of its time and stock's for {} %."),
+        ("own", "waited for its worker for {} % of its time and stock's for {} %."),
+        ("own again", "waited for its worker for {} % of its time there, and stock's for {} %."),
+    ):
         waits = [rounded(100 * HEADLINES[tag][f"waited_{side}"], 0) for side in ("ours", "theirs")]
-        waited = f"waited for {what} for {{}} % of its time and stock's for {{}} %."
         assert waited.format(*waits) in text
     late = {}
     for side in ("ours", "theirs"):
@@ -131,10 +149,10 @@ def test_what_a_process_for_the_worker_did_to_the_headline_is_on_the_page_of_vll
     less = 1 - median_of_curves(own["curve_theirs"], again["curve_theirs"], 5300)
     assert f"those of [again], and stock's {rounded(100 * less, 1)} % less (median)" in text
     short = [step for at, step in ours if at < 5300]
-    (tokens, first), (_, other) = ours[0], HEADLINES["second"]["curve_ours"][0]
+    (tokens, first), (_, other) = ours[0], HEADLINES["own again"]["curve_ours"][0]
     least, most = (rounded(step, 1) for step in (min(short), max(short)))
-    there = f"At {tokens} tokens they take {rounded(first, 2)} ms, where those of [second] take"
-    assert f"take {least} to {most} ms. {there} {rounded(other, 2)} ms:" in text
+    there = f"{rounded(first, 2)} ms at {tokens} tokens. In [own again] they take"
+    assert f"take {least} to {most} ms: {there} {rounded(other, 2)} ms there," in text
 
 
 def test_what_two_gpus_measured_is_on_the_page_of_vllm():
