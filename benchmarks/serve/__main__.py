@@ -54,6 +54,9 @@ def serve(
     minutes: Annotated[
         float | None, typer.Option(help="Stop after so long; run again to go on.")
     ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Of every run; a row has the median one of each side.")
+    ] = 1,
     start_together: Annotated[
         bool,
         typer.Option("--start-together", help="Start both at once, and let both live."),
@@ -103,7 +106,7 @@ def serve(
         options = make_options(
             shape=shape, names=workload or [], rates=rate or [], requests=requests,
             concurrency=concurrency, input_len=input_len, output_len=output_len,
-            prefix_len=prefix_len, side=side, plan=plan, raw=raw, minutes=minutes,
+            prefix_len=prefix_len, side=side, plan=plan, raw=raw, minutes=minutes, rounds=rounds,
             start_together=start_together, lossless=lossless, drafts=drafts, acceptance=acceptance,
             flags=[word for text in server_flag or [] for word in shlex.split(text)],
             variables=env or [],

@@ -24,16 +24,25 @@ class OutOfTimeError(ClientError):
 
 
 def bench_command(
-    tokenizer: Path, port: int, workload: Workload, rate: Rate, per_second: float, result: Path
+    tokenizer: Path,
+    port: int,
+    workload: Workload,
+    rate: Rate,
+    number: int,
+    per_second: float,
+    result: Path,
 ) -> list[str]:
-    """The command line of one run, at so many requests a second; ``rate`` chooses the seed."""
+    """The command line of one run, at so many requests a second.
+
+    ``rate`` and ``number``, which says how often it has come, choose the seed.
+    """
     options: dict[str, Any] = {
         "model": NAME, "tokenizer": tokenizer, "host": "127.0.0.1", "port": port,
         "dataset-name": "random", "random-input-len": workload.prompt,
         "random-output-len": workload.output, "random-prefix-len": workload.prefix,
         "random-range-ratio": 0, "num-prompts": workload.requests,
         "max-concurrency": workload.concurrency, "request-rate": f"{per_second:g}",
-        "seed": seed(workload, rate), "temperature": 0,
+        "seed": seed(workload, rate, number), "temperature": 0,
         # Its check sends a whole request first, which a long output makes take its time.
         "ready-check-timeout-sec": 0,
         "percentile-metrics": ",".join(METRICS),
@@ -51,6 +60,7 @@ def drive(
     tokenizer: Path,
     workload: Workload,
     rate: Rate,
+    number: int,
     per_second: float,
     folder: Path,
     seconds: float | None,
@@ -58,7 +68,7 @@ def drive(
     """Send a workload to a server, and give what the client and the server say about it."""
     part = (folder / "bench.part").resolve()
     part.unlink(missing_ok=True)
-    command = bench_command(tokenizer, server.port, workload, rate, per_second, part)
+    command = bench_command(tokenizer, server.port, workload, rate, number, per_second, part)
     before = server.metrics()
     text = _run(command, folder, seconds)
     if not server.alive():

@@ -34,6 +34,7 @@ def make_options(
     plan: Path | None = None,
     raw: Path = Path("build/load"),
     minutes: float | None = None,
+    rounds: int = 1,
     start_together: bool = False,
     lossless: bool = False,
     drafts: int = 4,
@@ -72,14 +73,15 @@ def make_options(
     command = command_line(
         "serve", shape=shape, workload=list(names), rate=list(rates), requests=requests,
         concurrency=concurrency, input_len=input_len, output_len=output_len,
-        prefix_len=prefix_len, server_flag=[" ".join(flags)] if flags else [], plan=plan,
+        prefix_len=prefix_len, rounds=rounds if rounds > 1 else None,
+        server_flag=[" ".join(flags)] if flags else [], plan=plan,
         start_together=start_together, lossless=lossless, drafts=drafts if lossless else None,
         acceptance=acceptance, env=list(variables),
     )  # fmt: skip
     return LoadOptions(
         shape=model, plan=cfg, workloads=workloads, rates=parse_rates(rates), raw=raw,
         flags=tuple(flags), variables=parse_variables(variables),
-        sides=SIDES if side is None else (side,), minutes=minutes,
+        sides=SIDES if side is None else (side,), minutes=minutes, rounds=rounds,
         start_together=start_together, command=command, drafts=drafts if lossless else 0,
         acceptance=acceptance,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from benchmarks.serve.run import LoadOptions, engines, read_facts, read_run, unf
 from benchmarks.serve.workloads import Rate, Workload
 from deltadecode.lab.results import rounded, row
 
+Run = dict[str, Any]  # what a file of one run holds
 PEER = "vllm"
 UNIT = "ms per output token of the server"
 _TIMES = tuple(f"{metric}_p{percentile}" for metric in METRICS for percentile in PERCENTILES)
@@ -32,14 +33,22 @@ TITLES = (
 
 
 def make_result(options: LoadOptions) -> dict[str, Any]:
-    """Put the runs of a folder together; runs of one side alone are among ``unfinished``."""
+    """Put the runs of a folder together; runs of one side alone are among ``unfinished``.
+
+    Of several rounds, a row has each side's median run by tokens a second (of an even number the
+    slower one in the middle), and all of them as ``rounds_theirs`` and ``rounds_ours``.
+    """
     facts = read_facts(options.raw)
     rows = []
-    for workload, rate in options.runs():
-        ours = read_run(options.raw, DELTA, workload, rate)
-        theirs = read_run(options.raw, STOCK, workload, rate)
-        if ours is not None and theirs is not None and ours["per_second"] == theirs["per_second"]:
-            rows.append(make_row(workload, rate, ours, theirs, options.mode))
+    for workload, rate in options.cases():
+        pairs = _rounds(options, workload, rate)
+        if pairs:
+            theirs, ours = (_median_run(side) for side in zip(*pairs, strict=True))
+            line = make_row(workload, rate, ours, theirs, options.mode)
+            if options.rounds > 1:
+                for name, place in (("theirs", 0), ("ours", 1)):
+                    line[f"rounds_{name}"] = [rounded(pair[place]["tok_s"]) for pair in pairs]
+            rows.append(line)
     shared = {name: facts[name] for name in ("commit", "machine", "versions")}
     plan = options.shape.plan_note if options.plan == options.shape.plan else "given"
     return {
@@ -49,6 +58,21 @@ def make_result(options: LoadOptions) -> dict[str, Any]:
         "environment": facts.get("environment", {}), "engines": dict(engines(options.raw)),
         "unfinished": unfinished(options),
     }  # fmt: skip
+
+
+def _rounds(options: LoadOptions, workload: Workload, rate: Rate) -> list[tuple[Run, Run]]:
+    """What stock and DELTA measured in each round that both have, at one number of requests."""
+    pairs = []
+    for number in range(1, options.rounds + 1):
+        case = workload, rate, number
+        theirs, ours = (read_run(options.raw, side, *case) for side in (STOCK, DELTA))
+        if ours is not None and theirs is not None and ours["per_second"] == theirs["per_second"]:
+            pairs.append((theirs, ours))
+    return pairs
+
+
+def _median_run(runs: Sequence[Run]) -> Run:
+    return sorted(runs, key=lambda run: float(run["tok_s"]))[(len(runs) - 1) // 2]
 
 
 def make_row(

@@ -42,6 +42,7 @@ class LoadOptions:
     variables: Mapping[str, str] = field(default_factory=dict)  # of both servers' environment
     sides: Sequence[str] = SIDES
     minutes: float | None = None
+    rounds: int = 1  # of every run
     start_together: bool = False  # both live, with caches of just the size that is needed
     drafts: int = 0  # of the DELTA side, in lossless mode
     acceptance: float | None = None  # of each draft, drawn; None: found out
@@ -75,6 +76,11 @@ class LoadOptions:
                 line += ["--speculative-config", json.dumps(own)]
         return [*line, *self.flags]
 
+    def name(self, side: str, workload: Workload, rate: Rate, number: int) -> str:
+        """A run, as messages name it."""
+        again = f", round {number}" if self.rounds > 1 else ""
+        return f"{side}, {workload.name} at rate {rate}{again}"
+
     @property
     def mode(self) -> str:
         """What the rows of lossless mode are named by; empty otherwise."""
@@ -87,14 +93,19 @@ class LoadOptions:
         # vLLM keeps a block to itself.
         return self.shape.kv_bytes() * (BLOCK + max(one.kv_tokens for one in self.workloads))
 
-    def runs(self) -> list[tuple[Workload, Rate]]:
-        """All runs of a side, in order."""
+    def cases(self) -> list[tuple[Workload, Rate]]:
+        """What has a row each, in order."""
         return [
             (workload, rate)
             for workload in self.workloads
             for rate in self.rates
             if rate.workload in (None, workload.name)
         ]
+
+    def runs(self) -> list[tuple[Workload, Rate, int]]:
+        """All runs of a side, in order: every case once for each round, from 1 on."""
+        numbers = range(1, self.rounds + 1)
+        return [(*case, number) for case in self.cases() for number in numbers]
 
 
 class Load:
@@ -158,9 +169,11 @@ class Load:
         longest = min(self.options.workloads, key=lambda one: one.longest).longest
         return requests, max(1, min(tokens, longest - output)), output
 
-    def _measure(self, server: Server, model: Path, workload: Workload, rate: Rate) -> None:
+    def _measure(
+        self, server: Server, model: Path, workload: Workload, rate: Rate, number: int
+    ) -> None:
         per_second = requests_per_second(self.options.raw, workload, rate)
-        what = f"{server.side}, {workload.name} at rate {rate}"
+        what = self.options.name(server.side, workload, rate, number)
         if per_second is None:
             self._note(f"left out {what}: stock vLLM has not served it at inf")
             return
@@ -171,6 +184,7 @@ class Load:
                 model / TOKENIZER,
                 workload,
                 rate,
+                number,
                 per_second,
                 self.options.raw,
                 self._left(),
@@ -186,9 +200,9 @@ class Load:
                 # JSON has no infinity.
                 "per_second": None if rate.saturates else per_second,
             }  # fmt: skip
-            write_json(run_file(self.options.raw, server.side, workload, rate), found)
+            write_json(run_file(self.options.raw, server.side, workload, rate, number), found)
 
-    def _missing(self, side: str) -> list[tuple[Workload, Rate]]:
+    def _missing(self, side: str) -> list[tuple[Workload, Rate, int]]:
         raw = self.options.raw
         return [one for one in self.options.runs() if read_run(raw, side, *one) is None]
 
@@ -204,14 +218,17 @@ class Load:
         self._progress(what, (runs - missing) / runs)
 
 
-def run_file(raw: Path, side: str, workload: Workload, rate: Rate) -> Path:
-    """File of one run."""
-    return raw / f"{side}-{workload.name}-{rate}.json"
+def run_file(raw: Path, side: str, workload: Workload, rate: Rate, number: int = 1) -> Path:
+    """File of one run, which comes for the time that ``number`` says."""
+    again = f"-{number}" if number > 1 else ""
+    return raw / f"{side}-{workload.name}-{rate}{again}.json"
 
 
-def read_run(raw: Path, side: str, workload: Workload, rate: Rate) -> dict[str, Any] | None:
+def read_run(
+    raw: Path, side: str, workload: Workload, rate: Rate, number: int = 1
+) -> dict[str, Any] | None:
     """What one run measured; None where there is none, or one of other lengths."""
-    path = run_file(raw, side, workload, rate)
+    path = run_file(raw, side, workload, rate, number)
     if not path.is_file():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -219,7 +236,7 @@ def read_run(raw: Path, side: str, workload: Workload, rate: Rate) -> dict[str, 
 
 
 def requests_per_second(raw: Path, workload: Workload, rate: Rate) -> float | None:
-    """The rate as a number; None while stock's run at inf is missing."""
+    """The rate as a number; None while stock's first run at inf is missing."""
     if not rate.of_stock:
         return rate.value
     stock = read_run(raw, STOCK, workload, Rate(float("inf")))
@@ -229,10 +246,10 @@ def requests_per_second(raw: Path, workload: Workload, rate: Rate) -> float | No
 def unfinished(options: LoadOptions) -> list[str]:
     """Runs that are missing, of both sides."""
     return [
-        f"{side}, {workload.name} at rate {rate}"
+        options.name(side, *run)
         for side in SIDES
-        for workload, rate in options.runs()
-        if read_run(options.raw, side, workload, rate) is None
+        for run in options.runs()
+        if read_run(options.raw, side, *run) is None
     ]
 
 

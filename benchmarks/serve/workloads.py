@@ -120,9 +120,10 @@ def _parse_rate(text: str) -> Rate:
     return Rate(value, of_stock, name if equals else None)
 
 
-def seed(workload: Workload, rate: Rate) -> int:
-    """Seed of a run's prompts: the same for both servers, another for each run.
+def seed(workload: Workload, rate: Rate, number: int = 1) -> int:
+    """Seed of a run's prompts: the same for both servers, another for each run and its number.
 
     With the prompts of an earlier run, a server would find them in its prefix cache.
     """
-    return zlib.crc32(f"{workload.name} {rate}".encode()) % 2**16
+    again = f" {number}" if number > 1 else ""
+    return zlib.crc32(f"{workload.name} {rate}{again}".encode()) % 2**16

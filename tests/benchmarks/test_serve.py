@@ -35,12 +35,12 @@ def measured(tok_s, ms, requests=8):
     return found
 
 
-def put(options, side, workload, rate, tok_s, ms):
+def put(options, side, workload, rate, tok_s, ms, number=1):
     run = {
         "workload": {**vars(workload)}, "rate": str(rate), **values(measured(tok_s, ms)),
         "per_second": None if rate.saturates else rate.value, "preemptions": 0,
     }  # fmt: skip
-    write_json(run_file(options.raw, side, workload, rate), run)
+    write_json(run_file(options.raw, side, workload, rate, number), run)
 
 
 @pytest.fixture
@@ -99,13 +99,14 @@ def test_a_rate_may_be_for_one_workload(tmp_path):
         shape="tiny", names=["chat", "reasoning"], rates=["inf", "chat=0.5x"], output_len=20,
         raw=tmp_path,
     )  # fmt: skip
-    runs = [f"{workload.name} {rate}" for workload, rate in options.runs()]
+    runs = [f"{workload.name} {rate}" for workload, rate in options.cases()]
     assert runs == ["chat inf", "chat 0.5x", "reasoning inf"]
 
 
 def test_each_run_has_prompts_of_its_own_and_both_servers_the_same():
     one, two = find_workloads(["chat", "reasoning"])
-    seeds = [seed(w, r) for w in (one, two) for r in (INF, Rate(2.0), Rate(0.5, of_stock=True))]
+    rates = INF, Rate(2.0), Rate(0.5, of_stock=True)
+    seeds = [seed(w, r, number) for w in (one, two) for r in rates for number in (1, 2, 3)]
     assert len(set(seeds)) == len(seeds)
     assert seed(one, INF) == seed(one, INF)
 
@@ -135,7 +136,7 @@ def test_both_servers_get_the_same_line_but_for_delta(options, tmp_path):
 
 def test_the_client_asks_for_what_the_workload_says(tmp_path):
     (one,) = find_workloads(["shared-prefix"], requests=7)
-    line = bench_command(tmp_path / "m", 81, one, INF, float("inf"), tmp_path / "r.json")
+    line = bench_command(tmp_path / "m", 81, one, INF, 2, float("inf"), tmp_path / "r.json")
     given = dict(pairwise(line))
     assert line[line.index("bench") + 1] == "serve"
     assert given["--random-prefix-len"] == "16384" and given["--random-input-len"] == "512"
@@ -144,6 +145,7 @@ def test_the_client_asks_for_what_the_workload_says(tmp_path):
     assert given["--percentile-metrics"] == "ttft,tpot,itl"
     assert given["--metric-percentiles"] == "50,99"
     assert given["--result-filename"] == "r.json" and "--ignore-eos" in line
+    assert given["--seed"] == str(seed(one, INF, 2))
 
 
 def test_prompts_keep_their_length_through_the_tokenizer(options, tmp_path):
@@ -233,6 +235,26 @@ def test_a_run_of_one_server_is_unfinished(filled):
     assert [row["rate"] for row in result["rows"]] == ["2"]
 
 
+def test_of_several_rounds_a_row_has_the_median_run_of_each_side(filled):
+    (chat,) = filled.workloads
+    thrice = replace(filled, rounds=3, rates=[INF])
+    for number, stock, delta in ((2, 800.0, 2400.0), (3, 900.0, 1600.0)):
+        put(thrice, "stock", chat, INF, stock, 5.0, number)
+        put(thrice, "DELTA", chat, INF, delta, 1.0 + number, number)
+    (row,) = make_result(thrice)["rows"]
+    assert (row["rounds_theirs"], row["rounds_ours"]) == ([1000, 800, 900], [2000, 2400, 1600])
+    assert (row["tok_s_theirs"], row["tok_s_ours"], row["ratio"]) == (900, 2000, 2.222)
+    # Times are of the same runs.
+    assert (row["tpot_p50_theirs"], row["tpot_p50_ours"]) == (5.0, 2.0)
+    run_file(thrice.raw, "DELTA", chat, INF, 2).unlink()
+    result = make_result(thrice)
+    assert result["unfinished"] == ["DELTA, chat at rate inf, round 2"]
+    # Of two, the slower.
+    (row,) = result["rows"]
+    assert (row["rounds_theirs"], row["rounds_ours"]) == ([1000, 900], [2000, 1600])
+    assert (row["tok_s_theirs"], row["tok_s_ours"]) == (900, 1600)
+
+
 def test_runs_of_other_lengths_are_not_mixed_in(filled):
     other = make_options(
         shape="tiny", names=["chat"], rates=["inf"], input_len=50, output_len=20,
@@ -253,8 +275,8 @@ def test_nothing_is_started_when_all_runs_are_there(filled, monkeypatch):
     assert Load(filled).run()
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_both_servers_in_turn_or_each_run_on_both(options, monkeypatch, together):
+@pytest.mark.parametrize(("together", "rounds"), [(False, 1), (True, 1), (True, 2)])
+def test_both_servers_in_turn_or_each_run_on_both(options, monkeypatch, together, rounds):
     """In turn, the second server starts when the first one is gone."""
     events = []
 
@@ -270,15 +292,18 @@ def test_both_servers_in_turn_or_each_run_on_both(options, monkeypatch, together
         def stop(self):
             events.append(f"stop {self.side}")
 
-    def drive(server, tokenizer, workload, rate, *rest):
-        events.append(f"{server.side} {rate}")
+    def drive(server, tokenizer, workload, rate, number, *rest):
+        events.append(f"{server.side} {rate}" + f" {number}" * (rounds > 1))
         return values(measured(100.0, 1.0))
 
     monkeypatch.setattr("benchmarks.serve.run.Server", FakeServer)
     monkeypatch.setattr("benchmarks.serve.run.drive", drive)
-    load = Load(replace(options, start_together=together))
-    assert load.run() and len(make_result(options)["rows"]) == 2
-    if together:
+    asked = replace(options, start_together=together, rounds=rounds)
+    assert Load(asked).run() and len(make_result(asked)["rows"]) == 2
+    if rounds > 1:
+        assert events[2:6] == ["stock inf 1", "DELTA inf 1", "stock inf 2", "DELTA inf 2"]
+        assert events[6:8] == ["stock 2 1", "DELTA 2 1"] and len(events) == 12
+    elif together:
         assert events[:4] == ["start stock", "start DELTA", "stock inf", "DELTA inf"]
         assert events[4:] == ["stock 2", "DELTA 2", "stop stock", "stop DELTA"]
     else:
@@ -372,10 +397,12 @@ def test_a_report_needs_no_server(filled, outcome, tmp_path):
         partial(launch, command), "--shape", "tiny", "--workload", "chat", "--rate", "2",
         "--rate", "inf", "--input-len", 100, "--output-len", 20, "--requests", 8,
         "--concurrency", 4, "--server-flag", "--kv-cache-dtype fp8", "--raw", filled.raw,
-        "--report", "--json", "--out", tmp_path / "out",
+        "--rounds", 2, "--report", "--json", "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 0, err
-    assert [row["ratio"] for row in json.loads(out)["rows"]] == [2.0, 1.0]
+    result = json.loads(out)
+    assert [row["ratio"] for row in result["rows"]] == [2.0, 1.0]
+    assert "--rounds 2" in result["command"] and len(result["unfinished"]) == 4
     assert list((tmp_path / "out").glob("serve-*.json"))
 
 
