@@ -87,7 +87,10 @@ def test_chat_with_settings_for_short_steps_is_on_the_pages():
     assert slower + ", which took {} and {} s with nothing beside.".format(*times) in text
     tokens = [rounded(quiet[f"tpot_p50_{side}"], 1) for side in ("ours", "theirs")]
     late = rounded(100 * (1 / quiet["ttft_p99_ratio"] - 1), 0)
-    assert "takes {} ms there and stock's {} (TPOT p50);".format(*tokens) in text
+    assert "takes {} ms there and stock's {} (TPOT p50),".format(*tokens) in text
+    (gpu,) = rows_of("e2e-20261130-r1-256.json", kind="profile", context=1150)
+    busy = [rounded(gpu[side], 1) for side in ("ours", "theirs")]
+    assert "has the GPU busy for {} and {} ms ([below]".format(*busy) in text
     assert f"slowest first tokens (p99) come {late} % later." in text
     plain = rows_of("serve-20261129-r1-1.5b.json", workload="chat", rate="inf")
     assert f"Without the settings it is {gain(plain[0])} times (20261129-r1-1.5b)." in text
@@ -95,7 +98,7 @@ def test_chat_with_settings_for_short_steps_is_on_the_pages():
     assert "{} times at inf, {} times at 0.8 of stock's rate.".format(*map(gain, beside)) in text
     assert 4 * beside[0]["requests"] == quiet["requests"]
     assert f"DELTA served [{gain(quiet)} times stock's tokens a second](" in operating
-    assert f"on the 1.5B shape ({gain(quiet)} times with the settings for short" in operating
+    assert f"on the 1.5B shape ({gain(quiet)} times in a round with the settings" in operating
 
 
 def test_what_arrivals_did_to_reasoning_is_on_the_page_of_vllm():
