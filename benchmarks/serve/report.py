@@ -43,11 +43,11 @@ def make_result(options: LoadOptions) -> dict[str, Any]:
     for workload, rate in options.cases():
         pairs = _rounds(options, workload, rate)
         if pairs:
-            theirs, ours = (_median_run(side) for side in zip(*pairs, strict=True))
-            line = make_row(workload, rate, ours, theirs, options.mode)
+            theirs, ours = zip(*pairs, strict=True)
+            line = make_row(workload, rate, _median_run(ours), _median_run(theirs), options.mode)
             if options.rounds > 1:
-                for name, place in (("theirs", 0), ("ours", 1)):
-                    line[f"rounds_{name}"] = [rounded(pair[place]["tok_s"]) for pair in pairs]
+                for name, runs in (("theirs", theirs), ("ours", ours)):
+                    line[f"rounds_{name}"] = [rounded(run["tok_s"]) for run in runs]
             rows.append(line)
     shared = {name: facts[name] for name in ("commit", "machine", "versions")}
     plan = options.shape.plan_note if options.plan == options.shape.plan else "given"
@@ -63,9 +63,9 @@ def make_result(options: LoadOptions) -> dict[str, Any]:
 def _rounds(options: LoadOptions, workload: Workload, rate: Rate) -> list[tuple[Run, Run]]:
     """What stock and DELTA measured in each round that both have, at one number of requests."""
     pairs = []
-    for number in range(1, options.rounds + 1):
-        case = workload, rate, number
-        theirs, ours = (read_run(options.raw, side, *case) for side in (STOCK, DELTA))
+    for number in options.numbers:
+        run = workload, rate, number
+        theirs, ours = (read_run(options.raw, side, *run) for side in (STOCK, DELTA))
         if ours is not None and theirs is not None and ours["per_second"] == theirs["per_second"]:
             pairs.append((theirs, ours))
     return pairs

@@ -103,9 +103,13 @@ class LoadOptions:
         ]
 
     def runs(self) -> list[tuple[Workload, Rate, int]]:
-        """All runs of a side, in order: every case once for each round, from 1 on."""
-        numbers = range(1, self.rounds + 1)
-        return [(*case, number) for case in self.cases() for number in numbers]
+        """All runs of a side, in order: every case once for each round."""
+        return [(*case, number) for case in self.cases() for number in self.numbers]
+
+    @property
+    def numbers(self) -> range:
+        """Of the rounds, from 1 on."""
+        return range(1, self.rounds + 1)
 
 
 class Load:
