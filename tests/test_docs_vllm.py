@@ -88,6 +88,8 @@ def test_chat_with_settings_for_short_steps_is_on_the_pages():
     tokens = [rounded(quiet[f"tpot_p50_{side}"], 1) for side in ("ours", "theirs")]
     late = rounded(100 * (1 / quiet["ttft_p99_ratio"] - 1), 0)
     assert "takes {} ms there and stock's {} (TPOT p50),".format(*tokens) in text
+    parts = [rounded(quiet[f"itl_p50_{side}"], 1) for side in ("ours", "theirs")]
+    assert "come every {} and {} ms (ITL p50), while".format(*parts) in text
     (gpu,) = rows_of("e2e-20261130-r1-256.json", kind="profile", context=1150)
     busy = [rounded(gpu[side], 1) for side in ("ours", "theirs")]
     assert "has the GPU busy for {} and {} ms ([below]".format(*busy) in text
